@@ -1,0 +1,62 @@
+# make help lists the targets. Everything happens in .venv; PYTHON chooses the Python that it is made with.
+PYTHON ?= python3
+ARGS ?=
+PYTEST_ARGS ?=
+# One process per core with one thread each is faster, and steadier, than torch's threads in one process.
+JOBS ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+TOOLS := $(VENV)/.tools-installed
+INSTALLED := $(VENV)/.package-installed
+NO_EXTENSION := fishleg_fast/_native_build.txt
+BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*)
+
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint train train-resnet convergence bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(INSTALLED)  ## make .venv and install everything that the other targets need, at the versions that CI tests
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) should be Python 3.10 or newer: make setup PYTHON=python3.12 chooses another" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The build's own tools come first, so that the extension is built with the tested ones (no build isolation).
+$(TOOLS): constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt setuptools pybind11 cmake ninja
+	@touch $@
+
+# Without the extension the package works, but not all tests pass; setup then tries again at the next call.
+$(INSTALLED): $(TOOLS) pyproject.toml $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev,train]'
+	@if [ -e $(NO_EXTENSION) ]; then \
+	  echo "The compiled extension was not built: $$(cat $(NO_EXTENSION))" >&2; \
+	else touch $@; fi
+
+test: setup  ## run the tests; PYTEST_ARGS='-k name' for some of them, JOBS=0 for one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+train: setup  ## train the deep autoencoder, FishLeg beside AdamW; ARGS='--help' for its options
+	$(BIN)/python benchmarks/train_autoencoder.py $(ARGS)
+
+train-resnet: setup  ## train a ResNet18, FishLeg beside AdamW; ARGS='--help' for its options
+	$(BIN)/python benchmarks/train_resnet.py $(ARGS)
+
+convergence: setup  ## the study behind the defaults: optimizers, learning rates and seeds (long)
+	$(BIN)/python benchmarks/convergence.py $(ARGS)
+
+bench: setup  ## time the ops (pytest-benchmark)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+clean:  ## remove builds and caches; rm -r .venv starts from nothing
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fishleg_fast/*.so $(NO_EXTENSION) $(INSTALLED)
+	find fishleg_fast kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

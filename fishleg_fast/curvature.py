@@ -1,0 +1,171 @@
+"""The Fisher matrix of a model on a curvature batch: its products with vectors, and its Kronecker factors.
+
+F is the Fisher matrix of the mean loss, (1/N) Σ over the batch's N independent terms of Jᵀ H_out J.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from .blocks import Block
+from .capture import Inputs
+from .layers import layer_of
+from .passes import Passes
+
+CHUNKS = 8  # gradients that a batch is split into where a block's second moments need several
+
+Product = Callable[[Passes, Sequence[Tensor], Sequence[Tensor], Inputs], list[Tensor]]
+
+
+def _grad(outputs: Any, leaves: Sequence[Any], cotangents: Any = None, **options: Any) -> list[Tensor]:
+    return list(torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True, **options))
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖ of all of them together, in at least float32."""
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+    )
+
+
+def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass."""
+    likelihood = passes.likelihood
+    assert likelihood is not None
+    noise = {id(p) for p in likelihood.parameters()}
+    model_params = [p for p in params if id(p) not in noise]
+    with passes.apart(inputs, passes.seed()), forward_ad.dual_level():
+        duals = {
+            passes.names[id(p)]: forward_ad.make_dual(p, v.to(p.dtype))
+            for p, v in zip(params, vs, strict=True)
+            if id(p) not in noise
+        }
+        output, tangent = forward_ad.unpack_dual(passes.run(lambda: passes.outputs(inputs), duals))
+        detached = output.detach()
+        products = iter([torch.zeros_like(p) for p in model_params])
+        if tangent is not None and model_params:
+            cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
+            products = iter(_grad(output, model_params, cotangent))
+        own = iter(likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise]))
+    return [next(own) if id(p) in noise else next(products) for p in params]
+
+
+def hessian(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """∇²ℓ v on drawn labels, by differentiating twice: F v in expectation."""
+    with passes.apart(inputs, passes.seed()):
+        loss, _ = passes.run(lambda: passes.drawn_loss(inputs))
+        grads = _grad(loss, params, create_graph=True)
+        curved = [(g, v.to(g.dtype)) for g, v in zip(grads, vs, strict=True) if g.requires_grad]
+        if not curved:
+            return [torch.zeros_like(p) for p in params]
+        return _grad([g for g, _ in curved], params, [v for _, v in curved])
+
+
+def antithetic(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """‖v‖ (∇ℓ(θ+εv̂) − ∇ℓ(θ−εv̂))/2ε on one set of drawn labels: F v in expectation, up to O(ε²).
+
+    ε = ‖θ‖ ∛eps, eps that of the parameters' dtype: the balance of rounding and truncation. θ itself is never written to.
+    """
+    norm, size = _norm(vs), _norm(params)
+    unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
+    step = unit * torch.where(size > 0, size, 1) / torch.where(norm > 0, norm, 1)  # ε/‖v‖
+    seed = passes.seed()
+    with passes.apart(inputs, seed):
+        labels = passes.run(lambda: passes.draw(inputs))
+    sides = []
+    for sign in (1, -1):
+        moved = [(p.detach() + (sign * step).to(v) * v).to(p.dtype).requires_grad_() for p, v in zip(params, vs, strict=True)]
+        named = {passes.names[id(p)]: q for p, q in zip(params, moved, strict=True)}
+        with passes.apart(inputs, seed):
+            sides.append(_grad(passes.run(lambda: passes.nll(inputs, labels), named), moved))  # noqa: B023
+    return [(plus.to(v.dtype) - minus) / (2 * step).to(v) for plus, minus, v in zip(*sides, vs, strict=True)]
+
+
+def drawn_gradient(passes: Passes, params: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """∇ℓ on labels drawn from the model: zero in expectation, with covariance F/N."""
+    return _drawn_gradient(passes, params, inputs)[0]
+
+
+def _drawn_gradient(passes: Passes, params: Sequence[Tensor], inputs: Inputs) -> tuple[list[Tensor], int]:
+    with passes.apart(inputs, passes.seed()):
+        loss, count = passes.run(lambda: passes.drawn_loss(inputs))
+        return _grad(loss, params), count
+
+
+def rank1(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """N (gᵀv) g with g the gradient on drawn labels, a mean over N terms: F v in expectation."""
+    grads, count = _drawn_gradient(passes, params, inputs)
+    grads = [g.to(v.dtype) for g, v in zip(grads, vs, strict=True)]
+    dot = torch.stack([torch.sum(g * v) for g, v in zip(grads, vs, strict=True)]).sum()
+    return [count * dot.to(g) * g for g in grads]
+
+
+FISHER: dict[str, Product] = {"ggn": ggn, "hessian": hessian, "antithetic": antithetic, "rank1": rank1}
+
+
+def moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
+    """Each block's second moments on drawn labels, as its structure's ``start_kfac`` reads them; {} for one that reads none.
+
+    From its layer's inputs and output gradients where a pass shows them, else from several gradients of the block.
+    """
+    wanted = [b for b in blocks if b.structure.new_moments()]
+    found = _layer_moments(passes, [b for b in wanted if b.layer is not None], inputs)
+    rest = [b for b in wanted if id(b) not in found]
+    if rest:
+        found |= _gradient_moments(passes, rest, inputs)
+    return [found.get(id(b), {}) for b in blocks]
+
+
+def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
+    shown: list[tuple[Block, Tensor, Any]] = []  # a block, its layer's input, and where its output's gradient will be
+
+    def watch(block: Block) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
+                shown.append((block, args[0].detach(), get_gradient_edge(output)))  # an edge outlives in-place activations
+
+        assert block.layer is not None
+        return block.layer.register_forward_hook(hook)
+
+    hooks = [watch(block) for block in blocks]
+    try:
+        with passes.apart(inputs, passes.seed()):
+            loss, count = passes.run(lambda: passes.likelihood_loss(inputs))
+            gradients = torch.autograd.grad(loss, [edge for *_, edge in shown], allow_unused=True) if shown else ()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    found: dict[int, dict[str, Tensor]] = {}
+    unseen: set[int] = set()
+    for (block, x, _), e in zip(shown, gradients, strict=True):
+        assert block.layer is not None
+        share = None if e is None else layer_of(block.layer).moments(block, x, e, count)
+        if share is None:
+            unseen.add(id(block))
+        elif id(block) in found:  # a layer used twice: its factors add up
+            found[id(block)] = {name: t + share[name] for name, t in found[id(block)].items()}
+        else:
+            found[id(block)] = share
+    return {key: value for key, value in found.items() if key not in unseen}
+
+
+def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
+    params = list({id(part.param): part.param for b in blocks for part in b.parts}.values())
+    size = inputs.size()
+    edges = [round(size * i / min(CHUNKS, size)) for i in range(min(CHUNKS, size) + 1)]
+    samples: list[list[Tensor]] = [[] for _ in blocks]
+    count = 1
+    for start, stop in zip(edges, edges[1:], strict=False):
+        chunk = inputs.rows(start, stop)
+        with passes.apart(chunk, passes.seed()):
+            loss, count = passes.run(lambda: passes.likelihood_loss(chunk))  # noqa: B023
+            grads = dict(zip(map(id, params), _grad(loss, params), strict=True))
+        for block, mine in zip(blocks, samples, strict=True):
+            mine.append(block.matrix([part.of(grads[id(part.param)]) for part in block.parts]) * count**0.5)
+    return {id(b): b.structure.gradient_moments(mine) for b, mine in zip(blocks, samples, strict=True)}

@@ -1,0 +1,209 @@
+"""Likelihoods: how a model's outputs are scored, sampled, and measured by their Fisher matrix.
+
+A likelihood's ``nll`` fixes the scale of everything else: the Fisher matrix is that of the same loss, mean and all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Likelihood(nn.Module):
+    """Base class. A user's own implements ``nll`` and ``draw``; ``fisher_product`` then comes from autograd on drawn targets.
+
+    A subclass's ``nn.Parameter``s (a learned noise level, say) are trained along with the model's.
+    """
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """Mean negative log-likelihood of ``targets`` under the model's ``outputs``: a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} should implement nll(targets, outputs)")
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        """Targets sampled from the distribution that ``outputs`` stand for, from torch's global generator."""
+        raise NotImplementedError(f"{type(self).__name__} should implement draw(outputs)")
+
+    def terms(self, outputs: Tensor) -> int:
+        """Over how many independent terms ``nll`` is the mean. Here: the batch size."""
+        return outputs.shape[0]
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """H v, with H the Fisher matrix of ``nll`` with respect to ``outputs``; both of the outputs' shape.
+
+        Here: the Hessian of the nll on drawn targets, which equals H in expectation (and exactly, where it does not depend on
+        the targets, as in an exponential family's natural parameters).
+        """
+        outputs = outputs.detach()
+        with torch.no_grad():
+            targets = self.draw(outputs)
+        with torch.enable_grad():
+            leaf = outputs.requires_grad_()
+            (gradient,) = torch.autograd.grad(self.nll(targets, leaf), leaf, create_graph=True)
+            (product,) = torch.autograd.grad(gradient, leaf, v, materialize_grads=True)
+        return product.detach()
+
+    def own_fisher_product(self, outputs: Tensor, vs: Sequence[Tensor]) -> list[Tensor]:
+        """F v for the likelihood's own trainable parameters, in the order of ``parameters()``; uncorrelated with the outputs'."""
+        if not vs:
+            return []
+        raise NotImplementedError(
+            f"{type(self).__name__} has parameters of its own: implement own_fisher_product(outputs, vs), or use fisher='hessian'"
+        )
+
+    def forward(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """``nll``: a likelihood can stand where a loss module does, but mind the order."""
+        return self.nll(targets, outputs)
+
+
+def _check_pair(kind: str, targets: Tensor, outputs: Tensor) -> None:
+    """What both a swapped call and a wrong dtype break."""
+    for name, t in (("targets", targets), ("outputs", outputs)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} should be a tensor but is: {type(t).__name__}")
+    if not outputs.is_floating_point():
+        raise TypeError(
+            f"outputs should be floating point but has dtype {outputs.dtype}; {kind}.nll takes (targets, outputs), in this order"
+        )
+    if targets.requires_grad and not outputs.requires_grad:
+        raise ValueError(f"targets requires a gradient and outputs does not; {kind}.nll takes (targets, outputs), in this order")
+    if outputs.numel() == 0:
+        raise ValueError(f"outputs should not be empty but has shape: {tuple(outputs.shape)}")
+
+
+def _check_elementwise(kind: str, targets: Tensor, outputs: Tensor) -> None:
+    _check_pair(kind, targets, outputs)
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets and outputs should have one shape but have: {tuple(targets.shape)} and {tuple(outputs.shape)}; "
+            f"{kind}.nll takes (targets, outputs), in this order"
+        )
+
+
+class GaussianLikelihood(Likelihood):
+    """y ~ N(outputs, σ²I). nll sums over the output's dimensions and means over the batch, constants included.
+
+    Args:
+        sigma: σ > 0, in the targets' units; ValueError otherwise.
+        learn: make σ a trainable parameter, ``log_sigma``.
+    """
+
+    def __init__(self, sigma: float = 1.0, learn: bool = False) -> None:
+        super().__init__()
+        if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
+            raise ValueError(f"sigma should be a positive number but is: {sigma!r}")
+        log_sigma = torch.tensor(math.log(sigma))
+        if learn:
+            self.log_sigma = nn.Parameter(log_sigma)
+        else:
+            self.register_buffer("log_sigma", log_sigma)
+
+    @property
+    def sigma(self) -> Tensor:
+        """σ: a scalar tensor."""
+        return self.log_sigma.exp()
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        _check_elementwise("GaussianLikelihood", targets, outputs)
+        log_sigma = self.log_sigma.to(outputs.device)
+        batch = outputs.shape[0]
+        squares = ((targets - outputs) * torch.exp(-log_sigma)).square().sum() / batch
+        return 0.5 * squares + outputs.numel() / batch * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        return outputs + self.sigma.to(outputs) * torch.randn_like(outputs)
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """v/(σ²B)"""
+        return v * (torch.exp(-2 * self.log_sigma.detach()) / outputs.shape[0]).to(v)
+
+    def own_fisher_product(self, outputs: Tensor, vs: Sequence[Tensor]) -> list[Tensor]:
+        """2D v for log σ, D the dimensions of one output."""
+        return [2 * outputs.numel() / outputs.shape[0] * v for v in vs]
+
+
+class BernoulliLikelihood(Likelihood):
+    """Independent y ∈ {0, 1} (or a grey value between) with logits ``outputs``. nll sums over dimensions and means over the batch."""
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        _check_elementwise("BernoulliLikelihood", targets, outputs)
+        loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="sum")
+        return loss / outputs.shape[0]
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        return torch.bernoulli(torch.sigmoid(outputs))
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """p(1−p)∘v/B"""
+        p = torch.sigmoid(outputs)
+        return p * (1 - p) * v / outputs.shape[0]
+
+
+class CategoricalLikelihood(Likelihood):
+    """Integer targets with logits ``outputs``; nll is ``torch.nn.functional.cross_entropy``'s mean.
+
+    Args:
+        class_dim: the outputs' dimension of the classes: 1 as in torch, (B, C) or (B, C, H, W), targets (B,) or (B, H, W);
+            -1 for language models, (B, T, V) with targets (B, T).
+        ignore_index: targets that do not count. Drawn targets never take it: the Fisher matrix is over all positions.
+        weight: of each class (C,), as in torch. The Fisher matrix then is that of the weighted loss, position i weighing Σ_c p_ic w_c.
+    """
+
+    def __init__(self, class_dim: int = 1, ignore_index: int = -100, weight: Tensor | None = None) -> None:
+        super().__init__()
+        if isinstance(class_dim, bool) or not isinstance(class_dim, int):
+            raise TypeError(f"class_dim should be an integer but is: {class_dim!r}")
+        if weight is not None and (weight.ndim != 1 or not (weight >= 0).all()):
+            raise ValueError(f"weight should be a vector of non-negative numbers but is: {weight}")
+        self.class_dim, self.ignore_index = class_dim, ignore_index
+        self.register_buffer("weight", weight)
+        self.weight: Tensor | None
+
+    def _classes_last(self, outputs: Tensor) -> Tensor:
+        if not -outputs.ndim <= self.class_dim < outputs.ndim:
+            raise ValueError(f"outputs should have dimension {self.class_dim} for the classes but has shape: {tuple(outputs.shape)}")
+        return outputs.movedim(self.class_dim, -1)
+
+    def _class_weight(self, outputs: Tensor) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(outputs)
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        _check_pair("CategoricalLikelihood", targets, outputs)
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise TypeError(
+                f"targets should be integer class indices but has dtype {targets.dtype}; convert one-hot targets with "
+                ".argmax(dim). CategoricalLikelihood.nll takes (targets, outputs), in this order"
+            )
+        logits = self._classes_last(outputs)
+        if targets.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"targets should have shape {tuple(logits.shape[:-1])} for outputs {tuple(outputs.shape)} with classes along "
+                f"dimension {self.class_dim} but has: {tuple(targets.shape)}; for (B, T, V) logits use CategoricalLikelihood(class_dim=-1)"
+            )
+        return F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            targets.reshape(-1).long(),
+            weight=self._class_weight(outputs),
+            ignore_index=self.ignore_index,
+        )
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        logits = self._classes_last(outputs)
+        p = torch.softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
+        return torch.multinomial(p, 1).reshape(logits.shape[:-1])
+
+    def terms(self, outputs: Tensor) -> int:
+        return outputs.numel() // outputs.shape[self.class_dim]
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """ω∘(p∘v − p pᵀv), ω = 1/positions, or (Σ_c p_c w_c) over its sum where classes are weighted."""
+        p = torch.softmax(outputs, dim=self.class_dim)
+        product = p * (v - (p * v).sum(self.class_dim, keepdim=True))
+        weight = self._class_weight(outputs)
+        if weight is None:
+            return product / self.terms(outputs)
+        omega = (self._classes_last(p) * weight).sum(-1).unsqueeze(self.class_dim)
+        return omega / omega.sum() * product

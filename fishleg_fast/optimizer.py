@@ -1,0 +1,394 @@
+"""FishLeg as a torch optimizer: validate, gather, dispatch. The maths is in the backends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import backends, checkpoint, validate
+from .assemble import StructureChoice, attach, build_blocks
+from .blocks import Block
+from .capture import Inputs
+from .curvature import FISHER, drawn_gradient, moments
+from .likelihoods import Likelihood
+from .passes import Draw, Nll, Passes
+from .precision import precision_scope
+
+
+class FishLeg(Optimizer):
+    """Natural-gradient descent with a learned inverse Fisher matrix Q(λ) (Garcia, Freddi et al., ICLR 2023).
+
+    Every step: m ← βm + (1−β)g, θ ← θ − lr·(c·Q m̂ + weight_decay·θ). Every ``update_aux_every`` steps before that: one Adam step
+    of λ on 𝒜(λ) = ½ vᵀ(F+γI)v − uᵀv with v = Q u, u = g/‖g‖ and F the Fisher matrix on a curvature batch.
+
+    Args:
+        model: any module. Plain torch layers get a Kronecker-factored Q each; other parameters a diagonal one.
+        draw: ``draw(model, x)``, labels sampled from the model. With ``nll``; follows from the likelihood if omitted.
+        nll: ``nll(model, x, y)``, mean negative log-likelihood.
+        likelihood: scores the model's outputs. Its own trainable parameters are trained too.
+        aux_loader: batches x or (x, ...) for the curvature, re-iterable. Without it, the inputs that the model was last given.
+        params: parameters or parameter groups, as any torch optimizer takes; all trainable ones if omitted. A group may set lr,
+            weight_decay, beta and maximize.
+        lr: step size, a float or a scalar tensor.
+        aux_lr, aux_betas, aux_eps: of Adam on λ.
+        beta: momentum.
+        weight_decay: decoupled, as AdamW's.
+        damping: γ > 0, in units of the Fisher matrix.
+        update_aux_every: steps between updates of λ; negative: so many updates every step; 0: λ is not learned.
+        fisher: "ggn" (exact; needs a likelihood), "hessian", "antithetic" or "rank1" (on drawn labels; only draw and nll). None: "ggn"
+            with a likelihood, "hessian" without.
+        precondition_aux: multiply the auxiliary loss's gradient by Q.
+        u_sampling: u in the auxiliary loss: "gradient", "momentum" (the moving average of g) or "gaussian".
+        structure: "kron", "diagkron", "sumkron", "diagonal", or a callable (m, n, **options) -> Structure such as
+            ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (as in fnmatch) to those, first match wins.
+        init: Q₀ = "kfac", from the Fisher's Kronecker factors on the first curvature batch, or "sgd", scale·I.
+        anchor_every: steps between re-estimates of Q from the Kronecker factors; 0: never (FishLeg pure).
+        anchor_decay: of the factors' moving average over those re-estimates, in [0, 1).
+        scale: of "sgd".
+        momentum: "before" Q, or "after" it as published.
+        normalize: "rms", each block's update has root-mean-square 0.2, the scale of Muon's and AdamW's; "trust",
+            min(1, √(kappa/(lr₀²·mᵀQm))); None, as computed.
+        kappa: of "trust".
+        curvature_batch: at most so many samples in a Fisher-vector product; None: all of the batch.
+        max_factor_size: larger Kronecker factors become block-diagonal.
+        precision: of the optimizer's own float32 products: "highest", "high" or "medium", as
+            ``torch.set_float32_matmul_precision``; None follows that setting.
+        backend: None for the best available; see ``python -m fishleg_fast``.
+        writer: a tensorboard SummaryWriter (anything with add_scalar) for the diagnostics, at every update of λ.
+        maximize: ascend.
+        capturable: decide everything in a step on the device, for CUDA graphs.
+        seed: of the labels drawn for the curvature, apart from torch's generators.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong. RuntimeError: the named backend is unavailable; in ``step``, λ is not finite, or no
+        curvature batch can be had.
+    """
+
+    blocks: list[Block]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        draw: Draw | None = None,
+        nll: Nll | None = None,
+        likelihood: Likelihood | None = None,
+        aux_loader: Iterable[Any] | None = None,
+        *,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 1e-2,
+        aux_lr: float = 3e-4,
+        aux_betas: tuple[float, float] = (0.9, 0.999),
+        aux_eps: float = 1e-7,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = 0.1,
+        update_aux_every: int = 10,
+        fisher: str | None = None,
+        precondition_aux: bool = False,
+        u_sampling: str = "gradient",
+        structure: StructureChoice | Mapping[str, StructureChoice] = "kron",
+        init: str = "kfac",
+        anchor_every: int = 50,
+        anchor_decay: float = 0.5,
+        scale: float = 1.0,
+        momentum: str = "before",
+        normalize: str | None = "rms",
+        kappa: float = 1e-3,
+        curvature_batch: int | None = 32,
+        max_factor_size: int | None = 8192,
+        precision: str | None = None,
+        backend: str | None = None,
+        writer: Any = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        seed: int = 0,
+    ) -> None:
+        settings = dict(
+            aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, damping=damping, update_aux_every=update_aux_every,
+            fisher=fisher or ("hessian" if likelihood is None else "ggn"), precondition_aux=precondition_aux,
+            u_sampling=u_sampling, structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
+            scale=scale, momentum=momentum, normalize=normalize, kappa=kappa, curvature_batch=curvature_batch,
+            max_factor_size=max_factor_size, precision=precision, writer=writer, seed=seed,
+        )  # fmt: skip
+        validate.sources(model, draw, nll, likelihood, aux_loader, settings["fisher"])
+        validate.settings(settings)
+        self.model, self.likelihood, self.settings = model, likelihood, settings
+        self._roots = [("", model), *([("likelihood.", likelihood)] if likelihood is not None else [])]
+        self._capturable = capturable
+        self.blocks = []
+        self._built = False
+        defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, maximize=maximize)
+        super().__init__(validate.parameters(self._roots, params), defaults)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        if not everything:
+            raise ValueError("model should have a trainable parameter but has none (does everything have requires_grad=False?)")
+        self._take_up(everything)
+        self._built = True
+        first = everything[0]
+        self.backend, self._ops = backends.choose(backend, first.device, first.dtype)
+        self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed)
+        self._counts = dict.fromkeys(("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0)
+        self._last: dict[str, Any] = {}  # what diagnostics() tells of the latest step
+
+    def _take_up(self, params: list[nn.Parameter]) -> None:
+        """Blocks, λ and state for parameters that have none yet."""
+        structure, limit = self.settings["structure"], self.settings["max_factor_size"]
+        fresh = [b for prefix, root in self._roots for b in build_blocks(root, params, structure, limit, prefix)]
+        for block in fresh:
+            block.allocate(self._capturable)
+            if self.settings["init"] == "sgd":
+                block.structure.start_sgd(self.settings["scale"])
+        self.blocks += fresh
+        for _, root in self._roots:
+            attach(root, self.blocks)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let ``self.state`` show the blocks' live tensors, each under the first parameter of its block."""
+        for block in self.blocks:
+            entry = self.state[block.parts[0].param]
+            if block.key:
+                entry[block.key] = block.state()
+            else:
+                entry.update(block.state())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, those of a layer just unfrozen for one. ValueError if they are not the model's."""
+        validate.group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        validate.membership(self._roots, group["params"])
+        group.setdefault("base_lr", float(group["lr"]))  # before any schedule
+        if self._built:
+            self._take_up(group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. ``closure`` re-evaluates the model and returns the loss, which is returned.
+
+        A step whose gradient or update is not finite is skipped and counted in ``diagnostics()``: parameters, λ and moving
+        averages keep their values. RuntimeError where λ itself is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        blocks, gs = self._gather()
+        if blocks:
+            with self._own_arithmetic():
+                self._step(blocks, gs)
+        return loss
+
+    def _own_arithmetic(self) -> ExitStack:
+        """The optimizer's own products: at its precision, and out of the user's autocast."""
+        stack = ExitStack()
+        kind = self.blocks[0].parts[0].param.device.type
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if self.settings["precision"] is not None:
+            stack.enter_context(precision_scope(self.settings["precision"]))
+        return stack
+
+    def _gather(self) -> tuple[list[Block], list[Tensor]]:
+        """The blocks with a gradient, and those gradients as (m, n), negated where their group maximizes."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        blocks, gs = [], []
+        for block in self.blocks:
+            params = [part.param for part in block.parts]
+            if all(p.grad is None for p in params):
+                continue
+            block.check_placement()
+            block.groups = [group_of[id(p)] for p in params]
+            dense = [None if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
+            block.grads = [None if g is None else part.of(g) for part, g in zip(block.parts, dense, strict=True)]
+            signs = [-1 if group["maximize"] else 1 for group in block.groups]
+            grads = block.grads
+            if -1 in signs:
+                grads = [g if g is None or sign == 1 else -g for g, sign in zip(grads, signs, strict=True)]
+            blocks.append(block)
+            gs.append(block.matrix(grads))
+        return blocks, gs
+
+    def _step(self, blocks: list[Block], gs: list[Tensor]) -> None:
+        s, ops = self.settings, self._ops
+        norm = ops.inner(gs, gs).sqrt()
+        self._last["grad_norm"] = norm
+        if not self._capturable and not torch.isfinite(norm):
+            self._skip("skipped_steps", "the gradient is not finite")
+            return
+        count = self._counts["steps"]
+        due = [b for b in self.blocks if self._anchor_due(b, count)]
+        if due:
+            self._anchor(due)
+        every = s["update_aux_every"]
+        updates = -every if every < 0 else int(every > 0 and count % every == 0)
+        for _ in range(updates):
+            self._update_aux(blocks, self._directions(blocks, gs))
+        norms, ok = ops.theta_step(
+            blocks, gs, momentum=s["momentum"], normalize=s["normalize"], kappa=s["kappa"], capturable=self._capturable
+        )
+        self._counts["steps"] += 1
+        self._last["nat_norm"] = ([b.name for b in blocks], norms)
+        if not self._capturable and not ok:
+            self._refuse_bad_aux()
+            self._skip("skipped_steps", "the natural gradient is not finite")
+        elif self._capturable:
+            self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
+        if s["writer"] is not None and updates:
+            self._write()
+
+    def _anchor_due(self, block: Block, count: int) -> bool:
+        if not block.moments:
+            return False
+        every = self.settings["anchor_every"]
+        fresh = self.settings["init"] == "kfac" and not block.moments_weight
+        return fresh or (every > 0 and count > 0 and count % every == 0)
+
+    def _anchor(self, blocks: list[Block]) -> None:
+        """Q from the moving average of the Fisher's Kronecker factors, with this batch's added."""
+        decay = self.settings["anchor_decay"]
+        for block, new in zip(blocks, moments(self._passes, blocks, self._passes.inputs()), strict=True):
+            if not new or not all(torch.isfinite(t).all() for t in new.values()):
+                continue
+            block.moments_weight.mul_(decay).add_(1 - decay)
+            for name, moment in block.moments.items():
+                moment.lerp_(new[name], 1 - decay)
+            average = {name: moment / block.moments_weight.item() for name, moment in block.moments.items()}
+            block.structure.start_kfac(average, self.settings["damping"])
+        self._counts["anchors"] += 1
+
+    def _directions(self, blocks: list[Block], gs: list[Tensor]) -> list[Tensor]:
+        """u of the auxiliary loss: unit norm over all blocks together, zero where there is none."""
+        kind = self.settings["u_sampling"]
+        if kind == "momentum":
+            gs = [torch.lerp(b.momentum, g, 1 - b.groups[0]["beta"]) for b, g in zip(blocks, gs, strict=True)]
+        elif kind == "gaussian":
+            generator = torch.Generator(gs[0].device).manual_seed(self._passes.seed())
+            gs = [torch.empty_like(g).normal_(generator=generator) for g in gs]
+        norm = self._ops.inner(gs, gs).sqrt()
+        norm = torch.where(norm > 0, norm, 1)
+        return [g / norm.to(g) for g in gs]
+
+    def _update_aux(self, blocks: list[Block], us: list[Tensor]) -> None:
+        """One Adam step of λ (eq. 14 of the talk)."""
+        s, ops = self.settings, self._ops
+        vs = ops.qv(blocks, us)
+        loss, ok = ops.lambda_step(
+            blocks, us, vs, self._fisher_product(blocks, vs), damping=s["damping"], lr=s["aux_lr"], betas=s["aux_betas"],
+            eps=s["aux_eps"], precondition=s["precondition_aux"], capturable=self._capturable,
+        )  # fmt: skip
+        self._counts["aux_steps"] += 1
+        self._last["aux_loss"] = loss
+        if self._capturable:
+            self._counts["skipped_aux_steps"] = self._counts["skipped_aux_steps"] + ~ok
+        elif not ok:
+            self._refuse_bad_aux()
+            self._counts["skipped_aux_steps"] += 1
+
+    def _curvature_batch(self) -> Inputs:
+        inputs, size = self._passes.inputs(), self.settings["curvature_batch"]
+        return inputs if size is None else inputs.rows(0, size)
+
+    def _fisher_product(self, blocks: list[Block], vs: list[Tensor]) -> list[Tensor]:
+        """F v, from blocks to the model's parameters and back."""
+        tangents: dict[int, Tensor] = {}
+        params: dict[int, nn.Parameter] = {}
+        for block, v in zip(blocks, vs, strict=True):
+            for part, piece in zip(block.parts, block.split(v), strict=True):
+                p = part.param
+                if not p.requires_grad:
+                    continue
+                params[id(p)] = p
+                if part.rows is None:
+                    tangents[id(p)] = piece
+                else:
+                    part.of(tangents.setdefault(id(p), torch.zeros_like(p, dtype=v.dtype))).copy_(piece)
+        inputs = self._curvature_batch()
+        estimate = FISHER[self.settings["fisher"]]
+        products = dict(zip(params, estimate(self._passes, list(params.values()), [tangents[k] for k in params], inputs), strict=True))
+        return [
+            b.matrix([part.of(products[id(part.param)]) if id(part.param) in products else None for part in b.parts])
+            for b in blocks
+        ]
+
+    @torch.no_grad()
+    def pretrain_aux(self, steps: int) -> list[float]:
+        """``steps`` updates of λ without moving the parameters; returns the auxiliary losses.
+
+        u is a fresh gradient on labels drawn from the model each time (or Gaussian, as ``u_sampling`` says).
+        """
+        validate.count("steps", steps)
+        blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
+        params = list({id(part.param): part.param for b in blocks for part in b.parts if part.param.requires_grad}.values())
+        losses = []
+        with self._own_arithmetic():
+            if due := [b for b in blocks if self._anchor_due(b, 0)]:
+                self._anchor(due)
+            for _ in range(steps):
+                grads = dict(zip(map(id, params), drawn_gradient(self._passes, params, self._curvature_batch()), strict=True))
+                gs = [b.matrix([part.of(grads[id(part.param)]) if id(part.param) in grads else None for part in b.parts]) for b in blocks]
+                self._update_aux(blocks, self._directions(blocks, gs))
+                losses.append(float(self._last["aux_loss"]))
+        return losses
+
+    def diagnostics(self) -> dict[str, Any]:
+        """The latest step in numbers (synchronises with the device).
+
+        steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: refused for not being finite; aux_loss: 𝒜 at the latest
+        update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name. None for what has not happened yet.
+        """
+        names, norms = self._last.get("nat_norm", ([], torch.zeros(0)))
+        scalars = {key: float(self._last[key]) if key in self._last else None for key in ("aux_loss", "grad_norm")}
+        return {**{k: int(v) for k, v in self._counts.items()}, **scalars, "nat_norm": dict(zip(names, norms.tolist(), strict=True))}
+
+    def _write(self) -> None:
+        step = self._counts["steps"]
+        for key, value in self.diagnostics().items():
+            items = {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            for name, number in items.items():
+                if number is not None:
+                    self.settings["writer"].add_scalar(f"fishleg/{name}", number, step)
+
+    def _skip(self, counter: str, reason: str) -> None:
+        if not self._counts[counter]:
+            warnings.warn(f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on", stacklevel=4)
+        self._counts[counter] += 1
+
+    def _refuse_bad_aux(self) -> None:
+        for block in self.blocks:
+            for name, t in block.structure.fishleg_aux.items():
+                if not torch.isfinite(t).all():
+                    raise RuntimeError(
+                        f"λ of {block.name!r}, fishleg_aux[{name!r}], is not finite; load a checkpoint or make the optimizer anew"
+                    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any torch optimizer's, λ and its Adam moments included; "fishleg" holds counters and generators.
+
+        Loading it into an optimizer of the same model and structure resumes bit for bit.
+        """
+        state = super().state_dict()
+        counts = {k: int(v) for k, v in self._counts.items()}
+        loader = None if self._passes.loader is None else self._passes.loader.state()
+        state["fishleg"] = {"counts": counts, "generator": self._passes.generator.get_state(), "aux_loader": loader}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume. ValueError where the state is another optimizer's, or of other blocks; nothing is changed then."""
+        restored = checkpoint.match(self.blocks, self.param_groups, state_dict)
+        super().load_state_dict(state_dict)  # groups; it would also cast λ to the parameters' dtype
+        checkpoint.restore(restored)
+        self.state.clear()
+        self._publish()
+        extra = state_dict["fishleg"]
+        self._counts.update(extra["counts"])
+        self._passes.generator.set_state(extra["generator"].cpu())
+        if self._passes.loader is not None and extra["aux_loader"] is not None:
+            self._passes.loader.load(extra["aux_loader"])

@@ -1,0 +1,95 @@
+"""Kronecker factors and their products, whatever their layout.
+
+A factor acts on one side of a block. Its layout is told by its number of dimensions:
+
+    dense           (k, k)
+    diagonal        (k,)
+    block-diagonal  (c, b, b)   c blocks of b rows, c·b ≥ k; the rows past k meet zeros only
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Factor = Tensor
+
+
+def _to_blocks(factor: Factor, x: Tensor) -> Tensor:
+    """(k, n) -> (c, b, n), padded with zero rows."""
+    c, b, _ = factor.shape
+    padding = c * b - x.shape[0]
+    if padding:
+        x = torch.cat([x, x.new_zeros(padding, x.shape[1])])
+    return x.reshape(c, b, x.shape[1])
+
+
+def mul(factor: Factor, x: Tensor) -> Tensor:
+    """F x, for x (k, n)."""
+    if factor.ndim == 2:
+        return factor @ x
+    if factor.ndim == 1:
+        return factor[:, None] * x
+    return (factor @ _to_blocks(factor, x)).flatten(0, 1)[: x.shape[0]]
+
+
+def rmul(x: Tensor, factor: Factor) -> Tensor:
+    """x F, for x (m, k)."""
+    if factor.ndim == 2:
+        return x @ factor
+    if factor.ndim == 1:
+        return x * factor
+    return mul(factor.mT, x.T).T
+
+
+def transpose(factor: Factor) -> Factor:
+    """Fᵀ."""
+    return factor if factor.ndim == 1 else factor.mT
+
+
+def cross(x: Tensor, y: Tensor, like: Factor) -> Factor:
+    """x yᵀ for x, y (k, n), computed only where a factor laid out as ``like`` has entries."""
+    if like.ndim == 2:
+        return x @ y.T
+    if like.ndim == 1:
+        return (x * y).sum(1)
+    return _to_blocks(like, x) @ _to_blocks(like, y).mT
+
+
+def compose(f: Factor, g: Factor) -> Factor:
+    """F G, for two factors of the same layout."""
+    return f * g if f.ndim == 1 else f @ g
+
+
+def twice_symmetric(f: Factor) -> Factor:
+    """F + Fᵀ."""
+    return f + transpose(f)
+
+
+def diagonal(factor: Factor, k: int) -> Tensor:
+    """The k diagonal entries of F."""
+    if factor.ndim == 1:
+        return factor
+    return factor.diagonal(dim1=-2, dim2=-1).reshape(-1)[:k]
+
+
+def trace(factor: Factor) -> Tensor:
+    """tr F (padding must be zero)."""
+    return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def inverse_root(factor: Factor, shift: Tensor) -> Factor:
+    """C⁻¹ with C Cᵀ = F + shift·I, so that (F + shift·I)⁻¹ = C⁻ᵀ C⁻¹. Raises torch.linalg.LinAlgError where F is not finite.
+
+    ``shift`` is a scalar tensor. Where float32 loses positive definiteness, the factorisation is repeated in float64.
+    """
+    if factor.ndim == 1:
+        return (factor.clamp_min(0) + shift).rsqrt()
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    chol, info = torch.linalg.cholesky_ex(factor + shift * eye)
+    if info.any():
+        wide = factor.double()
+        floor = wide.diagonal(dim1=-2, dim2=-1).mean() * 1e-12
+        chol = torch.linalg.cholesky(wide + (shift.double() + floor) * eye.double())
+        eye = eye.double()
+    return torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False).to(factor.dtype)

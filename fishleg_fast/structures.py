@@ -1,0 +1,356 @@
+"""Structured inverse Fisher matrices: the shapes of λ and its two starts. The maths is in ``fishleg_fast.reference``.
+
+A structure approximates the inverse Fisher matrix Q of one block, the parameters θ of a layer seen as a matrix (m, n).
+Row-major vec throughout: vec(X u Y) = (X ⊗ Yᵀ) vec(u). λ is ``fishleg_aux``, with the letters of the paper:
+
+    Kron      Q u = A∘(P (A∘u) S), P = RᵀR, S = LLᵀ     R (m, m), L (n, n), A (m, n) where scale=True
+    DiagKron  Q u = A∘(Rᵀ (B²∘(R (A∘u) L)) Lᵀ)          R (m, m), L (n, n), A (m, n), B (m, n)
+    SumKron   Q u = Σₖ Pₖ u Sₖ                          R1 (m, m), L1 (n, n), R2, L2, ...
+    Diagonal  Q u = d²∘u                                d, of the block's shape
+
+Source: Garcia, Freddi et al., Fisher-Legendre (FishLeg) optimization of deep neural networks, ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from .reference.factors import cross, inverse_root, trace, transpose
+from .reference.products import MATHS, Aux, Maths
+
+
+def _size(name: str, value: int, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} should be an integer of at least {least} but is: {value!r}")
+    return value
+
+
+def _float_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype should be torch.float32 or torch.float64 (λ needs the precision) but is: {dtype}")
+    return dtype
+
+
+class Structure:
+    """One block's Q(λ). Subclasses set ``maths`` and fill ``fishleg_aux`` in their constructor.
+
+    Attributes:
+        shape: (m, n) of the block.
+        fishleg_aux: λ, name -> tensor. May be edited in place; the cached products follow.
+    """
+
+    maths: Maths
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(_size("each size of shape", k) for k in shape)
+        self.fishleg_aux: Aux = {}
+        self._cache: Aux = {}
+        self._cache_key: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def cache(self) -> Aux:
+        """What depends on λ alone (P and S of a Kron), recomputed only when λ was written to."""
+        key = tuple((id(t), t._version) for t in self.fishleg_aux.values())
+        if key != self._cache_key:
+            with torch.no_grad():
+                self._cache = self.maths.refresh(self.fishleg_aux)
+            self._cache_key = key
+        return self._cache
+
+    def _check(self, name: str, u: Tensor) -> Tensor:
+        if tuple(u.shape) != self.shape:
+            raise ValueError(f"{name} should have shape {self.shape} but has: {tuple(u.shape)}")
+        dtype = next(iter(self.fishleg_aux.values())).dtype
+        if u.dtype != dtype:
+            raise TypeError(f"{name} should have λ's dtype {dtype} but has: {u.dtype}; convert it with .to({dtype})")
+        return u
+
+    @torch.no_grad()
+    def Qv(self, u: Tensor) -> Tensor:
+        """Q(λ) u, for u of the block's shape and λ's dtype. ValueError or TypeError otherwise."""
+        return self.maths.qv(self.fishleg_aux, self.cache, self._check("u", u))
+
+    @torch.no_grad()
+    def aux_grads(self, u: Tensor, w: Tensor) -> Aux:
+        """Gradient of s(λ) = ⟨w, Q(λ) u⟩ with u, w constant: a dict with λ's names and shapes."""
+        return self.maths.grads(self.fishleg_aux, self.cache, self._check("u", u), self._check("w", w))
+
+    @torch.no_grad()
+    def diag(self) -> Tensor:
+        """The diagonal of Q, in the block's shape."""
+        return self.maths.diag(self.fishleg_aux, self.cache, *self._matrix_shape()).reshape(self.shape)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """Q as a matrix (m·n, m·n) over row-major vec(u). For tests and small blocks: quadratic in the block's size."""
+        size = torch.Size(self.shape).numel()
+        like = next(iter(self.fishleg_aux.values()))
+        basis = torch.eye(size, dtype=like.dtype, device=like.device)
+        columns = [self.Qv(e.reshape(self.shape)).reshape(-1) for e in basis]
+        return torch.stack(columns, dim=1) if columns else basis
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        m, *rest = self.shape or (1,)
+        return m, torch.Size(rest).numel()
+
+    def start_sgd(self, scale: float = 1.0) -> None:
+        """Q₀ = scale·I. ``scale`` > 0, ValueError otherwise."""
+        if not scale > 0:
+            raise ValueError(f"scale should be positive but is: {scale}")
+        self._start_sgd(scale)
+
+    def _start_sgd(self, scale: float) -> None:
+        """Structures with a start of their own override this and the three below; others keep the λ they were given."""
+
+    def new_moments(self) -> Aux:
+        """Zeroed second moments of the gradient, as ``start_kfac`` reads them; empty if it reads none."""
+        return {}
+
+    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
+        """Second moments from gradients on drawn labels, each (m, n) and scaled so that E[vec(g) vec(g)ᵀ] = F."""
+        return {}
+
+    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+        """Second moments from a layer's inputs a (positions, n) and output gradients e (positions, m) of a mean over ``count`` terms."""
+        return {}
+
+    def start_kfac(self, moments: Aux, damping: float) -> None:
+        """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it."""
+
+
+def _new_factor(
+    side: str, size: int, diagonal: Collection[str], max_factor_size: int | None, options: dict
+) -> Tensor:
+    """A zeroed factor for one side of a block: dense, diagonal, or block-diagonal where it would outgrow the limit."""
+    if side in diagonal:
+        return torch.zeros(size, **options)
+    if max_factor_size is None or size <= max_factor_size:
+        return torch.zeros(size, size, **options)
+    count = -(-size // max_factor_size)
+    width = -(-size // count)
+    return torch.zeros(count, width, width, **options)
+
+
+def _set_identity(factor: Tensor, value: float = 1.0) -> None:
+    if factor.ndim == 1:
+        factor.fill_(value)
+    else:
+        factor.zero_().diagonal(dim1=-2, dim2=-1).fill_(value)
+
+
+class _Kronecker(Structure):
+    """What Kron, DiagKron and SumKron share: factors R (rows) and L (columns), and how they start."""
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        *,
+        diagonal: Collection[str],
+        max_factor_size: int | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__((m, n))
+        if not set(diagonal) <= {"R", "L"}:
+            raise ValueError(f"diagonal should name factors, 'R' or 'L', but is: {diagonal!r}")
+        if max_factor_size is not None:
+            _size("max_factor_size", max_factor_size, least=1)
+        self._options = {"dtype": _float_dtype(dtype), "device": device}
+        self._layout = (diagonal, max_factor_size, self._options)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        m, n = self.shape
+        return _new_factor("R", m, *self._layout), _new_factor("L", n, *self._layout)
+
+    def _set_factors(self, R: Tensor, L: Tensor) -> None:
+        """Make Q = RᵀR ⊗ LLᵀ."""
+        self.fishleg_aux["R"].copy_(R)
+        self.fishleg_aux["L"].copy_(L)
+        for name in ("A", "B"):
+            if name in self.fishleg_aux:
+                self.fishleg_aux[name].fill_(1)
+
+    @torch.no_grad()
+    def _start_sgd(self, scale: float) -> None:
+        R, L = self._factors()
+        for factor in (R, L):
+            _set_identity(factor, scale**0.25)
+        self._set_factors(R, L)
+
+    def new_moments(self) -> Aux:
+        rows, columns = self._factors()
+        return {"rows": rows, "columns": columns}
+
+    @torch.no_grad()
+    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
+        """E[GGᵀ] and E[GᵀG], each over the square root of their common trace, so that rows ⊗ columns has F's trace."""
+        moments = self.new_moments()
+        for g in grads:
+            moments["rows"].add_(cross(g, g, moments["rows"]), alpha=1 / len(grads))
+            moments["columns"].add_(cross(g.T, g.T, moments["columns"]), alpha=1 / len(grads))
+        root = trace(moments["rows"]).sqrt().clamp_min(torch.finfo(moments["rows"].dtype).tiny)
+        return {name: moment / root for name, moment in moments.items()}
+
+    @torch.no_grad()
+    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+        """rows = count·Σ e eᵀ, columns = mean a aᵀ (Martens & Grosse 2015; convolutions as in Grosse & Martens 2016)."""
+        moments = self.new_moments()
+        moments["rows"].copy_(cross(e.T, e.T, moments["rows"])).mul_(count)
+        moments["columns"].copy_(cross(a.T, a.T, moments["columns"])).div_(max(a.shape[0], 1))
+        return moments
+
+    @torch.no_grad()
+    def start_kfac(self, moments: Aux, damping: float) -> None:
+        """(G + √γ/π I)⁻¹ = RᵀR and (Ā + π√γ I)⁻¹ = LLᵀ, π² = (tr Ā/n)/(tr G/m) (Martens & Grosse 2015, section 6.3).
+
+        ``moments``: "rows" G and "columns" Ā, laid out as R and L; their Kronecker product estimates the Fisher matrix.
+        Raises torch.linalg.LinAlgError when they are not finite or not positive semi-definite; λ is then unchanged.
+        """
+        G, A = moments["rows"], moments["columns"]
+        m, n = self.shape
+        if m == 0 or n == 0:
+            return
+        tiny = torch.finfo(G.dtype).tiny
+        mean_g, mean_a = (trace(G) / m).clamp_min(tiny), (trace(A) / n).clamp_min(tiny)
+        pi = (mean_a / mean_g).sqrt()
+        R = inverse_root(G, damping**0.5 / pi)
+        L = transpose(inverse_root(A, damping**0.5 * pi))
+        self._set_factors(R, L)
+
+
+class Kron(_Kronecker):
+    """Block Kronecker: Q u = A∘(P (A∘u) S), with P = RᵀR, S = LLᵀ, and A only where ``scale``.
+
+    Args:
+        m, n: the block's shape.
+        scale: an outer diagonal A (m, n) besides.
+        diagonal: the factors to keep diagonal: any of "R" (m,), "L" (n,).
+        max_factor_size: a larger factor becomes block-diagonal, with blocks of at most this size.
+        dtype: of λ: torch.float32 or torch.float64; the default dtype if None.
+        device: of λ.
+    """
+
+    maths = MATHS["kron"]
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        scale: bool = False,
+        *,
+        diagonal: Collection[str] = (),
+        max_factor_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(m, n, diagonal=diagonal, max_factor_size=max_factor_size, dtype=dtype, device=device)
+        R, L = self._factors()
+        self.fishleg_aux = {"R": R, "L": L}
+        if scale:
+            self.fishleg_aux["A"] = torch.ones(m, n, **self._options)
+        self.start_sgd()
+
+
+class DiagKron(_Kronecker):
+    """Block Kronecker with diagonals: Q u = A∘(Rᵀ (B²∘(R (A∘u) L)) Lᵀ) = A (R⊗L) B² (Rᵀ⊗Lᵀ) A of the talk, A, B (m, n).
+
+    Arguments as for :class:`Kron`.
+    """
+
+    maths = MATHS["diagkron"]
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        *,
+        diagonal: Collection[str] = (),
+        max_factor_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(m, n, diagonal=diagonal, max_factor_size=max_factor_size, dtype=dtype, device=device)
+        R, L = self._factors()
+        A, B = torch.ones(m, n, **self._options), torch.ones(m, n, **self._options)
+        self.fishleg_aux = {"R": R, "L": L, "A": A, "B": B}
+        self.start_sgd()
+
+
+class SumKron(_Kronecker):
+    """Sum of block Kroneckers: Q u = Σₖ Pₖ u Sₖ, k = 1 … ``terms``, with λ named R1, L1, R2, L2, ...
+
+    Both starts are exact: term k takes the share wₖ of each column, Lₖ = L diag(√wₖ) with Σₖ wₖ = 1. The shares differ from
+    term to term, since equal terms would have equal gradients and stay equal. Other arguments as for :class:`Kron`.
+    """
+
+    maths = MATHS["sumkron"]
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        terms: int = 2,
+        *,
+        diagonal: Collection[str] = (),
+        max_factor_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(m, n, diagonal=diagonal, max_factor_size=max_factor_size, dtype=dtype, device=device)
+        self.terms = _size("terms", terms, least=1)
+        for k in range(1, terms + 1):
+            self.fishleg_aux[f"R{k}"], self.fishleg_aux[f"L{k}"] = self._factors()
+        self.start_sgd()
+
+    def _set_factors(self, R: Tensor, L: Tensor) -> None:
+        for k in range(self.terms):
+            share = torch.full(L.shape[-1:], 0.5 / self.terms, dtype=L.dtype, device=L.device)
+            share[k :: self.terms] += 0.5
+            self.fishleg_aux[f"R{k + 1}"].copy_(R)
+            self.fishleg_aux[f"L{k + 1}"].copy_(L * share.sqrt())
+
+
+class Diagonal(Structure):
+    """Q u = d²∘u, for a block of any ``shape``; λ is d, of that shape."""
+
+    maths = MATHS["diagonal"]
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape)
+        self.fishleg_aux = {"d": torch.ones(self.shape, dtype=_float_dtype(dtype), device=device)}
+
+    @torch.no_grad()
+    def _start_sgd(self, scale: float) -> None:
+        self.fishleg_aux["d"].fill_(scale**0.5)
+
+    def new_moments(self) -> Aux:
+        return {"diagonal": torch.zeros_like(self.fishleg_aux["d"])}
+
+    @torch.no_grad()
+    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
+        """E[g²]."""
+        moments = self.new_moments()
+        for g in grads:
+            moments["diagonal"].addcmul_(g, g, value=1 / len(grads))
+        return moments
+
+    @torch.no_grad()
+    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+        """count·Σ (e∘e)(a∘a)ᵀ: exact where every sample has one position, and positions taken as uncorrelated elsewhere."""
+        return {"diagonal": (e * e).T @ (a * a) * count}
+
+    @torch.no_grad()
+    def start_kfac(self, moments: Aux, damping: float) -> None:
+        """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape."""
+        self.fishleg_aux["d"].copy_((moments["diagonal"] + damping).rsqrt())

@@ -1,0 +1,137 @@
+"""Argument checks of FishLeg: each names the argument, its value and what it should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from .assemble import check_choice
+from .curvature import FISHER
+from .likelihoods import Likelihood
+from .precision import PRECISIONS
+
+_CHOICES = {
+    "fisher": tuple(FISHER),
+    "u_sampling": ("gradient", "momentum", "gaussian"),
+    "init": ("kfac", "sgd"),
+    "momentum": ("before", "after"),
+    "normalize": ("rms", "trust", None),
+    "precision": (*PRECISIONS, None),
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(name: str, value: object, least: float = 0.0, below: float = math.inf, strict: bool = False) -> None:
+    """TypeError or ValueError unless least ≤ value < below (least < value where ``strict``)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} should be a number or a scalar tensor but has shape: {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} should be a number but is: {value!r}")
+    if not math.isfinite(value) or value < least or value >= below or (strict and value == least):
+        limits = f"{'greater than' if strict else 'at least'} {least:g}" + ("" if below == math.inf else f" and below {below:g}")
+        raise ValueError(f"{name} should be {limits} but is: {value!r}")
+
+
+def count(name: str, value: object, least: int = 0) -> None:
+    """TypeError or ValueError unless value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} should be an integer but is: {value!r}")
+    if value < least:
+        raise ValueError(f"{name} should be at least {least} but is: {value}")
+
+
+def settings(s: dict[str, Any]) -> None:
+    """Everything in FishLeg's settings that is one for the whole model."""
+    for name, choices in _CHOICES.items():
+        if s[name] not in choices:
+            raise ValueError(f"{name} should be one of {choices} but is: {s[name]!r}")
+    for name in ("aux_lr", "damping", "scale", "kappa", "aux_eps"):
+        number(name, s[name], strict=True)
+    if not isinstance(s["aux_betas"], (tuple, list)) or len(s["aux_betas"]) != 2:
+        raise ValueError(f"aux_betas should be a pair of numbers but is: {s['aux_betas']!r}")
+    for i, beta in enumerate(s["aux_betas"]):
+        number(f"aux_betas[{i}]", beta, below=1)
+    number("anchor_decay", s["anchor_decay"], below=1)
+    count("update_aux_every", s["update_aux_every"], least=-1_000_000)
+    count("anchor_every", s["anchor_every"])
+    count("seed", s["seed"])
+    for name in ("curvature_batch", "max_factor_size"):
+        if s[name] is not None:
+            count(name, s[name], least=1)
+    if not isinstance(s["precondition_aux"], bool):
+        raise TypeError(f"precondition_aux should be a bool but is: {s['precondition_aux']!r}")
+    check_choice(s["structure"])
+    if s["momentum"] == "after" and s["u_sampling"] == "momentum":
+        raise ValueError("u_sampling='momentum' needs an average of gradients, but momentum='after' averages Q g; use momentum='before'")
+    if s["writer"] is not None and not callable(getattr(s["writer"], "add_scalar", None)):
+        raise TypeError(f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {s['writer']!r}")
+
+
+def sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, fisher: str) -> None:
+    """What the loss and the curvature batches come from."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module but is: {type(model).__name__}; pass parameters as params=")
+    for name, function in (("draw", draw), ("nll", nll)):
+        if isinstance(function, Likelihood):
+            raise TypeError(f"{name} should be a function but is: {type(function).__name__}; pass it as likelihood=")
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} should be callable but is: {function!r}")
+    if likelihood is not None and not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}; or pass draw and nll")
+    if (draw is None) != (nll is None):
+        raise ValueError(f"draw and nll go together, but {'draw' if draw is None else 'nll'} is missing")
+    if likelihood is None and nll is None:
+        raise ValueError("FishLeg needs likelihood=, or both draw= and nll=, to know the Fisher matrix; none was given")
+    if fisher == "ggn" and likelihood is None:
+        raise ValueError("fisher='ggn' needs likelihood=; draw and nll alone do with fisher='hessian'")
+    if aux_loader is not None:
+        if not isinstance(aux_loader, Iterable):
+            raise TypeError(f"aux_loader should be iterable, like a DataLoader, but is: {type(aux_loader).__name__}")
+        if hasattr(aux_loader, "__len__") and len(aux_loader) == 0:
+            raise ValueError("aux_loader should not be empty but has length: 0")
+
+
+def group(options: dict[str, Any]) -> None:
+    """A parameter group's options."""
+    number("lr", options["lr"])
+    number("weight_decay", options["weight_decay"])
+    number("beta", options["beta"], below=1)
+    if not isinstance(options["maximize"], bool):
+        raise TypeError(f"maximize should be a bool but is: {options['maximize']!r}")
+
+
+def parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[Any] | None) -> list[Any]:
+    """What the optimizer trains: ``params``, or everything trainable under the roots."""
+    for prefix, root in roots:
+        for name, p in root.named_parameters():
+            if isinstance(p, UninitializedParameter):
+                raise ValueError(f"parameter {prefix + name!r} is not initialized yet: run one forward pass before making the optimizer")
+    if isinstance(params, Tensor):
+        raise TypeError("params should be an iterable of tensors or of dicts but is: a tensor")
+    chosen = [p for _, root in roots for p in root.parameters() if p.requires_grad] if params is None else list(params)
+    if not chosen:
+        where = "model should have a trainable parameter" if params is None else "params should hold a parameter"
+        raise ValueError(f"{where} but has none" + (" (does everything have requires_grad=False?)" if params is None else ""))
+    return chosen
+
+
+def membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor]) -> None:
+    """Every parameter is the model's or the likelihood's, and real floating point."""
+    names = {id(p): prefix + name for prefix, root in roots for name, p in root.named_parameters()}
+    for p in params:
+        if id(p) not in names:
+            raise ValueError(f"params should be parameters of the model, but one of shape {tuple(p.shape)} is not")
+        if not p.is_floating_point():
+            raise TypeError(f"parameter {names[id(p)]!r} should be real floating point but has dtype: {p.dtype}")
+        if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f"parameter {names[id(p)]!r} should be float16, bfloat16, float32 or float64 but has dtype: {p.dtype}")
