@@ -47,12 +47,12 @@ def soap(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optim
 
 
 def fishleg(**settings: Any) -> Make:
-    """FishLeg with the library's defaults, but for the settings named."""
+    """FishLeg with the library's defaults (weight decay 0 among them), but for the settings named."""
 
     def make(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
         from fishleg_fast import FishLeg
 
-        return [FishLeg(model, likelihood=likelihood, lr=lr, weight_decay=0.0, **settings)]
+        return [FishLeg(model, likelihood=likelihood, lr=lr, **settings)]
 
     return make
 

@@ -26,6 +26,16 @@ def pyplot() -> Any:
     return plt
 
 
+def loss_axis(axes: Any) -> None:
+    """A logarithmic axis with numbers that read as losses: 60, not 6×10¹."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))
+    axes.grid(alpha=0.3, which="both")
+
+
 def number(value: float | None) -> str:
     """A figure for people: four digits, or what went wrong."""
     return "diverged" if value is None or not math.isfinite(value) else f"{value:.4g}"
@@ -87,8 +97,8 @@ def plot_runs(runs: Sequence[Run], problem: Problem, path: Path, reconstructions
                 label=f"{run.label}, lr {run.lr:g}",
                 linewidth=1.3,
             )
-        axes.set(xlabel=quantity, yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlabel=quantity)
+        loss_axis(axes)
     top.axes[0].set_ylabel("NLL of the batch")
     top.axes[0].legend()
     if below:
@@ -198,8 +208,8 @@ def plot_study(groups: dict[int, dict[str, dict[float, Records]]], path: Path) -
                 linewidth=1.3,
             )
             axes.fill_between(steps, losses.amin(0), losses.amax(0), color=colour, alpha=0.2, linewidth=0)
-        axes.set(xlabel="steps", ylabel="training NLL of the batch", yscale="log", title=f"batch {batch}")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlabel="steps", ylabel="training NLL of the batch", title=f"batch {batch}")
+        loss_axis(axes)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

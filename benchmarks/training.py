@@ -134,7 +134,11 @@ def train(
     cpu_seconds = time.process_time() - cpu_start
     bar.close()
     figures = {**problem.evaluate(model, "train"), **problem.evaluate(model, "test")}
-    settings = {f"{type(o).__name__}.{k}": v for o in optimizers for k, v in o.defaults.items()}
+    settings = {
+        f"{type(o).__name__}.{name}": value
+        for o in optimizers
+        for name, value in {**o.defaults, **getattr(o, "settings", {})}.items()
+    }
     return Run(
         optimizer,
         choice.label,

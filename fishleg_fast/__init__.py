@@ -1,4 +1,6 @@
-"""FishLeg for PyTorch: natural-gradient descent with a learned inverse Fisher matrix, at the cost of a first-order optimizer."""
+"""FishLeg for PyTorch: natural-gradient descent with a learned inverse Fisher matrix, at the cost of a first-order
+optimizer.
+"""
 
 from ._version import __version__ as __version__
 from .likelihoods import BernoulliLikelihood as BernoulliLikelihood
@@ -17,7 +19,7 @@ from .modules import FishModule as FishModule
 from .modules import FishMultiheadAttention as FishMultiheadAttention
 from .modules import FishRMSNorm as FishRMSNorm
 from .optimizer import FishLeg as FishLeg
-from .structures import Diagonal as Diagonal
 from .structures import DiagKron as DiagKron
+from .structures import Diagonal as Diagonal
 from .structures import Kron as Kron
 from .structures import SumKron as SumKron

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from .blocks import Block, Part
 from .layers import Spec, layer_of
 from .modules import AuxView, FishModule, ModuleStructure, _FishLayer
-from .structures import Diagonal, DiagKron, Kron, Structure, SumKron
+from .structures import DiagKron, Diagonal, Kron, Structure, SumKron
 
 StructureChoice = str | Callable[..., Structure]
 STRUCTURES: dict[str, Callable[..., Structure]] = {
@@ -23,7 +24,7 @@ STRUCTURES: dict[str, Callable[..., Structure]] = {
 
 
 def check_choice(structure: object) -> None:
-    """TypeError or ValueError unless ``structure`` is a known name, a callable, or a mapping of name patterns to those."""
+    """TypeError or ValueError unless ``structure`` is a known name, a callable, or a mapping of patterns to those."""
     if isinstance(structure, Mapping):
         for choice in structure.values():
             check_choice(choice)
@@ -32,7 +33,8 @@ def check_choice(structure: object) -> None:
             raise ValueError(f"structure should be one of {sorted(STRUCTURES)} but is: {structure!r}")
     elif not callable(structure):
         raise TypeError(
-            "structure should be a name, a callable (m, n, **options) -> Structure, or a dict of name patterns to those "
+            "structure should be a name, a callable (m, n, **options) -> Structure, or a dict of name patterns "
+            "to those "
             f"but is: {structure!r}"
         )
 
@@ -44,13 +46,15 @@ def _chosen(structure: StructureChoice | Mapping[str, StructureChoice], name: st
 
 
 def _make_structure(choice: StructureChoice, block: Block, spec: Spec, max_factor_size: int | None) -> Structure:
-    options = {"dtype": block.dtype, "device": block.parts[0].param.device}
+    options: dict[str, Any] = {"dtype": block.dtype, "device": block.parts[0].param.device}
     make = STRUCTURES[choice] if isinstance(choice, str) else choice
     if spec.elementwise or make is Diagonal:
         return Diagonal(block.shape, **options)
     made = make(*block.shape, diagonal=spec.diagonal, max_factor_size=max_factor_size, **options)
     if not isinstance(made, Structure) or made.shape != block.shape:
-        raise TypeError(f"structure for {block.name!r} should make a Structure of shape {block.shape} but made: {made!r}")
+        raise TypeError(
+            f"structure for {block.name!r} should make a Structure of shape {block.shape} but made: {made!r}"
+        )
     return made
 
 
@@ -81,7 +85,9 @@ def build_blocks(
     blocks: list[Block] = []
 
     def add(name: str, parts: list[Part], spec: Spec, module: nn.Module | None, choice: StructureChoice) -> None:
-        shared = any(uses[id(part.param)] > 1 for part in parts)  # then one layer's inputs do not tell the whole gradient
+        shared = any(
+            uses[id(part.param)] > 1 for part in parts
+        )  # then one layer's inputs do not tell the whole gradient
         block = Block(prefix + name, parts, spec.axis, Structure(()), spec.suffix, None if shared else module)
         block.structure = _make_structure(choice, block, spec, max_factor_size)
         blocks.append(block)

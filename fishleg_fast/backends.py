@@ -1,6 +1,7 @@
 """The table of backends. No other file knows which exist.
 
-A backend is a module with the ops of ``fishleg_fast.reference.steps`` (same signatures) and ``available(device, dtype)``. Best first.
+A backend is a module with the ops of ``fishleg_fast.reference.steps`` (same signatures) and ``available(device,
+dtype)``. Best first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _told: set[tuple[str, str]] = set()
 
 
 def available(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
-    """Whether the backend can run on ``device`` with parameters of ``dtype``, and why not. ValueError for an unknown name."""
+    """Whether the backend can run on ``device`` with parameters of ``dtype``, and why not.
+
+    ValueError for an unknown name.
+    """
     if name not in BACKENDS:
         raise ValueError(f"backend should be one of {sorted(BACKENDS)} or None but is: {name!r}")
     try:
@@ -44,7 +48,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[
         ok, reason = available(name, device, dtype)
         if not ok:
             raise RuntimeError(
-                f"backend={name!r} is unavailable for {dtype} on {device}: {reason}. Choose backend=None for the best available one"
+                f"backend={name!r} is unavailable for {dtype} on {device}: {reason}. Choose backend=None for "
+                f"the best available one"
             )
         return name, importlib.import_module(BACKENDS[name])
     best = next(n for n in BACKENDS if available(n, device, dtype)[0])

@@ -31,7 +31,8 @@ def _empty() -> Tensor:
 class Block:
     """What every op takes: parameters, gradients, λ, moving averages and hyperparameters of one layer.
 
-    ``axis`` tells how the parts make the matrix: 1, side by side as columns, each seen as (m, numel/m), the weight and its
+    ``axis`` tells how the parts make the matrix: 1, side by side as columns, each seen as (m, numel/m), the weight and
+    its
     bias; 0, one below the other as a single column. No part is empty.
     """
 
@@ -55,6 +56,11 @@ class Block:
     def dtype(self) -> torch.dtype:
         """Of λ and of every moving average: float32 unless the parameters are float64."""
         return torch.float64 if self.parts[0].param.dtype == torch.float64 else torch.float32
+
+    @property
+    def beta(self) -> float:
+        """Momentum: that of the first part's group."""
+        return self.groups[0]["beta"]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +106,8 @@ class Block:
         param = self.parts[0].param
         if self.momentum.device != param.device or self.momentum.dtype != self.dtype:
             raise RuntimeError(
-                f"λ of {self.name!r} is {self.momentum.dtype} on {self.momentum.device} but its parameter is {param.dtype} on "
+                f"λ of {self.name!r} is {self.momentum.dtype} on {self.momentum.device} but its parameter is "
+                f"{param.dtype} on "
                 f"{param.device}: move or convert the model before making the optimizer"
             )
 

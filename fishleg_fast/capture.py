@@ -19,7 +19,11 @@ def tree_map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: tree_map(fn, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(tree_map(fn, x) for x in tree) if type(tree) in (tuple, list) else tuple(tree_map(fn, x) for x in tree)
+        return (
+            type(tree)(tree_map(fn, x) for x in tree)
+            if type(tree) in (tuple, list)
+            else tuple(tree_map(fn, x) for x in tree)
+        )
     return tree
 
 
@@ -73,8 +77,11 @@ class Inputs:
 class InputTap:
     """Stands in for ``model.forward`` and remembers the last inputs that were given with gradients enabled.
 
-    An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. Copies and pickles of the model do not carry it.
+    An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. Copies and pickles of the model do
+    not carry it.
     """
+
+    inner: Callable[..., Any]
 
     def __init__(self, model: nn.Module) -> None:
         inner = model.__dict__.get("forward", model.forward)
@@ -87,7 +94,9 @@ class InputTap:
         if torch.is_grad_enabled() and not self.paused:
             first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             kind = "cpu" if first is None else first.device.type
-            self.last = Inputs(args, kwargs, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+            self.last = Inputs(
+                args, kwargs, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            )
         return self.inner(*args, **kwargs)
 
     @contextmanager
@@ -123,7 +132,8 @@ def private_rng(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
 class AuxBatches:
     """Endless batches from ``loader`` through one persistent iterator, resumable by replaying its pass.
 
-    A loader's shuffling draws from torch's generators, so that each pass begins under a seed of its own: the same seed and
+    A loader's shuffling draws from torch's generators, so that each pass begins under a seed of its own: the same seed
+    and
     the same number of batches lead to the same place.
     """
 

@@ -15,7 +15,9 @@ def _leaves(live: dict, saved: Any, where: str) -> Iterator[tuple[Tensor, Tensor
     """(live tensor, saved tensor) pairs; ValueError where names or shapes differ."""
     if not isinstance(saved, dict) or set(saved) != set(live):
         names = sorted(saved) if isinstance(saved, dict) else saved
-        raise ValueError(f"state_dict: {where} should hold {sorted(live)} but holds: {names}; was it saved with another structure?")
+        raise ValueError(
+            f"state_dict: {where} should hold {sorted(live)} but holds: {names}; was it saved with another structure?"
+        )
     for name, value in live.items():
         if isinstance(value, dict):
             yield from _leaves(value, saved[name], f"{where}[{name!r}]")
@@ -27,7 +29,10 @@ def _leaves(live: dict, saved: Any, where: str) -> Iterator[tuple[Tensor, Tensor
 
 
 def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Every live tensor of the blocks with its saved one. ValueError where the state is another optimizer's or model's."""
+    """Every live tensor of the blocks with its saved one.
+
+    ValueError where the state is another optimizer's or model's.
+    """
     if "fishleg" not in state_dict:
         raise ValueError("state_dict should come from FishLeg.state_dict() but has no 'fishleg' entry")
     saved_ids = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))

@@ -6,6 +6,7 @@ F is the Fisher matrix of the mean loss, (1/N) Σ over the batch's N independent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def _grad(outputs: Any, leaves: Sequence[Any], cotangents: Any = None, **options
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """‖·‖ of all of them together, in at least float32."""
     return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+        torch.stack(
+            [torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        )
     )
 
 
@@ -52,7 +55,9 @@ def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: 
         if tangent is not None and model_params:
             cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
             products = iter(_grad(output, model_params, cotangent))
-        own = iter(likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise]))
+        own = iter(
+            likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise])
+        )
     return [next(own) if id(p) in noise else next(products) for p in params]
 
 
@@ -70,7 +75,8 @@ def hessian(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inpu
 def antithetic(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
     """‖v‖ (∇ℓ(θ+εv̂) − ∇ℓ(θ−εv̂))/2ε on one set of drawn labels: F v in expectation, up to O(ε²).
 
-    ε = ‖θ‖ ∛eps, eps that of the parameters' dtype: the balance of rounding and truncation. θ itself is never written to.
+    ε = ‖θ‖ ∛eps, eps that of the parameters' dtype: the balance of rounding and truncation. θ itself is never written
+    to.
     """
     norm, size = _norm(vs), _norm(params)
     unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
@@ -80,10 +86,12 @@ def antithetic(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], i
         labels = passes.run(lambda: passes.draw(inputs))
     sides = []
     for sign in (1, -1):
-        moved = [(p.detach() + (sign * step).to(v) * v).to(p.dtype).requires_grad_() for p, v in zip(params, vs, strict=True)]
+        moved = [
+            (p.detach() + (sign * step).to(v) * v).to(p.dtype).requires_grad_() for p, v in zip(params, vs, strict=True)
+        ]
         named = {passes.names[id(p)]: q for p, q in zip(params, moved, strict=True)}
         with passes.apart(inputs, seed):
-            sides.append(_grad(passes.run(lambda: passes.nll(inputs, labels), named), moved))  # noqa: B023
+            sides.append(_grad(passes.run(lambda: passes.nll(inputs, labels), named), moved))
     return [(plus.to(v.dtype) - minus) / (2 * step).to(v) for plus, minus, v in zip(*sides, vs, strict=True)]
 
 
@@ -110,7 +118,7 @@ FISHER: dict[str, Product] = {"ggn": ggn, "hessian": hessian, "antithetic": anti
 
 
 def moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Each block's second moments on drawn labels, as its structure's ``start_kfac`` reads them; {} for one that reads none.
+    """Each block's second moments on drawn labels, as its structure's ``start_kfac`` reads them, else {}.
 
     From its layer's inputs and output gradients where a pass shows them, else from several gradients of the block.
     """
@@ -128,7 +136,9 @@ def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> d
     def watch(block: Block) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
-                shown.append((block, args[0].detach(), get_gradient_edge(output)))  # an edge outlives in-place activations
+                shown.append(
+                    (block, args[0].detach(), get_gradient_edge(output))
+                )  # an edge outlives in-place activations
 
         assert block.layer is not None
         return block.layer.register_forward_hook(hook)
@@ -161,7 +171,7 @@ def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -
     edges = [round(size * i / min(CHUNKS, size)) for i in range(min(CHUNKS, size) + 1)]
     samples: list[list[Tensor]] = [[] for _ in blocks]
     count = 1
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         chunk = inputs.rows(start, stop)
         with passes.apart(chunk, passes.seed()):
             loss, count = passes.run(lambda: passes.likelihood_loss(chunk))  # noqa: B023

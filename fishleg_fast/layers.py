@@ -1,7 +1,9 @@
 """How each layer's parameters become matrices: one class a kind of layer, one row of ``LAYERS`` each.
 
-A layer says which of its parameters form which block, and turns the inputs and output gradients that a forward and backward
-pass showed into rows a (positions, n) and e (positions, m), whose second moments are the Kronecker factors of the Fisher matrix.
+A layer says which of its parameters form which block, and turns the inputs and output gradients that a forward and
+backward
+pass showed into rows a (positions, n) and e (positions, m), whose second moments are the Kronecker factors of the
+Fisher matrix.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Layer:
         return e.reshape(-1, e.shape[-1])
 
     def moments(self, block: Block, x: Tensor, e: Tensor, count: float) -> Aux | None:
-        """The block's share of the Fisher matrix's factors, from one input and output gradient of its layer; None if unseen.
+        """The block's share of the Fisher matrix's factors, from one input and output gradient of its layer, or None.
 
         ``count``: the independent terms over which the loss is the mean.
         """
@@ -73,7 +75,10 @@ class Linear(Layer):
 
 
 class Conv(Layer):
-    """weight (out, in/groups, *kernel), bias (out,) -> (out, in/groups·|kernel| + 1). Inputs are seen in one and two dimensions."""
+    """weight (out, in/groups, *kernel), bias (out,) -> (out, in/groups·|kernel| + 1).
+
+    Inputs are seen in one and two dimensions.
+    """
 
     def specs(self, module: nn.Module) -> list[Spec]:
         return [Spec("", [("weight", None), ("bias", None)])]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Likelihood(nn.Module):
-    """Base class. A user's own implements ``nll`` and ``draw``; ``fisher_product`` then comes from autograd on drawn targets.
+    """Base class. A user's own implements ``nll`` and ``draw``; ``fisher_product`` then comes from autograd.
 
     A subclass's ``nn.Parameter``s (a learned noise level, say) are trained along with the model's.
     """
@@ -34,7 +34,8 @@ class Likelihood(nn.Module):
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """H v, with H the Fisher matrix of ``nll`` with respect to ``outputs``; both of the outputs' shape.
 
-        Here: the Hessian of the nll on drawn targets, which equals H in expectation (and exactly, where it does not depend on
+        Here: the Hessian of the nll on drawn targets, which equals H in expectation (and exactly, where it does not
+        depend on
         the targets, as in an exponential family's natural parameters).
         """
         outputs = outputs.detach()
@@ -47,11 +48,14 @@ class Likelihood(nn.Module):
         return product.detach()
 
     def own_fisher_product(self, outputs: Tensor, vs: Sequence[Tensor]) -> list[Tensor]:
-        """F v for the likelihood's own trainable parameters, in the order of ``parameters()``; uncorrelated with the outputs'."""
+        """F v for the likelihood's own trainable parameters, in the order of ``parameters()``; uncorrelated with the
+        outputs'.
+        """
         if not vs:
             return []
         raise NotImplementedError(
-            f"{type(self).__name__} has parameters of its own: implement own_fisher_product(outputs, vs), or use fisher='hessian'"
+            f"{type(self).__name__} has parameters of its own: implement own_fisher_product(outputs, vs), or "
+            f"use fisher='hessian'"
         )
 
     def forward(self, targets: Tensor, outputs: Tensor) -> Tensor:
@@ -66,10 +70,13 @@ def _check_pair(kind: str, targets: Tensor, outputs: Tensor) -> None:
             raise TypeError(f"{name} should be a tensor but is: {type(t).__name__}")
     if not outputs.is_floating_point():
         raise TypeError(
-            f"outputs should be floating point but has dtype {outputs.dtype}; {kind}.nll takes (targets, outputs), in this order"
+            f"outputs should be floating point but has dtype {outputs.dtype}; {kind}.nll takes (targets, "
+            f"outputs), in this order"
         )
     if targets.requires_grad and not outputs.requires_grad:
-        raise ValueError(f"targets requires a gradient and outputs does not; {kind}.nll takes (targets, outputs), in this order")
+        raise ValueError(
+            f"targets requires a gradient and outputs does not; {kind}.nll takes (targets, outputs), in this order"
+        )
     if outputs.numel() == 0:
         raise ValueError(f"outputs should not be empty but has shape: {tuple(outputs.shape)}")
 
@@ -126,7 +133,10 @@ class GaussianLikelihood(Likelihood):
 
 
 class BernoulliLikelihood(Likelihood):
-    """Independent y ∈ {0, 1} (or a grey value between) with logits ``outputs``. nll sums over dimensions and means over the batch."""
+    """Independent y ∈ {0, 1} (or a grey value between) with logits ``outputs``.
+
+    nll sums over dimensions and means over the batch.
+    """
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         _check_elementwise("BernoulliLikelihood", targets, outputs)
@@ -146,10 +156,12 @@ class CategoricalLikelihood(Likelihood):
     """Integer targets with logits ``outputs``; nll is ``torch.nn.functional.cross_entropy``'s mean.
 
     Args:
-        class_dim: the outputs' dimension of the classes: 1 as in torch, (B, C) or (B, C, H, W), targets (B,) or (B, H, W);
+        class_dim: the outputs' dimension of the classes: 1 as in torch, (B, C) or (B, C, H, W), targets (B,) or (B, H,
+            W);
             -1 for language models, (B, T, V) with targets (B, T).
         ignore_index: targets that do not count. Drawn targets never take it: the Fisher matrix is over all positions.
-        weight: of each class (C,), as in torch. The Fisher matrix then is that of the weighted loss, position i weighing Σ_c p_ic w_c.
+        weight: of each class (C,), as in torch. The Fisher matrix then is that of the weighted loss, position i
+            weighing Σ_c p_ic w_c.
     """
 
     def __init__(self, class_dim: int = 1, ignore_index: int = -100, weight: Tensor | None = None) -> None:
@@ -164,7 +176,9 @@ class CategoricalLikelihood(Likelihood):
 
     def _classes_last(self, outputs: Tensor) -> Tensor:
         if not -outputs.ndim <= self.class_dim < outputs.ndim:
-            raise ValueError(f"outputs should have dimension {self.class_dim} for the classes but has shape: {tuple(outputs.shape)}")
+            raise ValueError(
+                f"outputs should have dimension {self.class_dim} for the classes but has shape: {tuple(outputs.shape)}"
+            )
         return outputs.movedim(self.class_dim, -1)
 
     def _class_weight(self, outputs: Tensor) -> Tensor | None:
@@ -180,8 +194,10 @@ class CategoricalLikelihood(Likelihood):
         logits = self._classes_last(outputs)
         if targets.shape != logits.shape[:-1]:
             raise ValueError(
-                f"targets should have shape {tuple(logits.shape[:-1])} for outputs {tuple(outputs.shape)} with classes along "
-                f"dimension {self.class_dim} but has: {tuple(targets.shape)}; for (B, T, V) logits use CategoricalLikelihood(class_dim=-1)"
+                f"targets should have shape {tuple(logits.shape[:-1])} for outputs {tuple(outputs.shape)} with "
+                f"classes along "
+                f"dimension {self.class_dim} but has: {tuple(targets.shape)}; for (B, T, V) logits use "
+                f"CategoricalLikelihood(class_dim=-1)"
             )
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),

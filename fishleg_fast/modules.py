@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class AuxView(Mapping[str, Tensor]):
-    """A layer's λ, as ``module.fishleg_aux``. It belongs to the optimizer: copying or pickling the module leaves it behind."""
+    """A layer's λ, as ``module.fishleg_aux``.
+
+    It belongs to the optimizer: copying or pickling the module leaves it behind.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._tensors = dict(tensors or {})
@@ -48,7 +51,8 @@ class AuxView(Mapping[str, Tensor]):
 class FishModule(nn.Module, ABC):
     """A custom layer with its own inverse Fisher approximation.
 
-    Set ``self.fishleg_aux``, an ``nn.ParameterDict`` or a dict of tensors, in the constructor: λ, which the optimizer trains by
+    Set ``self.fishleg_aux``, an ``nn.ParameterDict`` or a dict of tensors, in the constructor: λ, which the optimizer
+    trains by
     autograd through ``Qv``. It is kept out of ``parameters()`` and ``state_dict()``, since it belongs to the optimizer.
     """
 
@@ -62,7 +66,7 @@ class FishModule(nn.Module, ABC):
 
     @abstractmethod
     def Qv(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Q(λ) v: one tensor for each of the module's own parameters, in the order and shapes of ``parameters(recurse=False)``.
+        """Q(λ) v: a tensor for each of the module's own parameters, ordered as ``parameters(recurse=False)``.
 
         Q should be symmetric and positive definite, and differentiable with respect to ``fishleg_aux``.
         """
@@ -79,7 +83,8 @@ class _FishLayer(FishModule):
     def Qv(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Q(λ) v, one tensor a parameter, in the order and shapes of ``parameters(recurse=False)``.
 
-        λ is the optimizer's; on a layer that no optimizer has taken up, Q is the identity. ValueError on a wrong count or shape.
+        λ is the optimizer's; on a layer that no optimizer has taken up, Q is the identity. ValueError on a wrong count
+        or shape.
         """
         named = list(self.named_parameters(recurse=False))
         if len(v) != len(named) or any(x.shape != p.shape for x, (_, p) in zip(v, named, strict=True)):
@@ -137,7 +142,9 @@ class FishBatchNorm3d(_FishLayer, nn.BatchNorm3d):
 
 
 class FishMultiheadAttention(_FishLayer, nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with one Q for each of the q, k and v projections; its ``out_proj`` is a layer of its own."""
+    """``nn.MultiheadAttention`` with one Q for each of the q, k and v projections; its ``out_proj`` is a layer of its
+    own.
+    """
 
 
 class ModuleStructure(Structure):
@@ -150,14 +157,17 @@ class ModuleStructure(Structure):
         super().__init__((sum(p.numel() for p in trainable), 1))
         self._module, self._trainable = module, trainable
         aux = getattr(module, "fishleg_aux", None)
-        if not isinstance(aux, (Mapping, nn.ParameterDict)) or not len(aux):
+        if not isinstance(aux, (dict, nn.ParameterDict)) or not len(aux):
             raise TypeError(
-                f"{type(module).__name__}.fishleg_aux should be an nn.ParameterDict or a dict of tensors but is: {aux!r}; "
+                f"{type(module).__name__}.fishleg_aux should be an nn.ParameterDict or a dict of tensors but "
+                f"is: {aux!r}; "
                 "set it in the module's constructor"
             )
         for name, t in aux.items():
             if not isinstance(t, Tensor) or not t.is_floating_point() or not torch.isfinite(t).all():
-                raise ValueError(f"{type(module).__name__}.fishleg_aux[{name!r}] should be a finite floating-point tensor")
+                raise ValueError(
+                    f"{type(module).__name__}.fishleg_aux[{name!r}] should be a finite floating-point tensor"
+                )
             if isinstance(t, nn.Parameter):
                 t.data = t.data.to(trainable[0].device)
             else:
@@ -174,7 +184,8 @@ class ModuleStructure(Structure):
         if not isinstance(out, (tuple, list)) or [x.shape for x in out] != [p.shape for p in own]:
             got = [tuple(x.shape) for x in out] if isinstance(out, (tuple, list)) else type(out).__name__
             raise ValueError(
-                f"{type(self._module).__name__}.Qv should return a tuple of shapes {[tuple(p.shape) for p in own]} but gave: {got}"
+                f"{type(self._module).__name__}.Qv should return a tuple of shapes {[tuple(p.shape) for p in own]} "
+                f"but gave: {got}"
             )
         return torch.cat([x.reshape(-1, 1) for x, p in zip(out, own, strict=True) if id(p) in mine])
 

@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 from . import backends, checkpoint, validate
 from .assemble import StructureChoice, attach, build_blocks
+from .auxiliary import Auxiliary
 from .blocks import Block
-from .capture import Inputs
-from .curvature import FISHER, drawn_gradient, moments
 from .likelihoods import Likelihood
 from .passes import Draw, Nll, Passes
 from .precision import precision_scope
@@ -24,50 +23,52 @@ from .precision import precision_scope
 class FishLeg(Optimizer):
     """Natural-gradient descent with a learned inverse Fisher matrix Q(λ) (Garcia, Freddi et al., ICLR 2023).
 
-    Every step: m ← βm + (1−β)g, θ ← θ − lr·(c·Q m̂ + weight_decay·θ). Every ``update_aux_every`` steps before that: one Adam step
-    of λ on 𝒜(λ) = ½ vᵀ(F+γI)v − uᵀv with v = Q u, u = g/‖g‖ and F the Fisher matrix on a curvature batch.
+    Each step: m ← βm + (1−β)g, θ ← θ − lr·(c·Q m̂ + weight_decay·θ). Every ``update_aux_every`` steps, before that, one
+    Adam step of λ on 𝒜(λ) = ½ vᵀ(F+γI)v − uᵀv, with v = Q u, u = g/‖g‖ and F the Fisher matrix on a curvature batch.
 
     Args:
-        model: any module. Plain torch layers get a Kronecker-factored Q each; other parameters a diagonal one.
-        draw: ``draw(model, x)``, labels sampled from the model. With ``nll``; follows from the likelihood if omitted.
-        nll: ``nll(model, x, y)``, mean negative log-likelihood.
+        model: any module. Plain torch layers get a Kronecker-factored Q each, other parameters a diagonal one.
+        draw: ``draw(model, x)``: labels sampled from the model. Goes with ``nll``; the likelihood does without both.
+        nll: ``nll(model, x, y)``: the mean negative log-likelihood, a scalar.
         likelihood: scores the model's outputs. Its own trainable parameters are trained too.
-        aux_loader: batches x or (x, ...) for the curvature, re-iterable. Without it, the inputs that the model was last given.
-        params: parameters or parameter groups, as any torch optimizer takes; all trainable ones if omitted. A group may set lr,
-            weight_decay, beta and maximize.
-        lr: step size, a float or a scalar tensor.
+        aux_loader: gives curvature batches, x or (x, ...), and is re-iterable. Without it they are taken from the
+            inputs that the model was last given.
+        params: parameters or parameter groups, as any torch optimizer takes them; everything trainable if omitted. A
+            group may set lr, weight_decay, beta and maximize.
+        lr: step size: a float or a scalar tensor.
         aux_lr, aux_betas, aux_eps: of Adam on λ.
         beta: momentum.
         weight_decay: decoupled, as AdamW's.
         damping: γ > 0, in units of the Fisher matrix.
-        update_aux_every: steps between updates of λ; negative: so many updates every step; 0: λ is not learned.
-        fisher: "ggn" (exact; needs a likelihood), "hessian", "antithetic" or "rank1" (on drawn labels; only draw and nll). None: "ggn"
-            with a likelihood, "hessian" without.
+        update_aux_every: steps between updates of λ; negative: that many updates a step; 0: λ is not learned.
+        fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
+            None: "ggn" with a likelihood, "hessian" without.
         precondition_aux: multiply the auxiliary loss's gradient by Q.
-        u_sampling: u in the auxiliary loss: "gradient", "momentum" (the moving average of g) or "gaussian".
+        u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".
         structure: "kron", "diagkron", "sumkron", "diagonal", or a callable (m, n, **options) -> Structure such as
-            ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (as in fnmatch) to those, first match wins.
-        init: Q₀ = "kfac", from the Fisher's Kronecker factors on the first curvature batch, or "sgd", scale·I.
-        anchor_every: steps between re-estimates of Q from the Kronecker factors; 0: never (FishLeg pure).
-        anchor_decay: of the factors' moving average over those re-estimates, in [0, 1).
+            ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (fnmatch's) to those, of which
+            the first match counts, "kron" elsewhere.
+        init: Q₀: "kfac", from the Fisher's Kronecker factors on the first curvature batch, or "sgd", scale·I.
+        anchor_every: steps between estimates of Q anew from the Kronecker factors; 0: never, FishLeg pure.
+        anchor_decay: of the factors' moving average over those estimates, in [0, 1).
         scale: of "sgd".
         momentum: "before" Q, or "after" it as published.
-        normalize: "rms", each block's update has root-mean-square 0.2, the scale of Muon's and AdamW's; "trust",
-            min(1, √(kappa/(lr₀²·mᵀQm))); None, as computed.
+        normalize: "rms": each block's update gets root-mean-square 0.2, as Muon's users scale it to AdamW's lr;
+            "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
-        curvature_batch: at most so many samples in a Fisher-vector product; None: all of the batch.
+        curvature_batch: at most so many samples in a Fisher-vector product; None: the whole batch.
         max_factor_size: larger Kronecker factors become block-diagonal.
-        precision: of the optimizer's own float32 products: "highest", "high" or "medium", as
+        precision: of the optimizer's own float32 products, "highest", "high" or "medium" as for
             ``torch.set_float32_matmul_precision``; None follows that setting.
-        backend: None for the best available; see ``python -m fishleg_fast``.
-        writer: a tensorboard SummaryWriter (anything with add_scalar) for the diagnostics, at every update of λ.
+        backend: None for the best available one; ``python -m fishleg_fast`` tells which there are.
+        writer: a tensorboard SummaryWriter (anything with add_scalar), given the diagnostics at updates of λ.
         maximize: ascend.
-        capturable: decide everything in a step on the device, for CUDA graphs.
-        seed: of the labels drawn for the curvature, apart from torch's generators.
+        capturable: decide everything in a step on the device, without synchronisation.
+        seed: of the labels drawn for the curvature, which leave torch's generators alone.
 
     Raises:
-        TypeError, ValueError: an argument is wrong. RuntimeError: the named backend is unavailable; in ``step``, λ is not finite, or no
-        curvature batch can be had.
+        TypeError, ValueError: an argument is wrong.
+        RuntimeError: the named backend is unavailable; in ``step``: λ is not finite, or there is no curvature batch.
     """
 
     blocks: list[Block]
@@ -127,13 +128,16 @@ class FishLeg(Optimizer):
         super().__init__(validate.parameters(self._roots, params), defaults)
         everything = [p for group in self.param_groups for p in group["params"]]
         if not everything:
-            raise ValueError("model should have a trainable parameter but has none (does everything have requires_grad=False?)")
+            raise ValueError(
+                "model should have a trainable parameter but has none (does everything have requires_grad=False?)"
+            )
         self._take_up(everything)
         self._built = True
         first = everything[0]
         self.backend, self._ops = backends.choose(backend, first.device, first.dtype)
         self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed)
-        self._counts = dict.fromkeys(("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0)
+        self._aux = Auxiliary(self._passes, settings, self._ops)
+        self._counts: dict[str, Any] = dict.fromkeys(("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0)
         self._last: dict[str, Any] = {}  # what diagnostics() tells of the latest step
 
     def _take_up(self, params: list[nn.Parameter]) -> None:
@@ -159,7 +163,10 @@ class FishLeg(Optimizer):
                 entry.update(block.state())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model, those of a layer just unfrozen for one. ValueError if they are not the model's."""
+        """Add parameters of the model, those of a layer just unfrozen for one.
+
+        ValueError if they are not the model's.
+        """
         validate.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -169,10 +176,11 @@ class FishLeg(Optimizer):
             self._take_up(group["params"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` re-evaluates the model and returns the loss, which is returned.
 
-        A step whose gradient or update is not finite is skipped and counted in ``diagnostics()``: parameters, λ and moving
+        A step whose gradient or update is not finite is skipped and counted in ``diagnostics()``: parameters, λ and
+        moving
         averages keep their values. RuntimeError where λ itself is not finite.
         """
         loss = None
@@ -216,73 +224,38 @@ class FishLeg(Optimizer):
         return blocks, gs
 
     def _step(self, blocks: list[Block], gs: list[Tensor]) -> None:
-        s, ops = self.settings, self._ops
-        norm = ops.inner(gs, gs).sqrt()
+        s, aux = self.settings, self._aux
+        norm = self._ops.inner(gs, gs).sqrt()
         self._last["grad_norm"] = norm
         if not self._capturable and not torch.isfinite(norm):
             self._skip("skipped_steps", "the gradient is not finite")
             return
         count = self._counts["steps"]
-        due = [b for b in self.blocks if self._anchor_due(b, count)]
-        if due:
-            self._anchor(due)
+        self._anchor(self.blocks, count)
         every = s["update_aux_every"]
         updates = -every if every < 0 else int(every > 0 and count % every == 0)
         for _ in range(updates):
-            self._update_aux(blocks, self._directions(blocks, gs))
-        norms, ok = ops.theta_step(
+            self._note_aux(*aux.update(blocks, gs, self._capturable))
+        norms, ok = self._ops.theta_step(
             blocks, gs, momentum=s["momentum"], normalize=s["normalize"], kappa=s["kappa"], capturable=self._capturable
         )
         self._counts["steps"] += 1
         self._last["nat_norm"] = ([b.name for b in blocks], norms)
-        if not self._capturable and not ok:
+        if self._capturable:
+            self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
+        elif not ok:
             self._refuse_bad_aux()
             self._skip("skipped_steps", "the natural gradient is not finite")
-        elif self._capturable:
-            self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
         if s["writer"] is not None and updates:
             self._write()
 
-    def _anchor_due(self, block: Block, count: int) -> bool:
-        if not block.moments:
-            return False
-        every = self.settings["anchor_every"]
-        fresh = self.settings["init"] == "kfac" and not block.moments_weight
-        return fresh or (every > 0 and count > 0 and count % every == 0)
+    def _anchor(self, blocks: list[Block], step: int) -> None:
+        if due := [b for b in blocks if self._aux.anchor_due(b, step)]:
+            self._aux.anchor(due)
+            self._counts["anchors"] += 1
 
-    def _anchor(self, blocks: list[Block]) -> None:
-        """Q from the moving average of the Fisher's Kronecker factors, with this batch's added."""
-        decay = self.settings["anchor_decay"]
-        for block, new in zip(blocks, moments(self._passes, blocks, self._passes.inputs()), strict=True):
-            if not new or not all(torch.isfinite(t).all() for t in new.values()):
-                continue
-            block.moments_weight.mul_(decay).add_(1 - decay)
-            for name, moment in block.moments.items():
-                moment.lerp_(new[name], 1 - decay)
-            average = {name: moment / block.moments_weight.item() for name, moment in block.moments.items()}
-            block.structure.start_kfac(average, self.settings["damping"])
-        self._counts["anchors"] += 1
-
-    def _directions(self, blocks: list[Block], gs: list[Tensor]) -> list[Tensor]:
-        """u of the auxiliary loss: unit norm over all blocks together, zero where there is none."""
-        kind = self.settings["u_sampling"]
-        if kind == "momentum":
-            gs = [torch.lerp(b.momentum, g, 1 - b.groups[0]["beta"]) for b, g in zip(blocks, gs, strict=True)]
-        elif kind == "gaussian":
-            generator = torch.Generator(gs[0].device).manual_seed(self._passes.seed())
-            gs = [torch.empty_like(g).normal_(generator=generator) for g in gs]
-        norm = self._ops.inner(gs, gs).sqrt()
-        norm = torch.where(norm > 0, norm, 1)
-        return [g / norm.to(g) for g in gs]
-
-    def _update_aux(self, blocks: list[Block], us: list[Tensor]) -> None:
-        """One Adam step of λ (eq. 14 of the talk)."""
-        s, ops = self.settings, self._ops
-        vs = ops.qv(blocks, us)
-        loss, ok = ops.lambda_step(
-            blocks, us, vs, self._fisher_product(blocks, vs), damping=s["damping"], lr=s["aux_lr"], betas=s["aux_betas"],
-            eps=s["aux_eps"], precondition=s["precondition_aux"], capturable=self._capturable,
-        )  # fmt: skip
+    def _note_aux(self, loss: Tensor, ok: Tensor) -> None:
+        """Count an update of λ and whether it was taken. RuntimeError where λ had been spoilt before."""
         self._counts["aux_steps"] += 1
         self._last["aux_loss"] = loss
         if self._capturable:
@@ -290,32 +263,6 @@ class FishLeg(Optimizer):
         elif not ok:
             self._refuse_bad_aux()
             self._counts["skipped_aux_steps"] += 1
-
-    def _curvature_batch(self) -> Inputs:
-        inputs, size = self._passes.inputs(), self.settings["curvature_batch"]
-        return inputs if size is None else inputs.rows(0, size)
-
-    def _fisher_product(self, blocks: list[Block], vs: list[Tensor]) -> list[Tensor]:
-        """F v, from blocks to the model's parameters and back."""
-        tangents: dict[int, Tensor] = {}
-        params: dict[int, nn.Parameter] = {}
-        for block, v in zip(blocks, vs, strict=True):
-            for part, piece in zip(block.parts, block.split(v), strict=True):
-                p = part.param
-                if not p.requires_grad:
-                    continue
-                params[id(p)] = p
-                if part.rows is None:
-                    tangents[id(p)] = piece
-                else:
-                    part.of(tangents.setdefault(id(p), torch.zeros_like(p, dtype=v.dtype))).copy_(piece)
-        inputs = self._curvature_batch()
-        estimate = FISHER[self.settings["fisher"]]
-        products = dict(zip(params, estimate(self._passes, list(params.values()), [tangents[k] for k in params], inputs), strict=True))
-        return [
-            b.matrix([part.of(products[id(part.param)]) if id(part.param) in products else None for part in b.parts])
-            for b in blocks
-        ]
 
     @torch.no_grad()
     def pretrain_aux(self, steps: int) -> list[float]:
@@ -325,27 +272,28 @@ class FishLeg(Optimizer):
         """
         validate.count("steps", steps)
         blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
-        params = list({id(part.param): part.param for b in blocks for part in b.parts if part.param.requires_grad}.values())
         losses = []
         with self._own_arithmetic():
-            if due := [b for b in blocks if self._anchor_due(b, 0)]:
-                self._anchor(due)
+            self._anchor(blocks, 0)
             for _ in range(steps):
-                grads = dict(zip(map(id, params), drawn_gradient(self._passes, params, self._curvature_batch()), strict=True))
-                gs = [b.matrix([part.of(grads[id(part.param)]) if id(part.param) in grads else None for part in b.parts]) for b in blocks]
-                self._update_aux(blocks, self._directions(blocks, gs))
+                self._note_aux(*self._aux.update(blocks, self._aux.drawn_gradients(blocks), self._capturable))
                 losses.append(float(self._last["aux_loss"]))
         return losses
 
     def diagnostics(self) -> dict[str, Any]:
         """The latest step in numbers (synchronises with the device).
 
-        steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: refused for not being finite; aux_loss: 𝒜 at the latest
-        update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name. None for what has not happened yet.
+        steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: those refused for not being finite;
+        aux_loss: 𝒜 at the latest update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name.
+        aux_loss and grad_norm are None until there is one.
         """
         names, norms = self._last.get("nat_norm", ([], torch.zeros(0)))
         scalars = {key: float(self._last[key]) if key in self._last else None for key in ("aux_loss", "grad_norm")}
-        return {**{k: int(v) for k, v in self._counts.items()}, **scalars, "nat_norm": dict(zip(names, norms.tolist(), strict=True))}
+        return {
+            **{k: int(v) for k, v in self._counts.items()},
+            **scalars,
+            "nat_norm": dict(zip(names, norms.tolist(), strict=True)),
+        }
 
     def _write(self) -> None:
         step = self._counts["steps"]
@@ -357,7 +305,9 @@ class FishLeg(Optimizer):
 
     def _skip(self, counter: str, reason: str) -> None:
         if not self._counts[counter]:
-            warnings.warn(f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on", stacklevel=4)
+            warnings.warn(
+                f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on", stacklevel=4
+            )
         self._counts[counter] += 1
 
     def _refuse_bad_aux(self) -> None:
@@ -365,7 +315,8 @@ class FishLeg(Optimizer):
             for name, t in block.structure.fishleg_aux.items():
                 if not torch.isfinite(t).all():
                     raise RuntimeError(
-                        f"λ of {block.name!r}, fishleg_aux[{name!r}], is not finite; load a checkpoint or make the optimizer anew"
+                        f"λ of {block.name!r}, fishleg_aux[{name!r}], is not finite; load a checkpoint or make "
+                        f"the optimizer anew"
                     )
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def output_tensor(outputs: Any) -> Tensor:
 class Passes:
     """Batches, drawn labels and losses of one model.
 
-    Where the user gave ``draw`` and ``nll`` functions these make the drawn-label loss, a mean over the batch; the likelihood
+    Where the user gave ``draw`` and ``nll`` functions these make the drawn-label loss, a mean over the batch; the
+    likelihood
     does otherwise.
     """
 
@@ -86,7 +87,10 @@ class Passes:
         return int(torch.randint(2**62, (), generator=self.generator))
 
     def inputs(self) -> Inputs:
-        """The next batch, whole. RuntimeError before the model was given any input, ValueError where the loader is empty."""
+        """The next batch, whole.
+
+        RuntimeError before the model was given any input, ValueError where the loader is empty.
+        """
         if self.loader is not None:
             item = self.loader.next(self.seed)
             x = item[0] if isinstance(item, (tuple, list)) and len(item) else item
@@ -94,7 +98,8 @@ class Passes:
         assert self.tap is not None
         if self.tap.last is None:
             raise RuntimeError(
-                "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was made. "
+                "no curvature batch yet: the model was given no input with gradients enabled since the "
+                "optimizer was made. "
                 "Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
             )
         return self.tap.last.detached()

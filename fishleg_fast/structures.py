@@ -14,6 +14,7 @@ Source: Garcia, Freddi et al., Fisher-Legendre (FishLeg) optimization of deep ne
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,16 +116,16 @@ class Structure:
         return {}
 
     def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
-        """Second moments from a layer's inputs a (positions, n) and output gradients e (positions, m) of a mean over ``count`` terms."""
+        """Second moments from a layer's inputs a (positions, n) and output gradients e (positions, m) of a mean over
+        ``count`` terms.
+        """
         return {}
 
     def start_kfac(self, moments: Aux, damping: float) -> None:
         """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it."""
 
 
-def _new_factor(
-    side: str, size: int, diagonal: Collection[str], max_factor_size: int | None, options: dict
-) -> Tensor:
+def _new_factor(side: str, size: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
     """A zeroed factor for one side of a block: dense, diagonal, or block-diagonal where it would outgrow the limit."""
     if side in diagonal:
         return torch.zeros(size, **options)
@@ -160,7 +161,7 @@ class _Kronecker(Structure):
             raise ValueError(f"diagonal should name factors, 'R' or 'L', but is: {diagonal!r}")
         if max_factor_size is not None:
             _size("max_factor_size", max_factor_size, least=1)
-        self._options = {"dtype": _float_dtype(dtype), "device": device}
+        self._options: dict[str, Any] = {"dtype": _float_dtype(dtype), "device": device}
         self._layout = (diagonal, max_factor_size, self._options)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ class _Kronecker(Structure):
 
     @torch.no_grad()
     def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
-        """rows = count·Σ e eᵀ, columns = mean a aᵀ (Martens & Grosse 2015; convolutions as in Grosse & Martens 2016)."""
+        """rows = count·Σ e eᵀ, columns = mean a aᵀ (Martens & Grosse 2015; for convolutions Grosse & Martens 2016)."""
         moments = self.new_moments()
         moments["rows"].copy_(cross(e.T, e.T, moments["rows"])).mul_(count)
         moments["columns"].copy_(cross(a.T, a.T, moments["columns"])).div_(max(a.shape[0], 1))
@@ -284,7 +285,8 @@ class DiagKron(_Kronecker):
 class SumKron(_Kronecker):
     """Sum of block Kroneckers: Q u = Σₖ Pₖ u Sₖ, k = 1 … ``terms``, with λ named R1, L1, R2, L2, ...
 
-    Both starts are exact: term k takes the share wₖ of each column, Lₖ = L diag(√wₖ) with Σₖ wₖ = 1. The shares differ from
+    Both starts are exact: term k takes the share wₖ of each column, Lₖ = L diag(√wₖ) with Σₖ wₖ = 1. The shares differ
+    from
     term to term, since equal terms would have equal gradients and stay equal. Other arguments as for :class:`Kron`.
     """
 
@@ -347,7 +349,7 @@ class Diagonal(Structure):
 
     @torch.no_grad()
     def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
-        """count·Σ (e∘e)(a∘a)ᵀ: exact where every sample has one position, and positions taken as uncorrelated elsewhere."""
+        """count·Σ (e∘e)(a∘a)ᵀ: exact where every sample has one position; positions count as uncorrelated elsewhere."""
         return {"diagonal": (e * e).T @ (a * a) * count}
 
     @torch.no_grad()

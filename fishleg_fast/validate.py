@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ def number(name: str, value: object, least: float = 0.0, below: float = math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if not math.isfinite(value) or value < least or value >= below or (strict and value == least):
-        limits = f"{'greater than' if strict else 'at least'} {least:g}" + ("" if below == math.inf else f" and below {below:g}")
+        limits = f"{'greater than' if strict else 'at least'} {least:g}" + (
+            "" if below == math.inf else f" and below {below:g}"
+        )
         raise ValueError(f"{name} should be {limits} but is: {value!r}")
 
 
@@ -72,7 +74,10 @@ def settings(s: dict[str, Any]) -> None:
         raise TypeError(f"precondition_aux should be a bool but is: {s['precondition_aux']!r}")
     check_choice(s["structure"])
     if s["momentum"] == "after" and s["u_sampling"] == "momentum":
-        raise ValueError("u_sampling='momentum' needs an average of gradients, but momentum='after' averages Q g; use momentum='before'")
+        raise ValueError(
+            "u_sampling='momentum' needs an average of gradients, but momentum='after' averages Q g; use "
+            "momentum='before'"
+        )
     if s["writer"] is not None and not callable(getattr(s["writer"], "add_scalar", None)):
         raise TypeError(f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {s['writer']!r}")
 
@@ -87,7 +92,9 @@ def sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, f
         if function is not None and not callable(function):
             raise TypeError(f"{name} should be callable but is: {function!r}")
     if likelihood is not None and not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}; or pass draw and nll")
+        raise TypeError(
+            f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}; or pass draw and nll"
+        )
     if (draw is None) != (nll is None):
         raise ValueError(f"draw and nll go together, but {'draw' if draw is None else 'nll'} is missing")
     if likelihood is None and nll is None:
@@ -97,7 +104,7 @@ def sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, f
     if aux_loader is not None:
         if not isinstance(aux_loader, Iterable):
             raise TypeError(f"aux_loader should be iterable, like a DataLoader, but is: {type(aux_loader).__name__}")
-        if hasattr(aux_loader, "__len__") and len(aux_loader) == 0:
+        if isinstance(aux_loader, Sized) and len(aux_loader) == 0:
             raise ValueError("aux_loader should not be empty but has length: 0")
 
 
@@ -115,13 +122,18 @@ def parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[Any] | N
     for prefix, root in roots:
         for name, p in root.named_parameters():
             if isinstance(p, UninitializedParameter):
-                raise ValueError(f"parameter {prefix + name!r} is not initialized yet: run one forward pass before making the optimizer")
+                raise ValueError(
+                    f"parameter {prefix + name!r} is not initialized yet: run one forward pass before making "
+                    f"the optimizer"
+                )
     if isinstance(params, Tensor):
         raise TypeError("params should be an iterable of tensors or of dicts but is: a tensor")
     chosen = [p for _, root in roots for p in root.parameters() if p.requires_grad] if params is None else list(params)
     if not chosen:
         where = "model should have a trainable parameter" if params is None else "params should hold a parameter"
-        raise ValueError(f"{where} but has none" + (" (does everything have requires_grad=False?)" if params is None else ""))
+        raise ValueError(
+            f"{where} but has none" + (" (does everything have requires_grad=False?)" if params is None else "")
+        )
     return chosen
 
 
@@ -134,4 +146,6 @@ def membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor])
         if not p.is_floating_point():
             raise TypeError(f"parameter {names[id(p)]!r} should be real floating point but has dtype: {p.dtype}")
         if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise TypeError(f"parameter {names[id(p)]!r} should be float16, bfloat16, float32 or float64 but has dtype: {p.dtype}")
+            raise TypeError(
+                f"parameter {names[id(p)]!r} should be float16, bfloat16, float32 or float64 but has dtype: {p.dtype}"
+            )

@@ -79,9 +79,10 @@ def trace(factor: Factor) -> Tensor:
 
 
 def inverse_root(factor: Factor, shift: Tensor) -> Factor:
-    """C⁻¹ with C Cᵀ = F + shift·I, so that (F + shift·I)⁻¹ = C⁻ᵀ C⁻¹. Raises torch.linalg.LinAlgError where F is not finite.
+    """C⁻¹ with C Cᵀ = F + shift·I, so that (F + shift·I)⁻¹ = C⁻ᵀ C⁻¹.
 
-    ``shift`` is a scalar tensor. Where float32 loses positive definiteness, the factorisation is repeated in float64.
+    Raises torch.linalg.LinAlgError where F is not finite. ``shift`` is a scalar tensor. Where
+    float32 loses positive definiteness, the factorisation is repeated in float64.
     """
     if factor.ndim == 1:
         return (factor.clamp_min(0) + shift).rsqrt()

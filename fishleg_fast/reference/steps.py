@@ -25,7 +25,9 @@ def refresh(blocks: Sequence[Block]) -> None:
 
 def qv(blocks: Sequence[Block], us: Sequence[Tensor]) -> list[Tensor]:
     """Q u for each block; us and the result are (m, n) in λ's dtype."""
-    return [b.structure.maths.qv(b.structure.fishleg_aux, b.structure.cache, u) for b, u in zip(blocks, us, strict=True)]
+    return [
+        b.structure.maths.qv(b.structure.fishleg_aux, b.structure.cache, u) for b, u in zip(blocks, us, strict=True)
+    ]
 
 
 def inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -52,7 +54,8 @@ def theta_step(
     """m ← βm + (1−β)g; nat = Q m̂ with m̂ = m/(1−βᵗ); θ ← θ − lr·(c·nat + wd·θ), in place (eq. 15 of the talk).
 
     momentum: "before" as above; "after" averages Q g instead, m ← βm + (1−β)Q g and nat = m̂.
-    normalize: "rms", c makes each block's root-mean-square 0.2; "trust", c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks; None, c = 1.
+    normalize: "rms", c makes each block's root-mean-square 0.2; "trust", c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for
+        all blocks; None, c = 1.
     Parts whose gradient is None keep their parameters. Where nat is not finite nothing is written.
     capturable: decide that on the device, without a synchronisation.
 
@@ -60,7 +63,7 @@ def theta_step(
     """
     moved, averages, nats = [], [], []
     for block, g in zip(blocks, gs, strict=True):
-        beta = block.groups[0]["beta"]
+        beta = block.beta
         x = g if momentum == "before" else qv([block], [g])[0]
         m = torch.lerp(block.momentum, x, 1 - beta)
         average = m / (1 - beta ** _number(block.step + 1, capturable))
@@ -112,7 +115,9 @@ def _scales(
         return torch.where(norms > 0, RMS * sizes.sqrt() / norms, 0)
     if normalize is None:
         return torch.ones_like(norms)
-    lengths = [inner([m], [nat]) * b.groups[0]["base_lr"] ** 2 for b, m, nat in zip(blocks, averages, nats, strict=True)]
+    lengths = [
+        inner([m], [nat]) * b.groups[0]["base_lr"] ** 2 for b, m, nat in zip(blocks, averages, nats, strict=True)
+    ]
     length = _stack(lengths).sum().clamp_min(torch.finfo(norms.dtype).tiny)
     return (kappa / length).sqrt().clamp_max(1).to(norms).expand_as(norms)
 

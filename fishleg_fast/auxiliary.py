@@ -1,0 +1,134 @@
+"""How λ follows the Fisher matrix: learned on the auxiliary loss, and anchored to the Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Block
+from .capture import Inputs
+from .curvature import FISHER, drawn_gradient, moments
+from .passes import Passes
+
+
+def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
+    """The trainable parameters of the blocks, by id."""
+    return {id(part.param): part.param for b in blocks for part in b.parts if part.param.requires_grad}
+
+
+def _matrices(blocks: Sequence[Block], tensors: Mapping[int, Tensor]) -> list[Tensor]:
+    """Tensors of the parameters' shapes, by id -> (m, n) of each block; zeros where there is none."""
+    return [
+        b.matrix([part.of(tensors[id(part.param)]) if id(part.param) in tensors else None for part in b.parts])
+        for b in blocks
+    ]
+
+
+def _tensors(blocks: Sequence[Block], matrices: Sequence[Tensor]) -> dict[int, Tensor]:
+    """(m, n) of each block -> tensors of the trainable parameters' shapes, by id."""
+    tensors: dict[int, Tensor] = {}
+    for block, matrix in zip(blocks, matrices, strict=True):
+        for part, piece in zip(block.parts, block.split(matrix), strict=True):
+            p = part.param
+            if p.requires_grad and part.rows is None:
+                tensors[id(p)] = piece
+            elif p.requires_grad:
+                whole = tensors.setdefault(id(p), torch.zeros_like(p, dtype=matrix.dtype))
+                part.of(whole).copy_(piece)
+    return tensors
+
+
+class Auxiliary:
+    """The auxiliary side of the optimizer. ``settings`` are FishLeg's, ``ops`` its backend's."""
+
+    def __init__(self, passes: Passes, settings: dict[str, Any], ops: ModuleType) -> None:
+        self.passes, self.settings, self.ops = passes, settings, ops
+
+    def _curvature_batch(self) -> Inputs:
+        inputs, size = self.passes.inputs(), self.settings["curvature_batch"]
+        return inputs if size is None else inputs.rows(0, size)
+
+    def anchor_due(self, block: Block, step: int) -> bool:
+        """Whether Q of the block starts, or is estimated anew, before this step."""
+        if not block.moments:
+            return False
+        every = self.settings["anchor_every"]
+        start = self.settings["init"] == "kfac" and not block.moments_weight
+        return start or (every > 0 and step > 0 and step % every == 0)
+
+    def anchor(self, blocks: Sequence[Block]) -> None:
+        """Q from the moving average of the Fisher's Kronecker factors, to which this batch's are added.
+
+        Factors that are not finite are left out: Q stays what it is.
+        """
+        decay = self.settings["anchor_decay"]
+        for block, new in zip(blocks, moments(self.passes, blocks, self.passes.inputs()), strict=True):
+            if not new or not all(torch.isfinite(t).all() for t in new.values()):
+                continue
+            block.moments_weight.mul_(decay).add_(1 - decay)
+            for name, moment in block.moments.items():
+                moment.lerp_(new[name], 1 - decay)
+            average = {name: moment / block.moments_weight.item() for name, moment in block.moments.items()}
+            block.structure.start_kfac(average, self.settings["damping"])
+
+    def directions(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
+        """u of the auxiliary loss: of unit norm over all blocks together, or zero where the gradient is."""
+        us = _SAMPLING[self.settings["u_sampling"]](self, blocks, gs)
+        norm = self.ops.inner(us, us).sqrt()
+        norm = torch.where(norm > 0, norm, 1)
+        return [u / norm.to(u) for u in us]
+
+    def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
+        generator = torch.Generator(gs[0].device).manual_seed(self.passes.seed())
+        return [torch.empty_like(g).normal_(generator=generator) for g in gs]
+
+    def _gradient(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
+        return list(gs)
+
+    def _momentum(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.lerp(b.momentum, g, 1 - b.beta) for b, g in zip(blocks, gs, strict=True)]
+
+    def update(self, blocks: Sequence[Block], gs: Sequence[Tensor], capturable: bool) -> tuple[Tensor, Tensor]:
+        """One Adam step of λ (eq. 14 of the talk). Returns (𝒜, whether the step was taken)."""
+        s, ops = self.settings, self.ops
+        us = self.directions(blocks, gs)
+        vs = ops.qv(blocks, us)
+        return ops.lambda_step(
+            blocks,
+            us,
+            vs,
+            self._fisher_product(blocks, vs),
+            damping=s["damping"],
+            lr=s["aux_lr"],
+            betas=s["aux_betas"],
+            eps=s["aux_eps"],
+            precondition=s["precondition_aux"],
+            capturable=capturable,
+        )
+
+    def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Tensor]) -> list[Tensor]:
+        """F v, from blocks to the model's parameters and back."""
+        params, tangents = _params(blocks), _tensors(blocks, vs)
+        estimate = FISHER[self.settings["fisher"]]
+        order = list(params)
+        products = estimate(
+            self.passes, [params[i] for i in order], [tangents[i] for i in order], self._curvature_batch()
+        )
+        return _matrices(blocks, dict(zip(order, products, strict=True)))
+
+    def drawn_gradients(self, blocks: Sequence[Block]) -> list[Tensor]:
+        """The gradient on labels drawn from the model, (m, n) of each block."""
+        params = _params(blocks)
+        grads = drawn_gradient(self.passes, list(params.values()), self._curvature_batch())
+        return _matrices(blocks, dict(zip(params, grads, strict=True)))
+
+
+_SAMPLING: dict[str, Callable[[Auxiliary, Sequence[Block], Sequence[Tensor]], list[Tensor]]] = {
+    "gradient": Auxiliary._gradient,
+    "momentum": Auxiliary._momentum,
+    "gaussian": Auxiliary._gaussian,
+}
