@@ -42,9 +42,9 @@ SHORT = {1000: 500, 100: 1000}
 LONG = {1000: 1500, 100: 2000}
 FISHLEG_LR = {1000: 1.5e-2, 100: 1e-2}
 STUDY = {
-    "adamw": Entry(LONG, {1000: (1e-3, 2e-3, 4e-3), 100: (5e-4, 1e-3, 2e-3)}),
-    "muon": Entry(SHORT, {1000: (5e-3, 1e-2, 2e-2), 100: (2.5e-3, 5e-3, 1e-2)}),
-    "soap": Entry(SHORT, {1000: (3e-3, 6e-3, 1.2e-2), 100: (1.5e-3, 3e-3, 6e-3)}),
+    "adamw": Entry(LONG, {1000: (1e-3, 2e-3, 4e-3), 100: (2e-3, 4e-3, 8e-3)}),
+    "muon": Entry(SHORT, {1000: (1e-2, 2e-2, 4e-2), 100: (5e-3, 1e-2, 2e-2)}),
+    "soap": Entry(SHORT, {1000: (6e-3, 1.2e-2, 2.4e-2), 100: (6e-3, 1.2e-2, 2.4e-2)}),
     "fishleg": Entry(SHORT, {b: (lr / 3, lr, lr * 3) for b, lr in FISHLEG_LR.items()}),
     "fishleg-anchored": Entry(SHORT, {b: (lr,) for b, lr in FISHLEG_LR.items()}),
     "fishleg-pure": Entry(SHORT, {b: (lr,) for b, lr in FISHLEG_LR.items()}),

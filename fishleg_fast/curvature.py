@@ -19,7 +19,7 @@ from .capture import Inputs
 from .layers import layer_of
 from .passes import Passes
 
-CHUNKS = 8  # gradients that a batch is split into where a block's second moments need several
+CHUNKS, CHUNK_LEAST = 8, 16  # where a block's second moments need several gradients: how many, of how many samples
 
 Product = Callable[[Passes, Sequence[Tensor], Sequence[Tensor], Inputs], list[Tensor]]
 
@@ -43,18 +43,19 @@ def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: 
     assert likelihood is not None
     noise = {id(p) for p in likelihood.parameters()}
     model_params = [p for p in params if id(p) not in noise]
-    with passes.apart(inputs, passes.seed()), forward_ad.dual_level():
-        duals = {
-            passes.names[id(p)]: forward_ad.make_dual(p, v.to(p.dtype))
-            for p, v in zip(params, vs, strict=True)
-            if id(p) not in noise
-        }
-        output, tangent = forward_ad.unpack_dual(passes.run(lambda: passes.outputs(inputs), duals))
+    with passes.apart(inputs, passes.seed()):
+        with forward_ad.dual_level():
+            duals = {
+                passes.names[id(p)]: forward_ad.make_dual(p, v.to(p.dtype))
+                for p, v in zip(params, vs, strict=True)
+                if id(p) not in noise
+            }
+            output, tangent = forward_ad.unpack_dual(passes.run(lambda: passes.outputs(inputs), duals))
         detached = output.detach()
         products = iter([torch.zeros_like(p) for p in model_params])
         if tangent is not None and model_params:
             cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
-            products = iter(_grad(output, model_params, cotangent))
+            products = iter(_grad(output, model_params, cotangent))  # outside the level: no tangents to carry
         own = iter(
             likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise])
         )
@@ -168,7 +169,8 @@ def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> d
 def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
     params = list({id(part.param): part.param for b in blocks for part in b.parts}.values())
     size = inputs.size()
-    edges = [round(size * i / min(CHUNKS, size)) for i in range(min(CHUNKS, size) + 1)]
+    chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))
+    edges = [size * i // chunks for i in range(chunks + 1)]
     samples: list[list[Tensor]] = [[] for _ in blocks]
     count = 1
     for start, stop in pairwise(edges):

@@ -78,6 +78,7 @@ class Passes:
         self.shell = _Shell(self.model, likelihood)
         self.names = {id(p): name for name, p in self.shell.named_parameters()}
         self.devices = sorted({p.device for p in self.shell.parameters()}, key=str)
+        self._sparse = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
         self.generator = torch.Generator().manual_seed(seed)
         self.tap = None if loader is not None else InputTap(model)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
@@ -115,6 +116,9 @@ class Passes:
                 stack.enter_context(torch.autocast(self.devices[0].type, inputs.autocast))
             if self.tap is not None:
                 stack.enter_context(self.tap.pause())
+            for module in self._sparse:  # sparse gradients have no forward or double derivative either
+                module.sparse = False
+                stack.callback(setattr, module, "sparse", True)
             yield
 
     def run(self, function: Callable[[], Any], replaced: dict[str, Tensor] | None = None) -> Any:

@@ -136,7 +136,7 @@ def test_ggn_of_some_of_the_parameters() -> None:
     """Frozen and unused ones: the others' block of F; zero for what the output does not depend on."""
     model, x = build("mlp")
     model.extra = nn.Parameter(torch.ones(2).double())
-    F = explicit_fisher(model[:], x, "gaussian", 0.5)
+    F = explicit_fisher(model[:], x, "bernoulli")
     model[0].requires_grad_(False)
     model.forward = lambda x: model[:](x)  # without .extra
     params = [p for p in model.parameters() if p.requires_grad]
@@ -262,5 +262,5 @@ def test_inputs_as_the_model_was_given_them() -> None:
         model(x * 2)  # an evaluation is none
     v = randn(sum(p.numel() for p in model.parameters()), seed=2)
     got = product("ggn", passes, trainable(model), v)
-    assert relative(got, explicit_fisher(model, x, "bernoulli") @ v) <= 1e-6
+    assert relative(got, explicit_fisher(model, x, "gaussian", 0.5) @ v) <= 1e-6
     assert isinstance(passes.inputs(), Inputs) and torch.equal(passes.inputs().x(), x)

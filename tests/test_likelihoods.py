@@ -34,8 +34,7 @@ def enumerated(likelihood: Likelihood, kind: str, f: Tensor) -> list[tuple[float
     if kind == "bernoulli":
         p = 1 / (1 + torch.exp(-f))
         ys = [
-            torch.tensor(bits, dtype=f.dtype).reshape(f.shape)
-            for bits in itertools.product([0, 1], repeat=f.numel())
+            torch.tensor(bits, dtype=f.dtype).reshape(f.shape) for bits in itertools.product([0, 1], repeat=f.numel())
         ]
         return [(torch.where(y == 1, p, 1 - p).prod().item(), y) for y in ys]
     logits = f.movedim(likelihood.class_dim, -1)

@@ -51,9 +51,7 @@ def autograd_grads(structure: Structure, u: torch.Tensor, w: torch.Tensor) -> di
 
 
 @pytest.mark.parametrize(("kind", "layout", "shape"), CASES)
-def test_products_and_gradients_match_the_dense_matrix(
-    kind: str, layout: str, shape: tuple[int, int]
-) -> None:
+def test_products_and_gradients_match_the_dense_matrix(kind: str, layout: str, shape: tuple[int, int]) -> None:
     structure = make(kind, layout, shape)
     randomise(structure, seed=1)
     u, w = randn(*shape, seed=2), randn(*shape, seed=3)
