@@ -33,9 +33,7 @@ def flags(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
     parser.add_argument("--steps", type=positive, help="FishLeg's steps")
-    parser.add_argument(
-        "--steps-adamw", type=positive, help=f"AdamW's steps (default: {STEPS_ADAMW} times FishLeg's)"
-    )
+    parser.add_argument("--steps-adamw", type=positive, help=f"AdamW's steps (default: {STEPS_ADAMW} times FishLeg's)")
     parser.add_argument("--batch-size", type=positive)
     parser.add_argument("--lr-fishleg", type=rate)
     parser.add_argument("--lr-adamw", type=rate)

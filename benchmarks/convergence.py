@@ -70,9 +70,7 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
             record = json.loads(line)
             records[key(record)] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{path}, line {number} is not a record of a run ({error}). Delete that line."
-            ) from error
+            raise SystemExit(f"{path}, line {number} is not a record of a run ({error}). Delete that line.") from error
     return records
 
 
@@ -120,16 +118,15 @@ def finite(value: float) -> float | None:
 
 def versions(optimizer: str) -> dict[str, str]:
     """Versions of what decides a run's figures."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
     found = {"python": platform.python_version()}
-    names = ["torch", "numpy"] + ["pytorch_optimizer"] * (optimizer == "soap")
-    names += ["fishleg_fast"] * optimizer.startswith("fishleg")
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    for name in ["torch", "numpy"] + ["pytorch_optimizer"] * (optimizer == "soap"):
+        found[name] = version(name)
+    if optimizer.startswith("fishleg"):  # from the code that ran: a checkout need not be the installed one
+        from fishleg_fast import __version__
+
+        found["fishleg_fast"] = __version__
     return found
 
 
@@ -176,17 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=names, default=list(STUDY), help=f"of {','.join(STUDY)}")
     parser.add_argument("--batch", type=numbers, default=list(SHORT), help="batch sizes: 1000,100")
     parser.add_argument("--seeds", type=numbers, default=list(SEEDS))
-    parser.add_argument(
-        "--lr", type=lambda t: [float(x) for x in t.split(",")], help="in place of the study's grid"
-    )
+    parser.add_argument("--lr", type=lambda t: [float(x) for x in t.split(",")], help="in place of the study's grid")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--redo", action="store_true", help="repeat runs that are there; the new record counts"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="only make the table and the plot from the results"
-    )
+    parser.add_argument("--redo", action="store_true", help="repeat runs that are there; the new record counts")
+    parser.add_argument("--report", action="store_true", help="only make the table and the plot from the results")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.only) - set(STUDY)) + sorted(set(args.batch) - set(SHORT))
     if unknown:

@@ -114,9 +114,7 @@ def read_file(path: Path) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged: it cannot be unpacked ({error}). Fetch it again.") from error
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
@@ -162,9 +160,7 @@ def mnist(data_dir: str | Path) -> Dataset:
             path = find(Path(data_dir), names, f"MNIST's {split} {kind} file", remedy)
             parts[split + kind] = values = read_idx(path, dimensions)
             if kind == "images" and tuple(values.shape[1:]) != (SIDE, SIDE):
-                raise DataError(
-                    f"{path} should hold images of {SIDE} x {SIDE} but holds {tuple(values.shape[1:])}."
-                )
+                raise DataError(f"{path} should hold images of {SIDE} x {SIDE} but holds {tuple(values.shape[1:])}.")
             if len(values) == 0:
                 raise DataError(f"{path} holds no {kind}. {remedy}")
             if kind == "labels" and len(values) != len(parts[split + "images"]):
@@ -190,9 +186,7 @@ def digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            "The digits come with scikit-learn, which is missing. pip install scikit-learn"
-        ) from error
+        raise DataError("The digits come with scikit-learn, which is missing. pip install scikit-learn") from error
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     inputs = torch.from_numpy((images[order] / 16).astype(np.float32))

@@ -188,9 +188,7 @@ def study_table(groups: dict[str, dict[float, Records]]) -> str:
 def plot_study(groups: dict[int, dict[str, dict[float, Records]]], path: Path) -> None:
     """Training loss over steps at each optimizer's best lr: mean over the seeds, and their range."""
     plt = pyplot()
-    figure, panels = plt.subplots(
-        1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False, layout="constrained"
-    )
+    figure, panels = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False, layout="constrained")
     for axes, (batch, by_optimizer) in zip(panels[0], groups.items(), strict=True):
         for optimizer, by_lr in by_optimizer.items():
             lr = best_lr(by_lr)

@@ -32,9 +32,7 @@ def autoencoder_problem(dataset: str, data_dir: str | Path | None = None, device
     """The autoencoder's problem on the data set named; Bernoulli likelihood of grey values, from logits."""
     if dataset == "mnist":
         if data_dir is None:
-            raise datasets.DataError(
-                "--dataset mnist needs --data DIR, the folder with MNIST's four IDX files."
-            )
+            raise datasets.DataError("--dataset mnist needs --data DIR, the folder with MNIST's four IDX files.")
         data = datasets.mnist(data_dir)
     else:
         data = datasets.curves() if dataset == "curves" else datasets.digits()

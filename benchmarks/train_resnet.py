@@ -28,9 +28,7 @@ DEFAULTS = {
 WIDTH = {"digits": 16, "cifar10": 64}  # channels of the first stage
 
 
-def resnet_problem(
-    data_dir: str | Path | None = None, width: int | None = None, device: str = "cpu"
-) -> Problem:
+def resnet_problem(data_dir: str | Path | None = None, width: int | None = None, device: str = "cpu") -> Problem:
     """ResNet18's problem on CIFAR-10 from `data_dir`, or on the digits; categorical likelihood."""
     data = datasets.digits() if data_dir is None else datasets.cifar10(data_dir)
 
@@ -53,9 +51,7 @@ def resnet_problem(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = flags(__doc__ or "")
-    parser.add_argument(
-        "--width", type=positive, help="channels of the first stage (digits: 16, CIFAR-10: 64)"
-    )
+    parser.add_argument("--width", type=positive, help="channels of the first stage (digits: 16, CIFAR-10: 64)")
     args = setup(parser, argv)
     try:
         problem = resnet_problem(args.data, args.width, args.device)

@@ -5,6 +5,7 @@ F is the Fisher matrix of the mean loss, (1/N) Σ over the batch's N independent
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -38,28 +39,56 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
-    """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass."""
+    """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass.
+
+    Where an operation of the model has no forward derivative, J v comes from differentiating Jᵀw by w instead: as exact.
+    """
     likelihood = passes.likelihood
     assert likelihood is not None
     noise = {id(p) for p in likelihood.parameters()}
-    model_params = [p for p in params if id(p) not in noise]
-    with passes.apart(inputs, passes.seed()):
-        with forward_ad.dual_level():
-            duals = {
-                passes.names[id(p)]: forward_ad.make_dual(p, v.to(p.dtype))
-                for p, v in zip(params, vs, strict=True)
-                if id(p) not in noise
-            }
-            output, tangent = forward_ad.unpack_dual(passes.run(lambda: passes.outputs(inputs), duals))
+    mine = [(p, v.to(p.dtype)) for p, v in zip(params, vs, strict=True) if id(p) not in noise]
+    with passes.apart(inputs, seed := passes.seed()):
+        output, tangent = _linearized(passes, mine, inputs, seed)
         detached = output.detach()
-        products = iter([torch.zeros_like(p) for p in model_params])
-        if tangent is not None and model_params:
+        products = iter([torch.zeros_like(p) for p, _ in mine])
+        if tangent is not None and mine:
             cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
-            products = iter(_grad(output, model_params, cotangent))  # outside the level: no tangents to carry
+            products = iter(_grad(output, [p for p, _ in mine], cotangent))
         own = iter(
             likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise])
         )
     return [next(own) if id(p) in noise else next(products) for p in params]
+
+
+def _linearized(
+    passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """The outputs, with their graph, and J v; None where they do not depend on the parameters."""
+    if passes.forward_mode:
+        try:
+            with forward_ad.dual_level():
+                duals = {id(p): forward_ad.make_dual(p, v) for p, v in mine}
+                return forward_ad.unpack_dual(passes.run(lambda: passes.outputs(inputs), duals))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # NotImplementedError is one; a fault of the model's own comes up again below
+            reason = str(error).splitlines()[0]
+    with passes.apart(inputs, seed):
+        output = passes.run(lambda: passes.outputs(inputs))
+    params = [p for p, _ in mine]
+    if not output.requires_grad or not params:
+        return output, None
+    w = torch.zeros_like(output, requires_grad=True)
+    pulled = [
+        (g, v) for g, (_, v) in zip(_grad(output, params, w, create_graph=True), mine, strict=True) if g.requires_grad
+    ]
+    tangent = _grad([g for g, _ in pulled], [w], [v for _, v in pulled])[0] if pulled else None
+    if passes.forward_mode:
+        passes.forward_mode = False
+        warnings.warn(
+            f"fisher='ggn' differentiates twice from here on, since forward mode failed: {reason}", stacklevel=2
+        )
+    return output, tangent
 
 
 def hessian(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
@@ -90,7 +119,7 @@ def antithetic(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], i
         moved = [
             (p.detach() + (sign * step).to(v) * v).to(p.dtype).requires_grad_() for p, v in zip(params, vs, strict=True)
         ]
-        named = {passes.names[id(p)]: q for p, q in zip(params, moved, strict=True)}
+        named = {id(p): q for p, q in zip(params, moved, strict=True)}
         with passes.apart(inputs, seed):
             sides.append(_grad(passes.run(lambda: passes.nll(inputs, labels), named), moved))
     return [(plus.to(v.dtype) - minus) / (2 * step).to(v) for plus, minus, v in zip(*sides, vs, strict=True)]
@@ -167,7 +196,8 @@ def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> d
 
 
 def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
-    params = list({id(part.param): part.param for b in blocks for part in b.parts}.values())
+    # All of them, as a user's own backward pass: torch 2.13's GroupNorm crashes on channels_last without its input's gradient.
+    params = [p for p in passes.shell.parameters() if p.requires_grad and p.numel()]
     size = inputs.size()
     chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))
     edges = [size * i // chunks for i in range(chunks + 1)]
@@ -179,5 +209,7 @@ def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -
             loss, count = passes.run(lambda: passes.likelihood_loss(chunk))  # noqa: B023
             grads = dict(zip(map(id, params), _grad(loss, params), strict=True))
         for block, mine in zip(blocks, samples, strict=True):
-            mine.append(block.matrix([part.of(grads[id(part.param)]) for part in block.parts]) * count**0.5)
+            tensors = [grads.get(id(part.param)) for part in block.parts]
+            cut = [None if g is None else part.of(g) for part, g in zip(block.parts, tensors, strict=True)]
+            mine.append(block.matrix(cut) * count**0.5)
     return {id(b): b.structure.gradient_moments(mine) for b, mine in zip(blocks, samples, strict=True)}

@@ -137,7 +137,9 @@ class FishLeg(Optimizer):
         self.backend, self._ops = backends.choose(backend, first.device, first.dtype)
         self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed)
         self._aux = Auxiliary(self._passes, settings, self._ops)
-        self._counts: dict[str, Any] = dict.fromkeys(("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0)
+        self._counts: dict[str, Any] = dict.fromkeys(
+            ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
+        )
         self._last: dict[str, Any] = {}  # what diagnostics() tells of the latest step
 
     def _take_up(self, params: list[nn.Parameter]) -> None:

@@ -5,7 +5,7 @@ Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -76,9 +76,14 @@ class Passes:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
         self.shell = _Shell(self.model, likelihood)
-        self.names = {id(p): name for name, p in self.shell.named_parameters()}
+        self._slots: dict[int, list[str]] = {}  # of each parameter and buffer: every place that holds it, once
+        for path, module in self.shell.named_modules():
+            for name, t in (*module._parameters.items(), *module._buffers.items()):
+                if t is not None:
+                    self._slots.setdefault(id(t), []).append(f"{path}.{name}")
         self.devices = sorted({p.device for p in self.shell.parameters()}, key=str)
         self._sparse = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
         self.generator = torch.Generator().manual_seed(seed)
         self.tap = None if loader is not None else InputTap(model)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
@@ -121,10 +126,12 @@ class Passes:
                 stack.callback(setattr, module, "sparse", True)
             yield
 
-    def run(self, function: Callable[[], Any], replaced: dict[str, Tensor] | None = None) -> Any:
-        """``function()`` while the model holds copies of its buffers, and ``replaced`` in place of parameters."""
-        buffers = {name: b.clone() for name, b in self.shell.named_buffers()}
-        return functional_call(self.shell, {**buffers, **(replaced or {})}, (function,))
+    def run(self, function: Callable[[], Any], replaced: Mapping[int, Tensor] | None = None) -> Any:
+        """``function()`` while the model holds copies of its buffers, and ``replaced``, by id, in place of parameters."""
+        tensors = {id(b): b.clone() for b in self.shell.buffers()} | dict(replaced or {})
+        # Slot by slot: torch's own tying of weights restores a module that is used twice to the wrong tensor.
+        named = {name: t for key, t in tensors.items() for name in self._slots.get(key, ())}
+        return functional_call(self.shell, named, (function,), tie_weights=False)
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """The model's outputs, as the likelihood takes them."""
