@@ -102,30 +102,32 @@ class GaussianLikelihood(Likelihood):
         super().__init__()
         if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
             raise ValueError(f"sigma should be a positive number but is: {sigma!r}")
-        log_sigma = torch.tensor(math.log(sigma))
-        if learn:
-            self.log_sigma = nn.Parameter(log_sigma)
-        else:
-            self.register_buffer("log_sigma", log_sigma)
+        self._fixed = float(sigma)
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(sigma))) if learn else None
 
     @property
     def sigma(self) -> Tensor:
         """σ: a scalar tensor."""
-        return self.log_sigma.exp()
+        return torch.tensor(self._fixed) if self.log_sigma is None else self.log_sigma.detach().exp()
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         _check_elementwise("GaussianLikelihood", targets, outputs)
-        log_sigma = self.log_sigma.to(outputs.device)
+        log_sigma: Tensor | float = math.log(self._fixed)
+        precision: Tensor | float = self._fixed**-2
+        if self.log_sigma is not None:
+            log_sigma = self.log_sigma.to(outputs.device)
+            precision = torch.exp(-2 * log_sigma)
         batch = outputs.shape[0]
-        squares = ((targets - outputs) * torch.exp(-log_sigma)).square().sum() / batch
-        return 0.5 * squares + outputs.numel() / batch * (log_sigma + 0.5 * math.log(2 * math.pi))
+        squares = (targets - outputs).square().sum() * precision
+        return 0.5 * squares / batch + outputs.numel() / batch * (log_sigma + 0.5 * math.log(2 * math.pi))
 
     def draw(self, outputs: Tensor) -> Tensor:
         return outputs + self.sigma.to(outputs) * torch.randn_like(outputs)
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """v/(σ²B)"""
-        return v * (torch.exp(-2 * self.log_sigma.detach()) / outputs.shape[0]).to(v)
+        precision = self._fixed**-2 if self.log_sigma is None else torch.exp(-2 * self.log_sigma.detach()).to(v)
+        return v * precision / outputs.shape[0]
 
     def own_fisher_product(self, outputs: Tensor, vs: Sequence[Tensor]) -> list[Tensor]:
         """2D v for log σ, D the dimensions of one output."""
@@ -144,7 +146,8 @@ class BernoulliLikelihood(Likelihood):
         return loss / outputs.shape[0]
 
     def draw(self, outputs: Tensor) -> Tensor:
-        return torch.bernoulli(torch.sigmoid(outputs))
+        p = torch.sigmoid(outputs)
+        return (torch.rand_like(p) < p).to(p.dtype)  # torch.bernoulli would stop at outputs that are not finite
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """p(1−p)∘v/B"""
@@ -208,8 +211,11 @@ class CategoricalLikelihood(Likelihood):
 
     def draw(self, outputs: Tensor) -> Tensor:
         logits = self._classes_last(outputs)
-        p = torch.softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
-        return torch.multinomial(p, 1).reshape(logits.shape[:-1])
+        if 0 <= self.ignore_index < logits.shape[-1]:  # a class that the nll would not count
+            logits = logits.index_fill(-1, torch.tensor(self.ignore_index, device=logits.device), -math.inf)
+        p = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        # The first of C exponential clocks of rates p. torch.multinomial would stop at outputs that are not finite.
+        return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
 
     def terms(self, outputs: Tensor) -> int:
         return outputs.numel() // outputs.shape[self.class_dim]

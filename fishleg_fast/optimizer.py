@@ -112,7 +112,7 @@ class FishLeg(Optimizer):
     ) -> None:
         settings = dict(
             aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, damping=damping, update_aux_every=update_aux_every,
-            fisher=fisher or ("hessian" if likelihood is None else "ggn"), precondition_aux=precondition_aux,
+            fisher=("hessian" if likelihood is None else "ggn") if fisher is None else fisher, precondition_aux=precondition_aux,
             u_sampling=u_sampling, structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
             scale=scale, momentum=momentum, normalize=normalize, kappa=kappa, curvature_batch=curvature_batch,
             max_factor_size=max_factor_size, precision=precision, writer=writer, seed=seed,

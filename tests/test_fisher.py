@@ -151,7 +151,7 @@ def test_ggn_of_some_of_the_parameters() -> None:
 
 
 SAMPLES = {"hessian": 200, "antithetic": 200, "rank1": 600}
-NOISE = {"hessian": 0.1, "antithetic": 0.1, "rank1": 0.2}  # the standard error of their mean: at most, relative
+NOISE = {"hessian": 0.15, "antithetic": 0.15, "rank1": 0.2}  # the standard error of their mean: at most, relative
 SAMPLED = [("mlp", "gaussian"), ("mlp", "bernoulli"), ("convnet", "categorical"), ("shared", "categorical")]
 
 
