@@ -41,7 +41,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
     """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass.
 
-    Where an operation of the model has no forward derivative, J v comes from differentiating Jᵀw by w instead: as exact.
+    Where an operation of the model has no forward derivative J v comes from differentiating Jᵀw by w instead, as exact.
     """
     likelihood = passes.likelihood
     assert likelihood is not None
@@ -196,7 +196,8 @@ def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> d
 
 
 def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
-    # All of them, as a user's own backward pass: torch 2.13's GroupNorm crashes on channels_last without its input's gradient.
+    # All of them, as a user's own backward pass: torch's GroupNorm (2.13, channels_last)
+    # crashes where its input needs no gradient.
     params = [p for p in passes.shell.parameters() if p.requires_grad and p.numel()]
     size = inputs.size()
     chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))

@@ -110,10 +110,12 @@ class FishLeg(Optimizer):
         capturable: bool = False,
         seed: int = 0,
     ) -> None:
+        default_fisher = "hessian" if likelihood is None else "ggn"
         settings = dict(
             aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, damping=damping, update_aux_every=update_aux_every,
-            fisher=("hessian" if likelihood is None else "ggn") if fisher is None else fisher, precondition_aux=precondition_aux,
-            u_sampling=u_sampling, structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
+            fisher=default_fisher if fisher is None else fisher, u_sampling=u_sampling,
+            precondition_aux=precondition_aux,
+            structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
             scale=scale, momentum=momentum, normalize=normalize, kappa=kappa, curvature_batch=curvature_batch,
             max_factor_size=max_factor_size, precision=precision, writer=writer, seed=seed,
         )  # fmt: skip
@@ -285,7 +287,7 @@ class FishLeg(Optimizer):
     def diagnostics(self) -> dict[str, Any]:
         """The latest step in numbers (synchronises with the device).
 
-        steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: those refused for not being finite;
+        steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: those that were not finite;
         aux_loss: 𝒜 at the latest update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name.
         aux_loss and grad_norm are None until there is one.
         """

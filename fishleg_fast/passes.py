@@ -127,7 +127,7 @@ class Passes:
             yield
 
     def run(self, function: Callable[[], Any], replaced: Mapping[int, Tensor] | None = None) -> Any:
-        """``function()`` while the model holds copies of its buffers, and ``replaced``, by id, in place of parameters."""
+        """``function()`` while the model holds copies of its buffers, and ``replaced`` (by id) for parameters."""
         tensors = {id(b): b.clone() for b in self.shell.buffers()} | dict(replaced or {})
         # Slot by slot: torch's own tying of weights restores a module that is used twice to the wrong tensor.
         named = {name: t for key, t in tensors.items() for name in self._slots.get(key, ())}

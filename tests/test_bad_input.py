@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_bad_groups() -> None:
     net = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="lr should be"):
         FishLeg(net, likelihood=LIKELIHOOD, params=[{"params": net.parameters(), "lr": -1}])
-    with pytest.raises(ValueError, match="not the model's|of the model"):
+    with pytest.raises(ValueError, match="parameters of the model"):
         FishLeg(net, likelihood=LIKELIHOOD, params=[nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match="params should hold a parameter"):
         FishLeg(net, likelihood=LIKELIHOOD, params=[])
@@ -92,8 +93,8 @@ def nothing(*args: object) -> None:
 @pytest.mark.parametrize(
     "args, kwargs, error, message",
     [
-        ((nn.Linear(2, 2).parameters(),), {"likelihood": LIKELIHOOD}, TypeError, "model should be an nn.Module"),
-        ((nn.Linear(2, 2),), {}, ValueError, "likelihood=, or both draw= and nll="),
+        ((nn.Linear(2, 2).parameters(),), {"likelihood": LIKELIHOOD}, TypeError, "model should be an nn"),
+        ((nn.Linear(2, 2),), {}, ValueError, "likelihood=, or both"),
         ((nn.Linear(2, 2), nothing), {}, ValueError, "nll is missing"),
         ((nn.Linear(2, 2), None, nothing), {}, ValueError, "draw is missing"),
         ((nn.Linear(2, 2), LIKELIHOOD), {}, TypeError, "pass it as likelihood="),
@@ -183,7 +184,7 @@ class BadCustom(FishModule):
 
 @pytest.mark.parametrize("aux", [None, {}, [torch.ones(2)]])
 def test_a_custom_module_without_lambda(aux: object) -> None:
-    with pytest.raises(TypeError, match="fishleg_aux should be an nn.ParameterDict or a dict"):
+    with pytest.raises(TypeError, match=r"fishleg_aux should be an nn\.ParameterDict or a dict"):
         FishLeg(BadCustom(aux), likelihood=LIKELIHOOD)
 
 
@@ -237,7 +238,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_told_once(value: f
 
 
 def test_a_curvature_batch_that_is_not_finite_leaves_lambda_alone() -> None:
-    net, optimizer, x, y = trained(anchor_every=1)
+    net, optimizer, *_ = trained(anchor_every=1)
     optimizer._passes.tap.last.args[0][0] = math.nan
     before = snapshot(net, optimizer)
     optimizer.step()
@@ -298,7 +299,7 @@ def test_any_small_network_takes_finite_steps(
     sizes, batch, dtype, structure, bias, likelihood, momentum, normalize, max_factor_size
 ) -> None:
     torch.manual_seed(0)
-    layers = [nn.Linear(a, b, bias=bias) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b, bias=bias) for a, b in pairwise(sizes)]
     net = nn.Sequential(*layers).to(dtype)
     optimizer = FishLeg(
         net, likelihood=likelihood, structure=structure, momentum=momentum, normalize=normalize, update_aux_every=1,

@@ -158,9 +158,7 @@ def test_mnist_damaged_gzip(mnist_dir, damage):
 
 def test_mnist_missing_file_and_folder(mnist_dir):
     (mnist_dir / "t10k-images-idx3-ubyte").unlink()
-    with pytest.raises(
-        data.DataError, match=r"t10k images file is missing in .*t10k-images-idx3-ubyte\.gz.*Put"
-    ):
+    with pytest.raises(data.DataError, match=r"t10k images file is missing in .*t10k-images-idx3-ubyte\.gz.*Put"):
         data.mnist(mnist_dir)
     with pytest.raises(data.DataError, match="is not a folder"):
         data.mnist(mnist_dir / "nowhere")
@@ -197,9 +195,7 @@ def test_cifar_reads_the_folder_that_the_archive_unpacks_to(cifar_dir):
 
 
 def test_cifar_damaged_and_missing_files(cifar_dir):
-    with pytest.raises(
-        data.DataError, match=r"data_batch_1\.bin should have 30730000 bytes .* but has 12292"
-    ):
+    with pytest.raises(data.DataError, match=r"data_batch_1\.bin should have 30730000 bytes .* but has 12292"):
         data.cifar10(cifar_dir)
     path = cifar_dir / "test_batch.bin"
     whole = path.read_bytes()

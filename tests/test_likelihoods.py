@@ -73,9 +73,11 @@ def test_fisher_product_is_the_expected_hessian_over_all_targets(kind: str) -> N
 @pytest.mark.parametrize("learn", [False, True])
 def test_gaussian_fisher_is_the_expected_hessian(sigma: float, learn: bool) -> None:
     """E over y by Gauss-Hermite quadrature, nodes ±σ about each output: exact for a quadratic."""
-    fixed, likelihood = GaussianLikelihood(sigma), GaussianLikelihood(sigma, learn=True).double()  # whose nll can be differentiated by log σ
+    fixed = GaussianLikelihood(sigma)
+    likelihood = GaussianLikelihood(sigma, learn=True).double()  # whose nll can be differentiated by log σ
     f = randn(2, 3)
     size, log_sigma = f.numel(), torch.tensor(sigma, dtype=torch.float64).log()
+    likelihood.log_sigma.data.copy_(log_sigma)
     expected, squares = torch.zeros(size + 1, size + 1).double(), torch.zeros(size, size).double()
 
     def nll(o: Tensor, log_s: Tensor, y: Tensor) -> Tensor:

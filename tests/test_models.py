@@ -128,7 +128,8 @@ def test_transformer(tied: bool, kdim: int | None, fisher: str) -> None:
     k = kdim or 8
     wanted = {
         "embedding": (13, 8), "norm": (16, 1), "attention.q": (8, 9), "attention.k": (8, k + 1),
-        "attention.v": (8, k + 1), "attention.out_proj": (8, 9), "mlp.0": (16, 9), "mlp.2": (8, 17), "position": (40, 1),
+        "attention.v": (8, k + 1), "attention.out_proj": (8, 9), "mlp.0": (16, 9), "mlp.2": (8, 17),
+        "position": (40, 1),
     }  # fmt: skip
     assert shapes(optimizer) == wanted | ({} if tied else {"head": (13, 8)})
     assert (net.head.weight is net.embedding.weight) == tied

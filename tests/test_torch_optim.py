@@ -83,7 +83,9 @@ def test_weight_and_bias_of_one_layer_may_be_in_different_groups() -> None:
     net, _ = make()
     biases = [p for p in net.parameters() if p.ndim == 1]
     matrices = [p for p in net.parameters() if p.ndim == 2]
-    decayed = FishLeg(net, likelihood=LIKELIHOOD, params=[{"params": matrices, "weight_decay": 0.1}, {"params": biases}])
+    decayed = FishLeg(
+        net, likelihood=LIKELIHOOD, params=[{"params": matrices, "weight_decay": 0.1}, {"params": biases}]
+    )
     assert [b.shape for b in decayed.blocks] == [(12, 7), (4, 13)]
     twin, plain = make(update_aux_every=10, anchor_every=50)
     before = weights(net)
