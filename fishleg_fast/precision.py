@@ -7,18 +7,22 @@ from contextlib import contextmanager
 
 import torch
 
-PRECISIONS = ("highest", "high", "medium")
+# precision -> what torch.set_float32_matmul_precision sets for oneDNN (CPU) and cuBLAS
+PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("bf16", "tf32")}
 
 
 @contextmanager
 def precision_scope(precision: str) -> Iterator[None]:
-    """``torch.set_float32_matmul_precision(precision)`` inside, and the user's setting again outside."""
-    before = torch.get_float32_matmul_precision()
-    if before == precision:
-        yield
-        return
-    torch.set_float32_matmul_precision(precision)
+    """float32 products at ``precision`` inside, and at the user's settings again outside.
+
+    By the settings of each backend, which hold whether the user chose by them or by ``set_float32_matmul_precision``.
+    """
+    places = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    for place, value in zip(places, PRECISIONS[precision], strict=True):
+        place.fp32_precision = value
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

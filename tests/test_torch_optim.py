@@ -347,9 +347,34 @@ def test_diagnostics_and_writer() -> None:
     assert {tag for tag, *_ in writer.rows} >= {"fishleg/aux_loss", "fishleg/grad_norm", "fishleg/nat_norm/0"}
 
 
+def settings_of_torch() -> tuple[str, str]:
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("users", ["untouched", "legacy", "per backend"])
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_precision_leaves_the_users_setting_alone(precision: str) -> None:
-    before = torch.get_float32_matmul_precision()
-    net, optimizer = make(precision=precision)
-    train(net, optimizer, 2)
-    assert torch.get_float32_matmul_precision() == before
+def test_precision_holds_inside_the_optimizer_and_leaves_the_users_setting_alone(
+    precision: str, users: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = settings_of_torch()
+    try:
+        if users == "legacy":
+            torch.set_float32_matmul_precision("high")
+        elif users == "per backend":
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        before = settings_of_torch()
+        net, optimizer = make(precision=precision)
+        inside = []
+        theta_step = optimizer._ops.theta_step
+
+        def spy(*args, **kwargs):
+            inside.append(settings_of_torch())
+            return theta_step(*args, **kwargs)
+
+        monkeypatch.setattr(optimizer._ops, "theta_step", spy)
+        train(net, optimizer, 2)
+        assert settings_of_torch() == before
+        expected = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("bf16", "tf32")}[precision]
+        assert inside == [expected] * 2
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = begin
