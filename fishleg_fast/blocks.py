@@ -32,8 +32,7 @@ class Block:
     """What every op takes: parameters, gradients, λ, moving averages and hyperparameters of one layer.
 
     ``axis`` tells how the parts make the matrix: 1, side by side as columns, each seen as (m, numel/m), the weight and
-    its
-    bias; 0, one below the other as a single column. No part is empty.
+    its bias; 0, one below the other as a single column. No part is empty.
     """
 
     name: str

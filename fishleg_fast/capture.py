@@ -133,8 +133,7 @@ class AuxBatches:
     """Endless batches from ``loader`` through one persistent iterator, resumable by replaying its pass.
 
     A loader's shuffling draws from torch's generators, so that each pass begins under a seed of its own: the same seed
-    and
-    the same number of batches lead to the same place.
+    and the same number of batches lead to the same place.
     """
 
     def __init__(self, loader: Iterable[Any], devices: list[torch.device]) -> None:

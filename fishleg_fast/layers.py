@@ -1,9 +1,8 @@
 """How each layer's parameters become matrices: one class a kind of layer, one row of ``LAYERS`` each.
 
 A layer says which of its parameters form which block, and turns the inputs and output gradients that a forward and
-backward
-pass showed into rows a (positions, n) and e (positions, m), whose second moments are the Kronecker factors of the
-Fisher matrix.
+backward pass showed into rows a (positions, n) and e (positions, m), whose second moments are the Kronecker factors of
+the Fisher matrix.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ class Likelihood(nn.Module):
         """H v, with H the Fisher matrix of ``nll`` with respect to ``outputs``; both of the outputs' shape.
 
         Here: the Hessian of the nll on drawn targets, which equals H in expectation (and exactly, where it does not
-        depend on
-        the targets, as in an exponential family's natural parameters).
+        depend on the targets, as in an exponential family's natural parameters).
         """
         outputs = outputs.detach()
         with torch.no_grad():
@@ -160,8 +159,7 @@ class CategoricalLikelihood(Likelihood):
 
     Args:
         class_dim: the outputs' dimension of the classes: 1 as in torch, (B, C) or (B, C, H, W), targets (B,) or (B, H,
-            W);
-            -1 for language models, (B, T, V) with targets (B, T).
+            W); -1 for language models, (B, T, V) with targets (B, T).
         ignore_index: targets that do not count. Drawn targets never take it: the Fisher matrix is over all positions.
         weight: of each class (C,), as in torch. The Fisher matrix then is that of the weighted loss, position i
             weighing Σ_c p_ic w_c.

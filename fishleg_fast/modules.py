@@ -52,8 +52,8 @@ class FishModule(nn.Module, ABC):
     """A custom layer with its own inverse Fisher approximation.
 
     Set ``self.fishleg_aux``, an ``nn.ParameterDict`` or a dict of tensors, in the constructor: λ, which the optimizer
-    trains by
-    autograd through ``Qv``. It is kept out of ``parameters()`` and ``state_dict()``, since it belongs to the optimizer.
+    trains by autograd through ``Qv``. It is kept out of ``parameters()`` and ``state_dict()``, since it belongs to the
+    optimizer.
     """
 
     fishleg_aux: Any

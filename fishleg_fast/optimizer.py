@@ -184,8 +184,7 @@ class FishLeg(Optimizer):
         """One step. ``closure`` re-evaluates the model and returns the loss, which is returned.
 
         A step whose gradient or update is not finite is skipped and counted in ``diagnostics()``: parameters, λ and
-        moving
-        averages keep their values. RuntimeError where λ itself is not finite.
+        moving averages keep their values. RuntimeError where λ itself is not finite.
         """
         loss = None
         if closure is not None:

@@ -60,8 +60,7 @@ class Passes:
     """Batches, drawn labels and losses of one model.
 
     Where the user gave ``draw`` and ``nll`` functions these make the drawn-label loss, a mean over the batch; the
-    likelihood
-    does otherwise.
+    likelihood does otherwise.
     """
 
     def __init__(

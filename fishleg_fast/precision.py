@@ -17,7 +17,7 @@ def precision_scope(precision: str) -> Iterator[None]:
 
     By the settings of each backend, which hold whether the user chose by them or by ``set_float32_matmul_precision``.
     """
-    places = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    places = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     for place, value in zip(places, PRECISIONS[precision], strict=True):
         place.fp32_precision = value

@@ -286,8 +286,8 @@ class SumKron(_Kronecker):
     """Sum of block Kroneckers: Q u = Σₖ Pₖ u Sₖ, k = 1 … ``terms``, with λ named R1, L1, R2, L2, ...
 
     Both starts are exact: term k takes the share wₖ of each column, Lₖ = L diag(√wₖ) with Σₖ wₖ = 1. The shares differ
-    from
-    term to term, since equal terms would have equal gradients and stay equal. Other arguments as for :class:`Kron`.
+    from term to term, since equal terms would have equal gradients and stay equal. Other arguments as for
+    :class:`Kron`.
     """
 
     maths = MATHS["sumkron"]
