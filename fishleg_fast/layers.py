@@ -118,7 +118,7 @@ class Embedding(Layer):
         if block.layer.padding_idx is not None:
             real = words != block.layer.padding_idx
             words, e = words[real], e[real]
-        moments["rows"] += torch.bincount(words, minlength=block.shape[0]) / max(words.numel(), 1)
+        moments["rows"] += torch.bincount(words, minlength=block.shape[0]).to(e.dtype) / max(words.numel(), 1)
         moments["columns"] += cross(e.T, e.T, moments["columns"]) * count
         return moments
 

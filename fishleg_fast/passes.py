@@ -75,11 +75,6 @@ class Passes:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
         self.shell = _Shell(self.model, likelihood)
-        self._slots: dict[int, list[str]] = {}  # of each parameter and buffer: every place that holds it, once
-        for path, module in self.shell.named_modules():
-            for name, t in (*module._parameters.items(), *module._buffers.items()):
-                if t is not None:
-                    self._slots.setdefault(id(t), []).append(f"{path}.{name}")
         self.devices = sorted({p.device for p in self.shell.parameters()}, key=str)
         self._sparse = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
         self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
@@ -128,8 +123,13 @@ class Passes:
     def run(self, function: Callable[[], Any], replaced: Mapping[int, Tensor] | None = None) -> Any:
         """``function()`` while the model holds copies of its buffers, and ``replaced`` (by id) for parameters."""
         tensors = {id(b): b.clone() for b in self.shell.buffers()} | dict(replaced or {})
-        # Slot by slot: torch's own tying of weights restores a module that is used twice to the wrong tensor.
-        named = {name: t for key, t in tensors.items() for name in self._slots.get(key, ())}
+        # Place by place, as they are now: torch's own tying of weights restores a module that is used twice wrongly.
+        named = {
+            f"{path}.{name}": tensors[id(t)]
+            for path, module in self.shell.named_modules()
+            for name, t in (*module._parameters.items(), *module._buffers.items())
+            if id(t) in tensors
+        }
         return functional_call(self.shell, named, (function,), tie_weights=False)
 
     def outputs(self, inputs: Inputs) -> Tensor:

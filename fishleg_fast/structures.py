@@ -13,6 +13,7 @@ Source: Garcia, Freddi et al., Fisher-Legendre (FishLeg) optimization of deep ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -34,6 +35,12 @@ def _float_dtype(dtype: torch.dtype | None) -> torch.dtype:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype should be torch.float32 or torch.float64 (λ needs the precision) but is: {dtype}")
     return dtype
+
+
+def _refuse_non_finite(moments: Aux) -> None:
+    for name, moment in moments.items():
+        if not torch.isfinite(moment).all():
+            raise torch.linalg.LinAlgError(f"moments[{name!r}] should be finite but is not")
 
 
 class Structure:
@@ -99,9 +106,9 @@ class Structure:
         return m, torch.Size(rest).numel()
 
     def start_sgd(self, scale: float = 1.0) -> None:
-        """Q₀ = scale·I. ``scale`` > 0, ValueError otherwise."""
-        if not scale > 0:
-            raise ValueError(f"scale should be positive but is: {scale}")
+        """Q₀ = scale·I. ``scale`` > 0 and finite, ValueError otherwise."""
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale should be positive and finite but is: {scale}")
         self._start_sgd(scale)
 
     def _start_sgd(self, scale: float) -> None:
@@ -212,6 +219,7 @@ class _Kronecker(Structure):
         ``moments``: "rows" G and "columns" Ā, laid out as R and L; their Kronecker product estimates the Fisher matrix.
         Raises torch.linalg.LinAlgError when they are not finite or not positive semi-definite; λ is then unchanged.
         """
+        _refuse_non_finite(moments)
         G, A = moments["rows"], moments["columns"]
         m, n = self.shape
         if m == 0 or n == 0:
@@ -258,7 +266,9 @@ class Kron(_Kronecker):
 
 
 class DiagKron(_Kronecker):
-    """Block Kronecker with diagonals: Q u = A∘(Rᵀ (B²∘(R (A∘u) L)) Lᵀ) = A (R⊗L) B² (Rᵀ⊗Lᵀ) A of the talk, A, B (m, n).
+    """Block Kronecker with diagonals: Q u = A∘(Rᵀ (B²∘(R (A∘u) L)) Lᵀ), with A, B (m, n).
+
+    As a matrix over row-major vec(u): A (Rᵀ⊗L) B² (R⊗Lᵀ) A. The talk's A (R⊗L) B² (Rᵀ⊗Lᵀ) A, whose R is our Rᵀ.
 
     Arguments as for :class:`Kron`.
     """
@@ -354,5 +364,9 @@ class Diagonal(Structure):
 
     @torch.no_grad()
     def start_kfac(self, moments: Aux, damping: float) -> None:
-        """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape."""
+        """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape.
+
+        Raises torch.linalg.LinAlgError when they are not finite; λ is then unchanged.
+        """
+        _refuse_non_finite(moments)
         self.fishleg_aux["d"].copy_((moments["diagonal"] + damping).rsqrt())

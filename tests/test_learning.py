@@ -96,13 +96,13 @@ class Study:
     ],
 )
 def test_one_layer_is_learned_exactly(structure: object, u_sampling: str) -> None:
-    """The error of the whole matrix falls from 0.77 to a thousandth, and the loss to its minimum."""
+    """The error of the whole matrix falls from 0.77 to below 0.002, and the loss to its minimum."""
     study = Study([6, 4], structure=structure, u_sampling=u_sampling)
     before = [p.detach().clone() for p in study.net.parameters()]
     assert relative(study.Q(), study.inverse) > 0.7
-    study.learn((1e-2, 500))
-    assert relative(study.Q(), study.inverse) <= 1e-3  # measured 2e-4 at most
-    assert study.error(study.Q()) <= 1e-3
+    study.learn((1e-2, 400))
+    assert relative(study.Q(), study.inverse) <= 2e-3  # measured 7e-4 at most
+    assert study.error(study.Q()) <= 2e-3
     assert abs(study.loss(study.Q()) - 1) <= 1e-6
     assert all(torch.equal(p, q) for p, q in zip(before, study.net.parameters(), strict=True))
 
@@ -110,33 +110,33 @@ def test_one_layer_is_learned_exactly(structure: object, u_sampling: str) -> Non
 @pytest.mark.parametrize("options", [{"fisher": "hessian"}, {"fisher": "antithetic"}, {"precondition_aux": True}])
 def test_one_layer_by_other_ways(options: dict) -> None:
     study = Study([6, 4], **options)
-    study.learn((1e-2, 500))
-    assert relative(study.Q(), study.inverse) <= 1e-3  # measured 3e-4 preconditioned, 1e-6 the others
+    study.learn((1e-2, 400))
+    assert relative(study.Q(), study.inverse) <= 5e-3  # measured 1.3e-3 preconditioned, 7e-4 the others
 
 
 def test_one_layer_by_noisy_products() -> None:
     """rank1 has the noise of a single gradient: the error of Q g falls from 0.96 to 0.3."""
     study = Study([6, 4], fisher="rank1")
     assert study.error(study.Q()) > 0.9
-    study.learn((1e-2, 800), (1e-3, 700))
+    study.learn((1e-2, 700), (1e-3, 500))
     assert study.error(study.Q()) <= 0.35
 
 
 def test_a_diagonal_learns_what_a_diagonal_can() -> None:
     """Gaussian u: the loss's minimum over diagonal Q is 1/(diag F + γ), reached within 2 %."""
     study = Study([6, 4], structure=Diagonal, u_sampling="gaussian")
-    study.learn((1e-2, 500), (1e-3, 300))
+    study.learn((1e-2, 400), (1e-3, 200))
     assert relative(study.Q(), torch.diag(1 / study.damped.diagonal())) <= 0.02
 
 
 def test_deep_network_on_its_own_gradients() -> None:
-    """Error of Q g from 0.74 to 0.17, auxiliary loss within 2 % of its minimum over all matrices whatever.
+    """Error of Q g from 0.74 to 0.16, auxiliary loss within 2 % of its minimum over all matrices whatever.
 
     The block-diagonal inverse, which ignores the coupling, is off by 0.8: what is learned is better than exact K-FAC.
     """
     study = Study([6, 5, 4, 3])
     assert study.error(study.Q()) > 0.7 and study.loss(study.Q()) < 0.5
-    study.learn((1e-2, 600), (3e-3, 300))
+    study.learn((1e-2, 500), (3e-3, 200))
     Q = study.Q()
     assert study.error(Q) <= 0.2
     assert 0.98 <= study.loss(Q) <= 1
@@ -144,19 +144,19 @@ def test_deep_network_on_its_own_gradients() -> None:
 
 
 def test_deep_network_in_every_direction() -> None:
-    """Gaussian u: the whole matrix. Error from 0.89 to 0.36, where the block-diagonal inverse has 0.33."""
+    """Gaussian u: the whole matrix. Error from 0.89 to 0.34, where the block-diagonal inverse has 0.33."""
     study = Study([6, 5, 4, 3], u_sampling="gaussian")
     limit = relative(study.block_diagonal_inverse(), study.inverse)
     assert relative(study.Q(), study.inverse) > 0.85 and 0.3 < limit < 0.35
-    study.learn((1e-2, 600), (3e-3, 300))
+    study.learn((1e-2, 500), (3e-3, 200))
     assert relative(study.Q(), study.inverse) <= 1.1 * limit
 
 
 def test_learning_improves_on_the_kfac_start() -> None:
-    """Default start: error 0.48, loss within 15 % of its minimum; learned on: 0.17 and 2 %, as from the identity."""
+    """Default start: error 0.48, loss within 15 % of its minimum; learned on: 0.16 and 1 %, as from the identity."""
     study = Study([6, 5, 4, 3], init="kfac")
     study.learn((1e-4, 1))  # the start itself comes with the first curvature batch
     start = study.error(study.Q()), study.loss(study.Q())
-    study.learn((1e-2, 600), (3e-3, 300))
+    study.learn((1e-2, 500), (3e-3, 200))
     end = study.error(study.Q()), study.loss(study.Q())
     assert end[0] <= 0.2 < start[0] and start[1] < 0.9 and 0.98 <= end[1] <= 1

@@ -118,7 +118,7 @@ def test_weighted_categorical_fisher() -> None:
         ratio = ratio + probability * H
     got = matrix_of(likelihood.fisher_product, f)
     assert relative(got, top / bottom) <= 1e-12
-    assert relative(got, ratio) <= 0.1  # measured 0.06 at five positions; it falls as their number grows
+    assert relative(got, ratio) <= 0.04  # measured 0.023 at five positions; it falls as their number grows
     equal = CategoricalLikelihood(weight=torch.ones(3))
     assert relative(matrix_of(equal.fisher_product, f), output_fisher("categorical", f)) <= 1e-12
 

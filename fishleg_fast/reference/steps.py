@@ -55,7 +55,7 @@ def theta_step(
 
     momentum: "before" as above; "after" averages Q g instead, m ← βm + (1−β)Q g and nat = m̂.
     normalize: "rms", c makes each block's root-mean-square 0.2; "trust", c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for
-        all blocks; None, c = 1.
+        all blocks (gᵀnat in place of m̂ᵀnat with momentum "after"); None, c = 1.
     Parts whose gradient is None keep their parameters. Where nat is not finite nothing is written.
     capturable: decide that on the device, without a synchronisation.
 
