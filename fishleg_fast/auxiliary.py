@@ -107,6 +107,7 @@ class Auxiliary:
             betas=s["aux_betas"],
             eps=s["aux_eps"],
             precondition=s["precondition_aux"],
+            learn_scale=s["learn_scale"],
             capturable=capturable,
         )
 

@@ -44,6 +44,8 @@ class FishLeg(Optimizer):
         fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
             None: "ggn" with a likelihood, "hessian" without.
         precondition_aux: multiply the auxiliary loss's gradient by Q.
+        learn_scale: let 𝒜 teach Q's overall scale, and not its shape alone. None: where the update depends on it, which
+            is everywhere but under normalize="rms".
         u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".
         structure: "kron", "diagkron", "sumkron", "diagonal", or a callable (m, n, **options) -> Structure such as
             ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (fnmatch's) to those, of which
@@ -83,7 +85,7 @@ class FishLeg(Optimizer):
         *,
         params: Iterable[Any] | None = None,
         lr: float | Tensor = 1e-2,
-        aux_lr: float = 3e-4,
+        aux_lr: float = 5e-4,
         aux_betas: tuple[float, float] = (0.9, 0.999),
         aux_eps: float = 1e-7,
         beta: float = 0.9,
@@ -92,11 +94,12 @@ class FishLeg(Optimizer):
         update_aux_every: int = 10,
         fisher: str | None = None,
         precondition_aux: bool = False,
+        learn_scale: bool | None = None,
         u_sampling: str = "gradient",
         structure: StructureChoice | Mapping[str, StructureChoice] = "kron",
         init: str = "kfac",
-        anchor_every: int = 50,
-        anchor_decay: float = 0.5,
+        anchor_every: int = 10,
+        anchor_decay: float = 0.9,
         scale: float = 1.0,
         momentum: str = "before",
         normalize: str | None = "rms",
@@ -114,7 +117,7 @@ class FishLeg(Optimizer):
         settings = dict(
             aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, damping=damping, update_aux_every=update_aux_every,
             fisher=default_fisher if fisher is None else fisher, u_sampling=u_sampling,
-            precondition_aux=precondition_aux,
+            precondition_aux=precondition_aux, learn_scale=normalize != "rms" if learn_scale is None else learn_scale,
             structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
             scale=scale, momentum=momentum, normalize=normalize, kappa=kappa, curvature_batch=curvature_batch,
             max_factor_size=max_factor_size, precision=precision, writer=writer, seed=seed,

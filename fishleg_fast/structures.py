@@ -229,7 +229,11 @@ class _Kronecker(Structure):
         pi = (mean_a / mean_g).sqrt()
         R = inverse_root(G, damping**0.5 / pi)
         L = transpose(inverse_root(A, damping**0.5 * pi))
-        self._set_factors(R, L)
+        # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
+        # layer that starts at zero, π puts twenty orders of magnitude between them.
+        sizes = [torch.linalg.vector_norm(factor.double()) / k**0.5 for factor, k in ((R, m), (L, n))]
+        c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
+        self._set_factors(R * c, L / c)
 
 
 class Kron(_Kronecker):

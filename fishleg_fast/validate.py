@@ -70,8 +70,9 @@ def settings(s: dict[str, Any]) -> None:
     for name in ("curvature_batch", "max_factor_size"):
         if s[name] is not None:
             count(name, s[name], least=1)
-    if not isinstance(s["precondition_aux"], bool):
-        raise TypeError(f"precondition_aux should be a bool but is: {s['precondition_aux']!r}")
+    for name in ("precondition_aux", "learn_scale"):
+        if not isinstance(s[name], bool):
+            raise TypeError(f"{name} should be a bool but is: {s[name]!r}")
     check_choice(s["structure"])
     if s["momentum"] == "after" and s["u_sampling"] == "momentum":
         raise ValueError(

@@ -35,7 +35,8 @@ class Study:
             x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / len(x))).T
         else:
             x = x * torch.linspace(0.3, 2, sizes[0]).double()
-        options = {"init": "sgd", "anchor_every": 0, "damping": DAMPING, "aux_lr": 1e-2, "aux_eps": 1e-12} | options
+        defaults = {"init": "sgd", "anchor_every": 0, "damping": DAMPING, "aux_lr": 1e-2, "aux_eps": 1e-12}
+        options = defaults | {"learn_scale": True} | options
         self.optimizer = FishLeg(
             self.net, likelihood=GaussianLikelihood(), aux_loader=[x], curvature_batch=None, **options
         )

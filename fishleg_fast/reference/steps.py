@@ -133,16 +133,23 @@ def lambda_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     precondition: bool = False,
+    learn_scale: bool = True,
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One Adam step of every block's λ on 𝒜 = ½ vᵀ(F+γI)v − uᵀv, in place (eqs. 13 and 14 of the talk).
 
     ∇λ𝒜 = ⟨w, ∂λ(Q u)⟩ with w = (F+γI)v − u held constant, or Q w in its place with ``precondition``.
+    Without ``learn_scale`` it is the gradient at Q's best multiple, w = α(F+γI)v − u with α = uᵀv/vᵀ(F+γI)v: orthogonal
+    to v, so that only Q's shape is learned. The 𝒜 returned is that of Q as it is.
     Where a gradient is not finite, or u is zero, nothing is written. Returns (𝒜, whether the step was taken), scalars.
     """
-    ws = [torch.add(fv, v, alpha=damping).sub_(u) for u, v, fv in zip(us, vs, fvs, strict=True)]
-    uQu = inner(us, vs)
-    loss = 0.5 * (inner(vs, ws) - uQu)
+    curved = [torch.add(fv, v, alpha=damping) for v, fv in zip(vs, fvs, strict=True)]  # (F+γI)v
+    uQu, vFv = inner(us, vs), inner(vs, curved)
+    loss = 0.5 * vFv - uQu
+    if not learn_scale:
+        alpha = torch.where(vFv > 0, uQu / vFv, 1)  # sampled Hessians may have negative curvature
+        curved = [x * alpha.to(x) for x in curved]
+    ws = [x.sub_(u) for x, u in zip(curved, us, strict=True)]
     if precondition:
         ws = qv(blocks, ws)
     all_grads = [
