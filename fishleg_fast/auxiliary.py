@@ -49,12 +49,11 @@ class Auxiliary:
         self.passes, self.settings, self.ops = passes, settings, ops
 
     def _curvature_batch(self) -> Inputs:
-        inputs, size = self.passes.inputs(), self.settings["curvature_batch"]
-        return inputs if size is None else inputs.rows(0, size)
+        return self.passes.inputs(self.settings["curvature_batch"])
 
     def anchor_due(self, block: Block, step: int) -> bool:
         """Whether Q of the block starts, or is estimated anew, before this step."""
-        if not block.moments:
+        if not block.moments or not any(part.param.requires_grad for part in block.parts):
             return False
         every = self.settings["anchor_every"]
         start = self.settings["init"] == "kfac" and not block.moments_weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,108 +11,164 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
 def tree_map(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """``fn`` on every tensor of nested tuples, lists and mappings."""
+    """``fn`` on every tensor of nested tuples, lists and mappings, whose types are kept."""
     if isinstance(tree, Tensor):
         return fn(tree)
+    if isinstance(tree, PackedSequence):  # one whole: its lengths belong to its data
+        return tree
     if isinstance(tree, Mapping):
-        return {key: tree_map(fn, value) for key, value in tree.items()}
+        mapped = {key: tree_map(fn, value) for key, value in tree.items()}
+        return mapped if type(tree) is dict else type(tree)(mapped)  # type: ignore[call-arg]
     if isinstance(tree, (tuple, list)):
-        return (
-            type(tree)(tree_map(fn, x) for x in tree)
-            if type(tree) in (tuple, list)
-            else tuple(tree_map(fn, x) for x in tree)
-        )
+        items = [tree_map(fn, x) for x in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 
 
-def batch_size(tree: Any) -> int | None:
-    """The first dimension of the first tensor that has one."""
+def leading_sizes(tree: Any) -> set[int]:
+    """The sizes of the first dimensions of all tensors that have one; -1 stands for what cannot be cut."""
     if isinstance(tree, Tensor):
-        return tree.shape[0] if tree.ndim else None
+        return {tree.shape[0]} if tree.ndim else set()
+    if isinstance(tree, PackedSequence):
+        return {-1}
     items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (tuple, list)) else ()
-    return next((size for item in items if (size := batch_size(item)) is not None), None)
+    return set().union(*map(leading_sizes, items))
 
 
-def rows(tree: Any, start: int, stop: int) -> Any:
-    """Samples start … stop−1 of every tensor that runs over the batch."""
-    size = batch_size(tree)
-    return tree_map(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, tree)
+def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
+    """Off the graph, but differentiable where ``like`` is: some models differentiate by their inputs."""
+    return tensor.detach().requires_grad_(like.requires_grad)
 
 
 @dataclass
 class Inputs:
-    """What a model was called with: ``model(*args, **kwargs)``, under autocast to ``autocast`` if that was on."""
+    """A batch: what the model is called with, ``model(*args, **kwargs)``, and the x of a user's nll(model, x, y).
+
+    ``autocast`` is the dtype of autocast, if that was on. ``tapped``: seen at the model's forward, past its hooks.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
+    x: Any
     autocast: torch.dtype | None = None
+    tapped: bool = False
 
     @classmethod
     def of(cls, x: Any) -> Inputs:
         """From a loader's x: a tuple or list is spread over positional arguments, a mapping over named ones."""
         if isinstance(x, Mapping):
-            return cls((), dict(x))
-        return cls(tuple(x), {}) if isinstance(x, (tuple, list)) else cls((x,), {})
+            return cls((), dict(x), x)
+        plain = isinstance(x, (tuple, list)) and not hasattr(x, "_fields")
+        return cls(tuple(x) if plain else (x,), {}, x)
 
-    def x(self) -> Any:
-        """What a user's own nll(model, x, y) is handed."""
-        if self.args and not self.kwargs:
-            return self.args[0] if len(self.args) == 1 else self.args
-        return {**dict(enumerate(self.args)), **self.kwargs} if self.args else self.kwargs
+    def _tree(self) -> tuple[tuple, dict[str, Any], Any]:
+        return self.args, self.kwargs, self.x
 
     def size(self) -> int:
-        return batch_size((self.args, self.kwargs)) or 1
+        """Samples in the batch: the first dimension of its tensors, or 1 where they do not agree on one."""
+        sizes = leading_sizes(self._tree())
+        return sizes.pop() if len(sizes) == 1 and -1 not in sizes else 1
 
     def rows(self, start: int, stop: int) -> Inputs:
-        args, kwargs = rows((self.args, self.kwargs), start, stop)
-        return Inputs(args, kwargs, self.autocast)
+        """Samples start … stop−1, where all tensors run over the batch; else the whole batch."""
+        if len(leading_sizes(self._tree())) != 1 or -1 in leading_sizes(self._tree()):
+            return self
+        return self.map(lambda t: _leaf(t[start:stop], t) if t.ndim else t)
 
-    def detached(self) -> Inputs:
-        args, kwargs = tree_map(Tensor.detach, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.autocast)
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
+        args, kwargs, x = tree_map(fn, self._tree())
+        return Inputs(args, kwargs, x, self.autocast, self.tapped)
+
+    def copied(self) -> Inputs:
+        """Apart from the graph and the memory of the user's tensors: a model may write to its inputs."""
+        return self.map(lambda t: _leaf(t.detach().clone(), t))
 
 
 class InputTap:
     """Stands in for ``model.forward`` and remembers the last inputs that were given with gradients enabled.
 
-    An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. Copies and pickles of the model do
-    not carry it.
+    An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. Deep copies and pickles of the model
+    do not carry it, and it goes with the last optimizer that uses it.
     """
 
-    inner: Callable[..., Any]
-
     def __init__(self, model: nn.Module) -> None:
-        inner = model.__dict__.get("forward", model.forward)
-        self.inner = inner.inner if isinstance(inner, InputTap) else inner
+        self._model = weakref.ref(model)
+        self._instance_forward = model.__dict__.get("forward")  # some other library's stand-in
+        self._users = 0
         self.last: Inputs | None = None
         self.paused = False
-        model.forward = self
+
+    @classmethod
+    def on(cls, model: nn.Module, user: object | None) -> InputTap:
+        """The model's tap, new or shared with other optimizers, for as long as ``user`` lives (None: for good)."""
+        tap = model.__dict__.get("forward")
+        if not isinstance(tap, InputTap):
+            tap = cls(model)
+            model.forward = tap
+        tap._users += 1
+        if user is not None:
+            weakref.finalize(user, tap._release)
+        return tap
+
+    def _release(self) -> None:
+        self._users -= 1
+        model = self._model()
+        if self._users or model is None or model.__dict__.get("forward") is not self:
+            return
+        del model.__dict__["forward"]
+        if self._instance_forward is not None:
+            model.__dict__["forward"] = self._instance_forward
+
+    @property
+    def inner(self) -> Callable[..., Any]:
+        """The model's forward without the tap."""
+        if self._instance_forward is not None:
+            return self._instance_forward
+        model = self._model()
+        assert model is not None  # it is what calls
+        return type(model).forward.__get__(model)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # for inspect.signature(model.forward)
+        return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not self.paused:
-            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            kind = "cpu" if first is None else first.device.type
-            self.last = Inputs(
-                args, kwargs, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            )
+            self._remember(args, kwargs)
         return self.inner(*args, **kwargs)
+
+    def _remember(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if first is not None and torch._C._functorch.is_functorch_wrapped_tensor(first):
+            return  # inside vmap or grad of torch.func, which it must not leave
+        model = self._model()
+        kind = next((p.device.type for p in model.parameters()), "cpu") if model is not None else "cpu"
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.last = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True).map(lambda t: _leaf(t, t))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        self.paused = True
+        before, self.paused = self.paused, True
         try:
             yield
         finally:
-            self.paused = False
+            self.paused = before
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.inner, memo)
 
     def __reduce__(self) -> tuple:
         return _itself, (self.inner,)
+
+
+def _x_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    if kwargs:
+        return {**dict(enumerate(args)), **kwargs}
+    return args[0] if len(args) == 1 else args
 
 
 def _itself(x: Any) -> Any:
@@ -127,53 +184,3 @@ def private_rng(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
         yield
-
-
-class AuxBatches:
-    """Endless batches from ``loader`` through one persistent iterator, resumable by replaying its pass.
-
-    A loader's shuffling draws from torch's generators, so that each pass begins under a seed of its own: the same seed
-    and the same number of batches lead to the same place.
-    """
-
-    def __init__(self, loader: Iterable[Any], devices: list[torch.device]) -> None:
-        self.loader, self.devices = loader, devices
-        self.seed, self.taken = 0, 0
-        self._iterator: Iterator[Any] | None = None
-
-    def next(self, new_seed: Callable[[], int]) -> Any:
-        """The next batch; ValueError where the loader has none."""
-        if self._iterator is None and self.taken:  # resumed: replay the pass
-            taken = self.taken
-            self._open(self.seed)
-            while self.taken < taken and self._pull() is not _END:
-                pass
-        for _ in range(2):
-            if self._iterator is None:
-                self._open(new_seed())
-            item = self._pull()
-            if item is not _END:
-                return item
-            self._iterator = None
-        raise ValueError("aux_loader gave no batch: it should be re-iterable, like a DataLoader, and not empty")
-
-    def _open(self, seed: int) -> None:
-        self.seed, self.taken = seed, 0
-        with private_rng(seed, self.devices):
-            self._iterator = iter(self.loader)
-
-    def _pull(self) -> Any:
-        assert self._iterator is not None
-        with private_rng(self.seed + self.taken, self.devices):
-            item = next(self._iterator, _END)
-        self.taken += item is not _END
-        return item
-
-    def state(self) -> dict[str, int]:
-        return {"seed": self.seed, "taken": self.taken}
-
-    def load(self, state: Mapping[str, int]) -> None:
-        self.seed, self.taken, self._iterator = state["seed"], state["taken"], None
-
-
-_END = object()

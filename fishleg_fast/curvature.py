@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,12 @@ from .passes import Passes
 
 CHUNKS, CHUNK_LEAST = 8, 16  # where a block's second moments need several gradients: how many, of how many samples
 
+_IMPOSSIBLE = (
+    "fisher='ggn' is impossible: an operation of the model has neither a forward nor a second derivative; "
+    "choose fisher='antithetic' or 'rank1'"
+)
+
+Linearize = Callable[[Passes, Sequence[tuple[Tensor, Tensor]], Inputs], tuple[Tensor, "Tensor | None"]]
 Product = Callable[[Passes, Sequence[Tensor], Sequence[Tensor], Inputs], list[Tensor]]
 
 
@@ -43,63 +50,90 @@ def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: 
 
     Where an operation of the model has no forward derivative J v comes from differentiating Jᵀw by w instead, as exact.
     """
-    likelihood = passes.likelihood
-    assert likelihood is not None
-    noise = {id(p) for p in likelihood.parameters()}
-    mine = [(p, v.to(p.dtype)) for p, v in zip(params, vs, strict=True) if id(p) not in noise]
-    with passes.apart(inputs, seed := passes.seed()):
-        output, tangent = _linearized(passes, mine, inputs, seed)
-        detached = output.detach()
-        products = iter([torch.zeros_like(p) for p, _ in mine])
-        if tangent is not None and mine:
-            cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
-            products = iter(_grad(output, [p for p, _ in mine], cotangent))
-        own = iter(
-            likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise])
-        )
-    return [next(own) if id(p) in noise else next(products) for p in params]
-
-
-def _linearized(
-    passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs, seed: int
-) -> tuple[Tensor, Tensor | None]:
-    """The outputs, with their graph, and J v; None where they do not depend on the parameters."""
+    seed = passes.seed()
     if passes.forward_mode:
         try:
-            with forward_ad.dual_level():
-                duals = {id(p): forward_ad.make_dual(p, v) for p, v in mine}
-                return forward_ad.unpack_dual(passes.run(lambda: passes.outputs(inputs), duals))
+            return passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _forward_mode))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # NotImplementedError is one; a fault of the model's own comes up again below
-            reason = str(error).splitlines()[0]
-    with passes.apart(inputs, seed):
-        output = passes.run(lambda: passes.outputs(inputs))
-    params = [p for p, _ in mine]
-    if not output.requires_grad or not params:
-        return output, None
-    w = torch.zeros_like(output, requires_grad=True)
-    pulled = [
-        (g, v) for g, (_, v) in zip(_grad(output, params, w, create_graph=True), mine, strict=True) if g.requires_grad
-    ]
-    tangent = _grad([g for g, _ in pulled], [w], [v for _, v in pulled])[0] if pulled else None
-    if passes.forward_mode:
+            reason = str(error).strip().splitlines()[0]
+        try:
+            products = passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _checked_double_backward))
+        except NotImplementedError as error:
+            raise RuntimeError(f"{_IMPOSSIBLE} ({reason} {error})") from error
         passes.forward_mode = False
         warnings.warn(
             f"fisher='ggn' differentiates twice from here on, since forward mode failed: {reason}", stacklevel=2
         )
+        return products
+    return passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _double_backward))
+
+
+def _ggn(
+    passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, linearize: Linearize
+) -> list[Tensor]:
+    likelihood = passes.likelihood
+    assert likelihood is not None
+    noise = {id(p) for p in likelihood.parameters()}
+    mine = [(p, v.to(p.dtype)) for p, v in zip(params, vs, strict=True) if id(p) not in noise]
+    output, tangent = linearize(passes, mine, inputs)
+    detached = output.detach()
+    products = iter([torch.zeros_like(p) for p, _ in mine])
+    if tangent is not None and mine:
+        cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
+        products = iter(_grad(output, [p for p, _ in mine], cotangent))
+    own = iter(likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise]))
+    return [next(own) if id(p) in noise else next(products) for p in params]
+
+
+def _forward_mode(
+    passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
+) -> tuple[Tensor, Tensor | None]:
+    """The outputs, with their graph, and J v; None where they do not depend on the parameters."""
+    with forward_ad.dual_level():
+        duals = {id(p): forward_ad.make_dual(p, v) for p, v in mine}
+        return forward_ad.unpack_dual(passes.replaced(duals, lambda: passes.outputs(inputs)))
+
+
+def _double_backward(
+    passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs, check: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The same by differentiating Jᵀw, linear in w, by w."""
+    output, params = passes.outputs(inputs), [p for p, _ in mine]
+    if not output.requires_grad or not params:
+        return output, None
+    w = torch.randn_like(output).requires_grad_()
+    pulled = _grad(output, params, w, create_graph=True)
+    curved = [(g, v) for g, (_, v) in zip(pulled, mine, strict=True) if g.requires_grad]
+    tangent = _grad([g for g, _ in curved], [w], [v for _, v in curved], retain_graph=True)[0] if curved else None
+    if check and tangent is not None:
+        there = torch.sum(w.detach() * tangent).double()  # ⟨w, J v⟩
+        back = torch.stack([torch.sum(g.detach() * v).double() for g, (_, v) in zip(pulled, mine, strict=True)])
+        if (there - back.sum()).abs() > 1e-2 * back.abs().sum():
+            raise RuntimeError(_IMPOSSIBLE)
     return output, tangent
+
+
+def _checked_double_backward(
+    passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
+) -> tuple[Tensor, Tensor | None]:
+    """... and checked by ⟨w, J v⟩ = ⟨Jᵀw, v⟩: an opaque operation drops out of a second derivative without a word."""
+    return _double_backward(passes, mine, inputs, check=True)
 
 
 def hessian(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
     """∇²ℓ v on drawn labels, by differentiating twice: F v in expectation."""
-    with passes.apart(inputs, passes.seed()):
-        loss, _ = passes.run(lambda: passes.drawn_loss(inputs))
+
+    def product() -> list[Tensor]:
+        loss, _ = passes.drawn_loss(inputs)
         grads = _grad(loss, params, create_graph=True)
         curved = [(g, v.to(g.dtype)) for g, v in zip(grads, vs, strict=True) if g.requires_grad]
         if not curved:
             return [torch.zeros_like(p) for p in params]
         return _grad([g for g, _ in curved], params, [v for _, v in curved])
+
+    return passes.run(inputs, passes.seed(), product)
 
 
 def antithetic(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
@@ -112,17 +146,17 @@ def antithetic(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], i
     unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
     step = unit * torch.where(size > 0, size, 1) / torch.where(norm > 0, norm, 1)  # ε/‖v‖
     seed = passes.seed()
-    with passes.apart(inputs, seed):
-        labels = passes.run(lambda: passes.draw(inputs))
-    sides = []
-    for sign in (1, -1):
+    labels = passes.run(inputs, seed, lambda: passes.draw(inputs))
+
+    def side(sign: int) -> list[Tensor]:
         moved = [
             (p.detach() + (sign * step).to(v) * v).to(p.dtype).requires_grad_() for p, v in zip(params, vs, strict=True)
         ]
         named = {id(p): q for p, q in zip(params, moved, strict=True)}
-        with passes.apart(inputs, seed):
-            sides.append(_grad(passes.run(lambda: passes.nll(inputs, labels), named), moved))
-    return [(plus.to(v.dtype) - minus) / (2 * step).to(v) for plus, minus, v in zip(*sides, vs, strict=True)]
+        return passes.replaced(named, lambda: _grad(passes.nll(inputs, labels), moved))
+
+    plus, minus = (passes.run(inputs, seed, partial(side, sign)) for sign in (1, -1))
+    return [(a.to(v.dtype) - b) / (2 * step).to(v) for a, b, v in zip(plus, minus, vs, strict=True)]
 
 
 def drawn_gradient(passes: Passes, params: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
@@ -131,9 +165,11 @@ def drawn_gradient(passes: Passes, params: Sequence[Tensor], inputs: Inputs) -> 
 
 
 def _drawn_gradient(passes: Passes, params: Sequence[Tensor], inputs: Inputs) -> tuple[list[Tensor], int]:
-    with passes.apart(inputs, passes.seed()):
-        loss, count = passes.run(lambda: passes.drawn_loss(inputs))
+    def gradient() -> tuple[list[Tensor], int]:
+        loss, count = passes.drawn_loss(inputs)
         return _grad(loss, params), count
+
+    return passes.run(inputs, passes.seed(), gradient)
 
 
 def rank1(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
@@ -173,26 +209,46 @@ def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> d
         assert block.layer is not None
         return block.layer.register_forward_hook(hook)
 
+    def pass_() -> tuple[int, Sequence[Tensor | None]]:
+        loss, count = passes.likelihood_loss(inputs)
+        for handle in hooks:  # before the backward pass, in which checkpointed modules run once more
+            handle.remove()
+        edges = [edge for *_, edge in shown]
+        return count, torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
+
     hooks = [watch(block) for block in blocks]
     try:
-        with passes.apart(inputs, passes.seed()):
-            loss, count = passes.run(lambda: passes.likelihood_loss(inputs))
-            gradients = torch.autograd.grad(loss, [edge for *_, edge in shown], allow_unused=True) if shown else ()
+        count, gradients = passes.run(inputs, passes.seed(), pass_)
     finally:
         for handle in hooks:
             handle.remove()
-    found: dict[int, dict[str, Tensor]] = {}
+    shares: dict[int, list[tuple[dict[str, Tensor], int]]] = {}
     unseen: set[int] = set()
     for (block, x, _), e in zip(shown, gradients, strict=True):
         assert block.layer is not None
         share = None if e is None else layer_of(block.layer).moments(block, x, e, count)
-        if share is None:
+        if share is None or e is None:
             unseen.add(id(block))
-        elif id(block) in found:  # a layer used twice: its factors add up
-            found[id(block)] = {name: t + share[name] for name, t in found[id(block)].items()}
         else:
-            found[id(block)] = share
-    return {key: value for key, value in found.items() if key not in unseen}
+            shares.setdefault(id(block), []).append((share, e.numel()))
+    return {key: _together(parts) for key, parts in shares.items() if key not in unseen}
+
+
+def _together(shares: list[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
+    """The moments of a layer that was called several times: output gradients add up, inputs average over positions.
+
+    As one call on all positions would have it.
+    """
+    if len(shares) == 1:
+        return shares[0][0]
+    total = sum(size for _, size in shares)
+    weights = {"columns": [size / total for _, size in shares]}
+    return {
+        name: torch.stack(
+            [c * s[name] for c, (s, _) in zip(weights.get(name, [1] * len(shares)), shares, strict=True)]
+        ).sum(0)
+        for name in shares[0][0]
+    }
 
 
 def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
@@ -203,14 +259,16 @@ def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -
     chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))
     edges = [size * i // chunks for i in range(chunks + 1)]
     samples: list[list[Tensor]] = [[] for _ in blocks]
-    count = 1
+
+    def gradient(chunk: Inputs) -> tuple[list[Tensor], int]:
+        loss, count = passes.likelihood_loss(chunk)
+        return _grad(loss, params), count
+
     for start, stop in pairwise(edges):
         chunk = inputs.rows(start, stop)
-        with passes.apart(chunk, passes.seed()):
-            loss, count = passes.run(lambda: passes.likelihood_loss(chunk))  # noqa: B023
-            grads = dict(zip(map(id, params), _grad(loss, params), strict=True))
+        tensors, count = passes.run(chunk, passes.seed(), partial(gradient, chunk))
+        grads = dict(zip(map(id, params), tensors, strict=True))
         for block, mine in zip(blocks, samples, strict=True):
-            tensors = [grads.get(id(part.param)) for part in block.parts]
-            cut = [None if g is None else part.of(g) for part, g in zip(block.parts, tensors, strict=True)]
-            mine.append(block.matrix(cut) * count**0.5)
+            found = [(part, grads.get(id(part.param))) for part in block.parts]
+            mine.append(block.matrix([None if g is None else part.of(g) for part, g in found]) * count**0.5)
     return {id(b): b.structure.gradient_moments(mine) for b, mine in zip(blocks, samples, strict=True)}

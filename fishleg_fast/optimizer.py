@@ -125,7 +125,9 @@ class FishLeg(Optimizer):
         validate.sources(model, draw, nll, likelihood, aux_loader, settings["fisher"])
         validate.settings(settings)
         self.model, self.likelihood, self.settings = model, likelihood, settings
-        self._roots = [("", model), *([("likelihood.", likelihood)] if likelihood is not None else [])]
+        self._roots = [("", model)]
+        if likelihood is not None and all(module is not likelihood for module in model.modules()):
+            self._roots.append(("likelihood.", likelihood))
         self._capturable = capturable
         self.blocks = []
         self._built = False
@@ -140,7 +142,7 @@ class FishLeg(Optimizer):
         self._built = True
         first = everything[0]
         self.backend, self._ops = backends.choose(backend, first.device, first.dtype)
-        self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed)
+        self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed, user=self)
         self._aux = Auxiliary(self._passes, settings, self._ops)
         self._counts: dict[str, Any] = dict.fromkeys(
             ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
@@ -175,9 +177,11 @@ class FishLeg(Optimizer):
         ValueError if they are not the model's.
         """
         validate.group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        validate.membership(self._roots, [p[1] if isinstance(p, tuple) else p for p in given])
+        super().add_param_group({**param_group, "params": given})
         group = self.param_groups[-1]
-        validate.membership(self._roots, group["params"])
         group.setdefault("base_lr", float(group["lr"]))  # before any schedule
         if self._built:
             self._take_up(group["params"])
@@ -215,10 +219,14 @@ class FishLeg(Optimizer):
         blocks, gs = [], []
         for block in self.blocks:
             params = [part.param for part in block.parts]
-            if all(p.grad is None for p in params):
-                continue
+            if all(p.grad is None for p in params) or any(id(p) not in group_of for p in params):
+                continue  # nothing to do, or its group was taken out
             block.check_placement()
             block.groups = [group_of[id(p)] for p in params]
+            if any(group["beta"] != block.beta for group in block.groups):
+                raise ValueError(
+                    f"beta should be one for all parameters of {block.name!r}, but its groups differ in it"
+                )
             dense = [None if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
             block.grads = [None if g is None else part.of(g) for part, g in zip(block.parts, dense, strict=True)]
             signs = [-1 if group["maximize"] else 1 for group in block.groups]
@@ -324,6 +332,9 @@ class FishLeg(Optimizer):
                         f"λ of {block.name!r}, fishleg_aux[{name!r}], is not finite; load a checkpoint or make "
                         f"the optimizer anew"
                     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("FishLeg cannot be copied or pickled, since it is bound to its model; use state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer's, λ and its Adam moments included; "fishleg" holds counters and generators.

@@ -5,8 +5,9 @@ Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .capture import AuxBatches, Inputs, InputTap, private_rng, tree_map
+from .capture import Inputs, InputTap, private_rng, tree_map
 from .likelihoods import Likelihood
+from .loader import AuxBatches
 
 Draw = Callable[[nn.Module, Any], Any]
 Nll = Callable[[nn.Module, Any, Any], Tensor]
@@ -56,6 +58,18 @@ def output_tensor(outputs: Any) -> Tensor:
     return outputs
 
 
+class _Recorder:
+    """Stands in for ``model.forward`` during a user's function, and notes what the model is given."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.call: tuple[tuple, dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = args, kwargs
+        return self.forward(*args, **kwargs)
+
+
 class Passes:
     """Batches, drawn labels and losses of one model.
 
@@ -71,58 +85,86 @@ class Passes:
         likelihood: Likelihood | None,
         loader: Any,
         seed: int,
+        user: object | None = None,
     ) -> None:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
         self.shell = _Shell(self.model, likelihood)
+        self.device = next(self.shell.parameters()).device
         self.devices = sorted({p.device for p in self.shell.parameters()}, key=str)
-        self._sparse = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        modules = list(self.model.modules())
+        self._sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
         self.generator = torch.Generator().manual_seed(seed)
-        self.tap = None if loader is not None else InputTap(model)
+        self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""
         return int(torch.randint(2**62, (), generator=self.generator))
 
-    def inputs(self) -> Inputs:
-        """The next batch, whole.
+    def inputs(self, size: int | None = None) -> Inputs:
+        """The next batch, of at most ``size`` samples.
 
         RuntimeError before the model was given any input, ValueError where the loader is empty.
         """
         if self.loader is not None:
             item = self.loader.next(self.seed)
             x = item[0] if isinstance(item, (tuple, list)) and len(item) else item
-            return Inputs.of(tree_map(lambda t: t.to(self.devices[0], non_blocking=True), x))
-        assert self.tap is not None
-        if self.tap.last is None:
+            inputs = Inputs.of(tree_map(lambda t: t.to(self.device, non_blocking=True), x))
+        elif self.tap is not None and self.tap.last is not None:
+            inputs = self.tap.last
+        else:
             raise RuntimeError(
-                "no curvature batch yet: the model was given no input with gradients enabled since the "
-                "optimizer was made. "
-                "Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
+                "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was "
+                "made. Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
             )
-        return self.tap.last.detached()
+        inputs = (inputs if size is None else inputs.rows(0, size)).copied()
+        if self._own is not None and self.likelihood is not None and self.loader is not None:
+            self._record_call(inputs)
+        return inputs
 
-    @contextmanager
-    def apart(self, inputs: Inputs, seed: int) -> Iterator[None]:
-        """Random generators, autocast and input capture as an auxiliary pass needs them; restored afterwards."""
+    def _record_call(self, inputs: Inputs) -> None:
+        """What the user's own draw(model, x) calls the model with, which need not be x: ask it once."""
+        assert self._own is not None
+        before = self.model.__dict__.get("forward")
+        recorder = _Recorder(self.model.forward)
+        self.model.forward = recorder
+        try:
+            self.run(inputs, self.seed(), lambda: self.draw(inputs))
+        finally:
+            del self.model.__dict__["forward"]
+            if before is not None:
+                self.model.__dict__["forward"] = before
+        if recorder.call is not None:
+            inputs.args, inputs.kwargs = tree_map(Tensor.detach, recorder.call)
+
+    def run(self, inputs: Inputs, seed: int, function: Callable[[], Any]) -> Any:
+        """``function()``, gradients enabled, apart from everything that the user's own passes use or change.
+
+        Random generators start from ``seed``, buffers are copies, autocast is as it was when the inputs were captured.
+        Backward passes belong inside too: a checkpointed module runs its forward again during them.
+        """
         with ExitStack() as stack:
             stack.enter_context(private_rng(seed, self.devices))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no forward or double derivative
             stack.enter_context(torch.enable_grad())
+            if self._recurrent and self.device.type == "cuda":  # neither do cuDNN's
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if "torch._dynamo" in sys.modules:  # nor do modules compiled in place
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if inputs.autocast is not None:
-                stack.enter_context(torch.autocast(self.devices[0].type, inputs.autocast))
+                stack.enter_context(torch.autocast(self.device.type, inputs.autocast))
             if self.tap is not None:
                 stack.enter_context(self.tap.pause())
-            for module in self._sparse:  # sparse gradients have no forward or double derivative either
+            for module in self._sparse:  # sparse gradients have no second derivative either
                 module.sparse = False
                 stack.callback(setattr, module, "sparse", True)
-            yield
+            return self.replaced({id(b): b.clone() for b in self.shell.buffers()}, function)
 
-    def run(self, function: Callable[[], Any], replaced: Mapping[int, Tensor] | None = None) -> Any:
-        """``function()`` while the model holds copies of its buffers, and ``replaced`` (by id) for parameters."""
-        tensors = {id(b): b.clone() for b in self.shell.buffers()} | dict(replaced or {})
+    def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
+        """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""
         # Place by place, as they are now: torch's own tying of weights restores a module that is used twice wrongly.
         named = {
             f"{path}.{name}": tensors[id(t)]
@@ -134,19 +176,21 @@ class Passes:
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """The model's outputs, as the likelihood takes them."""
-        return output_tensor(self.model(*inputs.args, **inputs.kwargs))
+        past_hooks = inputs.tapped and self.tap is not None and self.model.__dict__.get("forward") is self.tap
+        call = self.tap.inner if past_hooks and self.tap is not None else self.model
+        return output_tensor(call(*inputs.args, **inputs.kwargs))
 
     def draw(self, inputs: Inputs) -> Any:
         """Labels drawn from the model."""
         with torch.no_grad():
             if self._own is not None:
-                return self._own[0](self.model, inputs.x())
+                return self._own[0](self.model, inputs.x)
             assert self.likelihood is not None
             return self.likelihood.draw(self.outputs(inputs))
 
     def nll(self, inputs: Inputs, labels: Any) -> Tensor:
         if self._own is not None:
-            return self._own[1](self.model, inputs.x(), labels)
+            return self._own[1](self.model, inputs.x, labels)
         assert self.likelihood is not None
         return self.likelihood.nll(labels, self.outputs(inputs))
 

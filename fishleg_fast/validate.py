@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Sized
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -25,18 +26,15 @@ _CHOICES = {
 }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def number(name: str, value: object, least: float = 0.0, below: float = math.inf, strict: bool = False) -> None:
     """TypeError or ValueError unless least ≤ value < below (least < value where ``strict``)."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} should be a number or a scalar tensor but has shape: {tuple(value.shape)}")
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} should be a number but is: {value!r}")
+    value = float(value)
     if not math.isfinite(value) or value < least or value >= below or (strict and value == least):
         limits = f"{'greater than' if strict else 'at least'} {least:g}" + (
             "" if below == math.inf else f" and below {below:g}"
@@ -46,7 +44,7 @@ def number(name: str, value: object, least: float = 0.0, below: float = math.inf
 
 def count(name: str, value: object, least: int = 0) -> None:
     """TypeError or ValueError unless value is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} should be an integer but is: {value!r}")
     if value < least:
         raise ValueError(f"{name} should be at least {least} but is: {value}")
@@ -87,15 +85,18 @@ def sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, f
     """What the loss and the curvature batches come from."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be an nn.Module but is: {type(model).__name__}; pass parameters as params=")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "model should not be a DistributedDataParallel over several processes: each would learn its own λ, and "
+            "the replicas would drift apart. Distributed training is not supported yet"
+        )
     for name, function in (("draw", draw), ("nll", nll)):
         if isinstance(function, Likelihood):
             raise TypeError(f"{name} should be a function but is: {type(function).__name__}; pass it as likelihood=")
         if function is not None and not callable(function):
             raise TypeError(f"{name} should be callable but is: {function!r}")
     if likelihood is not None and not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}; or pass draw and nll"
-        )
+        raise TypeError(f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}")
     if (draw is None) != (nll is None):
         raise ValueError(f"draw and nll go together, but {'draw' if draw is None else 'nll'} is missing")
     if likelihood is None and nll is None:
@@ -105,7 +106,11 @@ def sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, f
     if aux_loader is not None:
         if not isinstance(aux_loader, Iterable):
             raise TypeError(f"aux_loader should be iterable, like a DataLoader, but is: {type(aux_loader).__name__}")
-        if isinstance(aux_loader, Sized) and len(aux_loader) == 0:
+        try:
+            size = len(aux_loader) if isinstance(aux_loader, Sized) else None
+        except TypeError:  # a DataLoader over an IterableDataset
+            size = None
+        if size == 0:
             raise ValueError("aux_loader should not be empty but has length: 0")
 
 

@@ -54,8 +54,8 @@ def theta_step(
     """m ← βm + (1−β)g; nat = Q m̂ with m̂ = m/(1−βᵗ); θ ← θ − lr·(c·nat + wd·θ), in place (eq. 15 of the talk).
 
     momentum: "before" as above; "after" averages Q g instead, m ← βm + (1−β)Q g and nat = m̂.
-    normalize: "rms", c makes each block's root-mean-square 0.2; "trust", c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for
-        all blocks (gᵀnat in place of m̂ᵀnat with momentum "after"); None, c = 1.
+    normalize: "rms", c makes each block's root-mean-square 0.2, or is 0 where g is all zero; "trust",
+        c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks (gᵀnat for m̂ᵀnat with momentum "after"); None, c = 1.
     Parts whose gradient is None keep their parameters. Where nat is not finite nothing is written.
     capturable: decide that on the device, without a synchronisation.
 
@@ -74,7 +74,7 @@ def theta_step(
     ok = torch.isfinite(norms).all()
     if not capturable and not ok:
         return norms, ok
-    scales = _scales(blocks, averages, nats, norms, normalize, kappa)
+    scales = _scales(blocks, gs, averages, nats, norms, normalize, kappa)
     for block, m, nat, scale in zip(blocks, moved, nats, scales, strict=True):
         _write(block.momentum, m, ok, capturable)
         _write(block.step, block.step + 1, ok, capturable)
@@ -103,6 +103,7 @@ def _write(target: Tensor, value: Tensor, ok: Tensor, capturable: bool) -> None:
 
 def _scales(
     blocks: Sequence[Block],
+    gs: Sequence[Tensor],
     averages: Sequence[Tensor],
     nats: Sequence[Tensor],
     norms: Tensor,
@@ -111,8 +112,10 @@ def _scales(
 ) -> Tensor:
     """c of each block: (len(blocks),)."""
     if normalize == "rms":
-        sizes = torch.tensor([nat.numel() for nat in nats], dtype=norms.dtype, device=norms.device)
-        return torch.where(norms > 0, RMS * sizes.sqrt() / norms, 0)
+        # 0 where g is all zero: what is left of m would fade, and at a constant size go on for ever.
+        still = torch.stack([(g != 0).any().to(norms.device) for g in gs]).logical_not_() | (norms == 0)
+        scales = torch.stack([RMS * nat.numel() ** 0.5 / norm for nat, norm in zip(nats, norms.unbind(), strict=True)])
+        return torch.where(still, 0, scales)
     if normalize is None:
         return torch.ones_like(norms)
     lengths = [
