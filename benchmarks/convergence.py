@@ -40,7 +40,7 @@ class Entry:
 
 SHORT = {1000: 500, 100: 1000}
 LONG = {1000: 1500, 100: 2000}
-FISHLEG_LR = {1000: 1.5e-2, 100: 1e-2}
+FISHLEG_LR = {1000: 2e-2, 100: 1e-2}
 STUDY = {
     "adamw": Entry(LONG, {1000: (1e-3, 2e-3, 4e-3), 100: (2e-3, 4e-3, 8e-3)}),
     "muon": Entry(SHORT, {1000: (1e-2, 2e-2, 4e-2), 100: (5e-3, 1e-2, 2e-2)}),

@@ -55,6 +55,7 @@ class FishLeg(Optimizer):
         anchor_decay: of the factors' moving average over those estimates, in [0, 1).
         scale: of "sgd".
         momentum: "before" Q, or "after" it as published.
+        nesterov: average the gradient into the momentum once more for the step, as Muon and NAdam do.
         normalize: "rms": each block's update gets root-mean-square 0.2, as Muon's users scale it to AdamW's lr;
             "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
@@ -102,6 +103,7 @@ class FishLeg(Optimizer):
         anchor_decay: float = 0.9,
         scale: float = 1.0,
         momentum: str = "before",
+        nesterov: bool = True,
         normalize: str | None = "rms",
         kappa: float = 1e-3,
         curvature_batch: int | None = 32,
@@ -119,8 +121,9 @@ class FishLeg(Optimizer):
             fisher=default_fisher if fisher is None else fisher, u_sampling=u_sampling,
             precondition_aux=precondition_aux, learn_scale=normalize != "rms" if learn_scale is None else learn_scale,
             structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
-            scale=scale, momentum=momentum, normalize=normalize, kappa=kappa, curvature_batch=curvature_batch,
-            max_factor_size=max_factor_size, precision=precision, writer=writer, seed=seed,
+            scale=scale, momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa,
+            curvature_batch=curvature_batch, max_factor_size=max_factor_size,
+            precision=precision, writer=writer, seed=seed,
         )  # fmt: skip
         validate.sources(model, draw, nll, likelihood, aux_loader, settings["fisher"])
         validate.settings(settings)
@@ -251,8 +254,9 @@ class FishLeg(Optimizer):
         for _ in range(updates):
             self._note_aux(*aux.update(blocks, gs, self._capturable))
         norms, ok = self._ops.theta_step(
-            blocks, gs, momentum=s["momentum"], normalize=s["normalize"], kappa=s["kappa"], capturable=self._capturable
-        )
+            blocks, gs, momentum=s["momentum"], nesterov=s["nesterov"], normalize=s["normalize"], kappa=s["kappa"],
+            capturable=self._capturable,
+        )  # fmt: skip
         self._counts["steps"] += 1
         self._last["nat_norm"] = ([b.name for b in blocks], norms)
         if self._capturable:

@@ -68,7 +68,7 @@ def settings(s: dict[str, Any]) -> None:
     for name in ("curvature_batch", "max_factor_size"):
         if s[name] is not None:
             count(name, s[name], least=1)
-    for name in ("precondition_aux", "learn_scale"):
+    for name in ("precondition_aux", "learn_scale", "nesterov"):
         if not isinstance(s[name], bool):
             raise TypeError(f"{name} should be a bool but is: {s[name]!r}")
     check_choice(s["structure"])

@@ -86,7 +86,7 @@ def assert_same(before: list[Tensor], blocks: list[Block]) -> None:
 
 
 def dense_theta_steps(
-    blocks: list[Block], count: int, momentum: str, normalize: str | None, kappa: float
+    blocks: list[Block], count: int, momentum: str, normalize: str | None, kappa: float, nesterov: bool = False
 ) -> list[Tensor]:
     """θ of each block after ``count`` steps, by float64 loops over scalars."""
     Qs = [dense_q(b.structure, b.structure.fishleg_aux).double() for b in blocks]
@@ -100,6 +100,9 @@ def dense_theta_steps(
             x = g if momentum == "before" else Qs[k] @ g
             averages[k] = torch.stack([beta * m + (1 - beta) * y for m, y in zip(averages[k], x, strict=True)])
             corrected = averages[k] / (1 - beta**step)
+            if nesterov:
+                ahead = [beta * m + (1 - beta) * y for m, y in zip(averages[k], x, strict=True)]
+                corrected = torch.stack(ahead) / (1 - beta ** (step + 1))
             nats.append(Qs[k] @ corrected if momentum == "before" else corrected)
             paired.append(corrected if momentum == "before" else g)
         length = sum(
@@ -122,10 +125,13 @@ def dense_theta_steps(
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("normalize", ["rms", "trust", None])
 @pytest.mark.parametrize("momentum", ["before", "after"])
-def test_theta_step(momentum: str, normalize: str | None, weight_decay: float, capturable: bool) -> None:
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_theta_step(
+    nesterov: bool, momentum: str, normalize: str | None, weight_decay: float, capturable: bool
+) -> None:
     blocks = make_blocks(weight_decay=weight_decay, lr=0.05, beta=0.8)
     before = [theta(b) for b in blocks]
-    options = {"momentum": momentum, "normalize": normalize, "kappa": 1e-2}
+    options = {"momentum": momentum, "normalize": normalize, "kappa": 1e-2, "nesterov": nesterov}
     want = dense_theta_steps(blocks, 4, **options)
     for step in range(1, 5):
         norms, ok = steps.theta_step(blocks, gradients(blocks, step), **options, capturable=capturable)
@@ -293,6 +299,28 @@ def test_lambda_step_is_adam_on_the_auxiliary_loss(kind: str, capturable: bool) 
             assert b.aux_step == step + 1
             for name, t in leaf.items():
                 assert relative(b.structure.fishleg_aux[name], t.detach()) <= EXACT[capturable], (step, name)
+
+
+def test_lambda_step_on_the_shape_alone() -> None:
+    """Without learn_scale: α⁻¹ times the gradient of min over α of 𝒜(αQ) = −(uᵀQu)²/2uᵀQ(F+γI)Qu."""
+    blocks = make_blocks()
+    F = fisher_products(blocks)
+    u = randn(len(F), seed=20)
+    leaves = [{name: t.clone().requires_grad_() for name, t in b.structure.fishleg_aux.items()} for b in blocks]
+    with torch.enable_grad():
+        Q = torch.block_diag(*[dense_q(b.structure, leaf) for b, leaf in zip(blocks, leaves, strict=True)])
+        v = Q @ u
+        curvature = v @ (F @ v + 0.3 * v)
+        (-0.5 * (u @ v) ** 2 / curvature).backward()
+    v, alpha = v.detach(), (u @ v / curvature).item()
+    options = {"damping": 0.3, "lr": 1.0, "eps": 1e9, "learn_scale": False}  # Adam is linear then
+    vs = steps.qv(blocks, split(u, blocks))
+    loss, _ = steps.lambda_step(blocks, split(u, blocks), vs, split(F @ v, blocks), **options)
+    assert relative(loss, auxiliary_loss(Q.detach(), F, u, 0.3)) <= 1e-12  # that of Q as it is
+    for b, leaf in zip(blocks, leaves, strict=True):
+        for name, t in leaf.items():
+            moved = (t.detach() - b.structure.fishleg_aux[name]) * 1e9
+            assert relative(alpha * moved, t.grad) <= 1e-5, name
 
 
 def test_preconditioned_lambda_step() -> None:

@@ -47,12 +47,14 @@ def theta_step(
     gs: Sequence[Tensor],  # (m, n) each: the gradient, negated where the group maximizes
     *,
     momentum: str = "before",
+    nesterov: bool = False,
     normalize: str | None = "rms",
     kappa: float = 1e-3,
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """m ← βm + (1−β)g; nat = Q m̂ with m̂ = m/(1−βᵗ); θ ← θ − lr·(c·nat + wd·θ), in place (eq. 15 of the talk).
 
+    nesterov: one more average with g: m̂ = (βm + (1−β)g)/(1−βᵗ⁺¹).
     momentum: "before" as above; "after" averages Q g instead, m ← βm + (1−β)Q g and nat = m̂.
     normalize: "rms", c makes each block's root-mean-square 0.2, or is 0 where g is all zero; "trust",
         c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks (gᵀnat for m̂ᵀnat with momentum "after"); None, c = 1.
@@ -66,7 +68,10 @@ def theta_step(
         beta = block.beta
         x = g if momentum == "before" else qv([block], [g])[0]
         m = torch.lerp(block.momentum, x, 1 - beta)
-        average = m / (1 - beta ** _number(block.step + 1, capturable))
+        ahead = 2 if nesterov else 1
+        average = (torch.lerp(m, x, 1 - beta) if nesterov else m) / (
+            1 - beta ** _number(block.step + ahead, capturable)
+        )
         nats.append(qv([block], [average])[0] if momentum == "before" else average)
         averages.append(average if momentum == "before" else g)
         moved.append(m)
