@@ -25,6 +25,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from optimizers import VARIATIONS
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "convergence.jsonl"
 SEEDS = (0, 1, 2)
@@ -49,6 +51,9 @@ STUDY = {
     "fishleg-anchored": Entry(SHORT, {b: (lr,) for b, lr in FISHLEG_LR.items()}),
     "fishleg-pure": Entry(SHORT, {b: (lr,) for b, lr in FISHLEG_LR.items()}),
 }
+
+VARIED = {name: Entry(SHORT, {b: (lr,) for b, lr in FISHLEG_LR.items()}) for name in VARIATIONS}
+ENTRIES = {**STUDY, **VARIED}  # the variations run only where --only names them
 
 Key = tuple[str, int, int, float, int]  # optimizer, batch, steps, lr, seed
 
@@ -133,11 +138,11 @@ def versions(optimizer: str) -> dict[str, str]:
 def tasks(args: argparse.Namespace) -> list[Key]:
     """The runs that the command line asks for, a seed at a time."""
     return [
-        (name, batch, STUDY[name].steps[batch], lr, seed)
+        (name, batch, ENTRIES[name].steps[batch], lr, seed)
         for seed in args.seeds
         for batch in args.batch
         for name in args.only
-        for lr in (args.lr or STUDY[name].lrs[batch])
+        for lr in (args.lr or ENTRIES[name].lrs[batch])
     ]
 
 
@@ -170,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers = lambda text: [int(x) for x in text.split(",")]
     names = lambda text: text.split(",")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", type=names, default=list(STUDY), help=f"of {','.join(STUDY)}")
+    parser.add_argument("--only", type=names, default=list(STUDY), help=f"of {','.join(ENTRIES)}")
     parser.add_argument("--batch", type=numbers, default=list(SHORT), help="batch sizes: 1000,100")
     parser.add_argument("--seeds", type=numbers, default=list(SEEDS))
     parser.add_argument("--lr", type=lambda t: [float(x) for x in t.split(",")], help="in place of the study's grid")
@@ -179,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--redo", action="store_true", help="repeat runs that are there; the new record counts")
     parser.add_argument("--report", action="store_true", help="only make the table and the plot from the results")
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.only) - set(STUDY)) + sorted(set(args.batch) - set(SHORT))
+    unknown = sorted(set(args.only) - set(ENTRIES)) + sorted(set(args.batch) - set(SHORT))
     if unknown:
-        parser.error(f"unknown: {unknown}; there are {list(STUDY)} and batch sizes {list(SHORT)}")
+        parser.error(f"unknown: {unknown}; there are {list(ENTRIES)} and batch sizes {list(SHORT)}")
     if args.workers < 1:
         parser.error(f"--workers should be 1 or more but is: {args.workers}")
     if not args.report:

@@ -57,6 +57,21 @@ def fishleg(**settings: Any) -> Make:
     return make
 
 
+# FishLeg with one default changed: what the defaults were chosen from (convergence.py --only ...).
+VARIATIONS = {
+    "fishleg-no-nesterov": fishleg(nesterov=False),
+    "fishleg-after": fishleg(momentum="after"),
+    "fishleg-learn-scale": fishleg(learn_scale=True),
+    "fishleg-u-momentum": fishleg(u_sampling="momentum"),
+    "fishleg-aux-lr-1e-4": fishleg(aux_lr=1e-4),
+    "fishleg-aux-lr-2e-3": fishleg(aux_lr=2e-3),
+    "fishleg-damping-0.03": fishleg(damping=0.03),
+    "fishleg-damping-0.3": fishleg(damping=0.3),
+    "fishleg-anchor-50": fishleg(anchor_every=50, anchor_decay=0.5),
+    "fishleg-diagkron": fishleg(structure="diagkron"),
+    "fishleg-sumkron": fishleg(structure="sumkron"),
+}
+
 OPTIMIZERS = {
     "adamw": Choice("AdamW", adamw),
     "muon": Choice("Muon", muon),
@@ -64,4 +79,5 @@ OPTIMIZERS = {
     "fishleg": Choice("FishLeg", fishleg()),
     "fishleg-anchored": Choice("FishLeg, λ only anchored", fishleg(update_aux_every=0)),
     "fishleg-pure": Choice("FishLeg, pure (anchor_every=0)", fishleg(anchor_every=0)),
+    **{name: Choice(name, make) for name, make in VARIATIONS.items()},
 }
