@@ -22,7 +22,7 @@ from fishleg_fast import BernoulliLikelihood
 
 WIDTHS = {"curves": models.CURVES_WIDTHS, "mnist": models.MNIST_WIDTHS, "digits": models.DIGITS_WIDTHS}
 DEFAULTS = {
-    "curves": Defaults(steps=500, batch_size=1000, lr_fishleg=1.5e-2, lr_adamw=2e-3),
+    "curves": Defaults(steps=500, batch_size=1000, lr_fishleg=2e-2, lr_adamw=2e-3),
     "mnist": Defaults(steps=300, batch_size=500, lr_fishleg=1.5e-2, lr_adamw=2e-3),
     "digits": Defaults(steps=300, batch_size=250, lr_fishleg=1.5e-2, lr_adamw=4e-3),
 }

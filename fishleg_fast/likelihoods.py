@@ -35,7 +35,8 @@ class Likelihood(nn.Module):
         """H v, with H the Fisher matrix of ``nll`` with respect to ``outputs``; both of the outputs' shape.
 
         Here: the Hessian of the nll on drawn targets, which equals H in expectation (and exactly, where it does not
-        depend on the targets, as in an exponential family's natural parameters).
+        depend on the targets, as in an exponential family's natural parameters). A piecewise linear nll has no such
+        Hessian: its likelihood implements a product of its own.
         """
         outputs = outputs.detach()
         with torch.no_grad():

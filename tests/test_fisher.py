@@ -263,4 +263,4 @@ def test_inputs_as_the_model_was_given_them() -> None:
     v = randn(sum(p.numel() for p in model.parameters()), seed=2)
     got = product("ggn", passes, trainable(model), v)
     assert relative(got, explicit_fisher(model, x, "gaussian", 0.5) @ v) <= 1e-6
-    assert isinstance(passes.inputs(), Inputs) and torch.equal(passes.inputs().x(), x)
+    assert isinstance(passes.inputs(), Inputs) and torch.equal(passes.inputs().x, x)
