@@ -61,7 +61,7 @@ def fishleg(**settings: Any) -> Make:
 VARIATIONS = {
     "fishleg-no-nesterov": fishleg(nesterov=False),
     "fishleg-after": fishleg(momentum="after"),
-    "fishleg-learn-scale": fishleg(learn_scale=True),
+    "fishleg-shape-only": fishleg(learn_scale=False),
     "fishleg-u-momentum": fishleg(u_sampling="momentum"),
     "fishleg-aux-lr-1e-4": fishleg(aux_lr=1e-4),
     "fishleg-aux-lr-2e-3": fishleg(aux_lr=2e-3),

@@ -143,7 +143,8 @@ class InputTap:
 
     def _remember(self, args: tuple, kwargs: dict[str, Any]) -> None:
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        if first is not None and torch._C._functorch.is_functorch_wrapped_tensor(first):
+        transformed = torch._C._functorch.is_functorch_wrapped_tensor
+        if first is not None and not torch.compiler.is_compiling() and transformed(first):
             return  # inside vmap or grad of torch.func, which it must not leave
         model = self._model()
         kind = next((p.device.type for p in model.parameters()), "cpu") if model is not None else "cpu"

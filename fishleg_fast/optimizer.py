@@ -44,8 +44,8 @@ class FishLeg(Optimizer):
         fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
             None: "ggn" with a likelihood, "hessian" without.
         precondition_aux: multiply the auxiliary loss's gradient by Q.
-        learn_scale: let 𝒜 teach Q's overall scale, and not its shape alone. None: where the update depends on it, which
-            is everywhere but under normalize="rms".
+        learn_scale: False: the auxiliary loss is taken at Q's best multiple, so that it teaches Q's shape alone; its
+            scale is without effect under normalize="rms".
         u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".
         structure: "kron", "diagkron", "sumkron", "diagonal", or a callable (m, n, **options) -> Structure such as
             ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (fnmatch's) to those, of which
@@ -95,7 +95,7 @@ class FishLeg(Optimizer):
         update_aux_every: int = 10,
         fisher: str | None = None,
         precondition_aux: bool = False,
-        learn_scale: bool | None = None,
+        learn_scale: bool = True,
         u_sampling: str = "gradient",
         structure: StructureChoice | Mapping[str, StructureChoice] = "kron",
         init: str = "kfac",
@@ -119,7 +119,7 @@ class FishLeg(Optimizer):
         settings = dict(
             aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, damping=damping, update_aux_every=update_aux_every,
             fisher=default_fisher if fisher is None else fisher, u_sampling=u_sampling,
-            precondition_aux=precondition_aux, learn_scale=normalize != "rms" if learn_scale is None else learn_scale,
+            precondition_aux=precondition_aux, learn_scale=learn_scale,
             structure=structure, init=init, anchor_every=anchor_every, anchor_decay=anchor_decay,
             scale=scale, momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa,
             curvature_batch=curvature_batch, max_factor_size=max_factor_size,
