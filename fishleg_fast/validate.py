@@ -103,6 +103,12 @@ def sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, f
         raise ValueError("FishLeg needs likelihood=, or both draw= and nll=, to know the Fisher matrix; none was given")
     if fisher == "ggn" and likelihood is None:
         raise ValueError("fisher='ggn' needs likelihood=; draw and nll alone do with fisher='hessian'")
+    if fisher == "ggn" and likelihood is not None and any(p.requires_grad for p in likelihood.parameters()):
+        if type(likelihood).own_fisher_product is Likelihood.own_fisher_product:
+            raise ValueError(
+                f"likelihood should implement own_fisher_product(outputs, vs), since {type(likelihood).__name__} has "
+                "parameters of its own, but does not; or use fisher='hessian'"
+            )
     if aux_loader is not None:
         if not isinstance(aux_loader, Iterable):
             raise TypeError(f"aux_loader should be iterable, like a DataLoader, but is: {type(aux_loader).__name__}")

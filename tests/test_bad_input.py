@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood, FishLeg, FishModule, GaussianLikelihood
+from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood, FishLeg, FishModule, GaussianLikelihood, Likelihood
 from fishleg_fast.structures import Kron
 
 LIKELIHOOD = CategoricalLikelihood()
@@ -316,3 +316,12 @@ def test_any_small_network_takes_finite_steps(
     assert all(torch.isfinite(p).all() and p.dtype == dtype for p in net.parameters())
     told = optimizer.diagnostics()
     assert told["skipped_steps"] == 0
+
+
+def test_a_likelihood_with_parameters_needs_their_fisher_product() -> None:
+    class Tempered(GaussianLikelihood):
+        own_fisher_product = Likelihood.own_fisher_product
+
+    with pytest.raises(ValueError, match="likelihood should implement own_fisher_product"):
+        FishLeg(nn.Linear(3, 2), likelihood=Tempered(learn=True))
+    FishLeg(nn.Linear(3, 2), likelihood=Tempered(learn=True), fisher="hessian")
