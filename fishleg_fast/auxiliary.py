@@ -13,6 +13,9 @@ from .blocks import Block
 from .capture import Inputs
 from .curvature import FISHER, drawn_gradient, moments
 from .passes import Passes
+from .precision import precision_scope
+from .reference.thin import Matrix, Thin, dense
+from .structures import finite
 
 
 def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
@@ -66,32 +69,32 @@ class Auxiliary:
         """
         decay = self.settings["anchor_decay"]
         for block, new in zip(blocks, moments(self.passes, blocks, self.passes.inputs()), strict=True):
-            if not new or not all(torch.isfinite(t).all() for t in new.values()):
+            if not new or not finite(new):
                 continue
             block.moments_weight.mul_(decay).add_(1 - decay)
             for name, moment in block.moments.items():
                 moment.lerp_(new[name], 1 - decay)
-            average = {name: moment / block.moments_weight.item() for name, moment in block.moments.items()}
-            block.structure.start_kfac(average, self.settings["damping"])
+            with precision_scope("highest"):  # of a triangular inverse that λ starts from
+                block.structure.start_kfac(block.moments, self.settings["damping"], block.moments_weight.item())
 
-    def directions(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
+    def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         """u of the auxiliary loss: of unit norm over all blocks together, or zero where the gradient is."""
         us = _SAMPLING[self.settings["u_sampling"]](self, blocks, gs)
         norm = self.ops.inner(us, us).sqrt()
         norm = torch.where(norm > 0, norm, 1)
-        return [u / norm.to(u) for u in us]
+        return [u.scaled(1 / norm.to(u.E)) if isinstance(u, Thin) else u / norm.to(u) for u in us]
 
-    def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
-        generator = torch.Generator(gs[0].device).manual_seed(self.passes.seed())
-        return [torch.empty_like(g).normal_(generator=generator) for g in gs]
+    def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
+        generator = torch.Generator(blocks[0].momentum.device).manual_seed(self.passes.seed())
+        return [torch.empty_like(b.momentum).normal_(generator=generator) for b in blocks]
 
-    def _gradient(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
+    def _gradient(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         return list(gs)
 
-    def _momentum(self, blocks: Sequence[Block], gs: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.lerp(b.momentum, g, 1 - b.beta) for b, g in zip(blocks, gs, strict=True)]
+    def _momentum(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
+        return [torch.lerp(b.momentum, dense(g), 1 - b.beta) for b, g in zip(blocks, gs, strict=True)]
 
-    def update(self, blocks: Sequence[Block], gs: Sequence[Tensor], capturable: bool) -> tuple[Tensor, Tensor]:
+    def update(self, blocks: Sequence[Block], gs: Sequence[Matrix], capturable: bool) -> tuple[Tensor, Tensor]:
         """One Adam step of λ (eq. 14 of the talk). Returns (𝒜, whether the step was taken)."""
         s, ops = self.settings, self.ops
         us = self.directions(blocks, gs)
@@ -110,9 +113,9 @@ class Auxiliary:
             capturable=capturable,
         )
 
-    def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Tensor]) -> list[Tensor]:
+    def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
         """F v, from blocks to the model's parameters and back."""
-        params, tangents = _params(blocks), _tensors(blocks, vs)
+        params, tangents = _params(blocks), _tensors(blocks, [dense(v) for v in vs])
         estimate = FISHER[self.settings["fisher"]]
         order = list(params)
         products = estimate(
@@ -127,7 +130,7 @@ class Auxiliary:
         return _matrices(blocks, dict(zip(params, grads, strict=True)))
 
 
-_SAMPLING: dict[str, Callable[[Auxiliary, Sequence[Block], Sequence[Tensor]], list[Tensor]]] = {
+_SAMPLING: dict[str, Callable[[Auxiliary, Sequence[Block], Sequence[Matrix]], list[Matrix]]] = {
     "gradient": Auxiliary._gradient,
     "momentum": Auxiliary._momentum,
     "gaussian": Auxiliary._gaussian,

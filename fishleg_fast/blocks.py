@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .structures import Structure
+from .structures import Structure, Version
 
 
 @dataclass
@@ -48,7 +48,10 @@ class Block:
     aux_step: Tensor = field(default_factory=_empty)  # scalar float32: Adam's steps
     moments: dict[str, Tensor] = field(default_factory=dict)  # moving average of the Kronecker factors of the Fisher
     moments_weight: Tensor = field(default_factory=_empty)  # scalar float32: its total weight, 0 before the first
-    grads: list[Tensor | None] = field(default_factory=list)  # this step's, one a part
+    grads: list[Tensor | None] = field(default_factory=list)  # this step's, one a part; negated where it maximizes
+    product: Tensor | None = None  # Q m, of the λ that product_version tells; kept for thin gradients only
+    product_version: Version | None = None  # None: m has moved on
+    scratch: Tensor | None = None  # (m, n)
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part
 
     @property
@@ -100,6 +103,12 @@ class Block:
         self.moments = self.structure.new_moments()
         self.moments_weight = torch.zeros(())
 
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """``product`` and ``scratch``, of the momentum's shape, made at the first call."""
+        if self.product is None or self.scratch is None:
+            self.product, self.scratch = torch.empty_like(self.momentum), torch.empty_like(self.momentum)
+        return self.product, self.scratch
+
     def check_placement(self) -> None:
         """RuntimeError where the parameters have left λ's device or dtype."""
         param = self.parts[0].param
@@ -110,9 +119,16 @@ class Block:
                 f"{param.device}: move or convert the model before making the optimizer"
             )
 
+    @property
+    def product_known(self) -> bool:
+        """Whether ``product`` is Q m."""
+        return self.product_version is not None and self.product_version == self.structure.version
+
     def state(self) -> dict:
-        """What a checkpoint holds of the block: live tensors, by name."""
+        """What a checkpoint holds of the block: live tensors, by name, Q m among them since its rounding goes on."""
+        known = {"product": self.product} if self.product_known else {}
         return {
+            **known,
             "step": self.step,
             "momentum": self.momentum,
             "fishleg_aux": self.structure.fishleg_aux,

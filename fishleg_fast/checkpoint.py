@@ -42,16 +42,23 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
     id_of = {id(p): saved for p, saved in zip(params, saved_ids, strict=True)}
     pairs = []
     for block in blocks:
+        live = {name: value for name, value in block.state().items() if name != "product"}
         saved = state_dict["state"].get(id_of[id(block.parts[0].param)], {})
         if block.key:
             saved = saved.get(block.key, {})
-        elif isinstance(saved, dict):
-            saved = {name: value for name, value in saved.items() if name in block.state()} or saved
-        pairs += list(_leaves(block.state(), saved, f"the state of {block.name!r}"))
+        if isinstance(saved, dict):
+            if "product" in saved:
+                live["product"] = block.buffers()[0]
+            if not block.key:
+                saved = {name: value for name, value in saved.items() if name in live} or saved
+        pairs += list(_leaves(live, saved, f"the state of {block.name!r}"))
     return pairs
 
 
-def restore(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def restore(blocks: list[Block], pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy every saved tensor into its live one."""
     for live, saved in pairs:
         live.copy_(saved)
+    restored = {id(live) for live, _ in pairs}
+    for block in blocks:
+        block.product_version = block.structure.version if id(block.product) in restored else None

@@ -188,7 +188,7 @@ def moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> list[dic
 
     From its layer's inputs and output gradients where a pass shows them, else from several gradients of the block.
     """
-    wanted = [b for b in blocks if b.structure.new_moments()]
+    wanted = [b for b in blocks if b.structure.moments]
     found = _layer_moments(passes, [b for b in wanted if b.layer is not None], inputs)
     rest = [b for b in wanted if id(b) not in found]
     if rest:

@@ -32,6 +32,8 @@ class Spec:
 class Layer:
     """The default: nothing claimed, nothing seen."""
 
+    thin = False  # whether the gradient is a thin product of few positions that costs nothing to see
+
     def specs(self, module: nn.Module) -> list[Spec]:
         return []
 
@@ -43,10 +45,10 @@ class Layer:
         """The output's gradient as (positions, m)."""
         return e.reshape(-1, e.shape[-1])
 
-    def moments(self, block: Block, x: Tensor, e: Tensor, count: float) -> Aux | None:
-        """The block's share of the Fisher matrix's factors, from one input and output gradient of its layer, or None.
+    def rows(self, block: Block, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor] | None:
+        """a (positions, n) and e (positions', m), with the columns of the block's parts: the block's gradient is eᵀa.
 
-        ``count``: the independent terms over which the loss is the mean.
+        positions is positions' times the layer's groups. None where the layer does not show them.
         """
         module = block.layer
         assert module is not None
@@ -57,14 +59,26 @@ class Layer:
         columns = [a] if id(module.weight) in own else []
         if id(module.bias) in own:
             columns.append(a.new_ones(a.shape[0], 1))
-        a = torch.cat(columns, dim=1)
+        a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if (e.shape[1], a.shape[1]) != block.shape:  # a subclass whose forward does something else
             return None
-        return block.structure.layer_moments(a.to(block.dtype), e.to(block.dtype), count)
+        return a, e
+
+    def moments(self, block: Block, x: Tensor, e: Tensor, count: float) -> Aux | None:
+        """The block's share of the Fisher matrix's factors, from one input and output gradient of its layer, or None.
+
+        ``count``: the independent terms over which the loss is the mean.
+        """
+        rows = self.rows(block, x, e)
+        if rows is None:
+            return None
+        return block.structure.layer_moments(rows[0].to(block.dtype), rows[1].to(block.dtype), count)
 
 
 class Linear(Layer):
     """weight (out, in), bias (out,) -> (out, in + 1)."""
+
+    thin = True
 
     def specs(self, module: nn.Module) -> list[Spec]:
         return [Spec("", [("weight", None), ("bias", None)])]

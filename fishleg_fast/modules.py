@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .reference.products import Aux, Maths
+from .reference.products import Aux, Maths, no_cache
 from .structures import Structure
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class ModuleStructure(Structure):
             else:
                 aux[name] = t.detach().to(trainable[0].device)
         self.fishleg_aux = {name: t.detach() for name, t in aux.items()}  # the module's own storage, without a graph
-        self.maths = Maths(lambda aux: {}, self._qv, self._grads, self._diag)
+        self.maths = Maths(no_cache, self._qv, self._grads, self._diag)
 
     def _call(self, u: Tensor) -> Tensor:
         pieces = iter(u.split([p.numel() for p in self._trainable]))

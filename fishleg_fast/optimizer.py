@@ -15,9 +15,11 @@ from . import backends, checkpoint, validate
 from .assemble import StructureChoice, attach, build_blocks
 from .auxiliary import Auxiliary
 from .blocks import Block
+from .gradient_tap import GradientTap
 from .likelihoods import Likelihood
 from .passes import Draw, Nll, Passes
 from .precision import precision_scope
+from .reference.thin import Matrix, Thin, vectors
 
 
 class FishLeg(Optimizer):
@@ -61,6 +63,8 @@ class FishLeg(Optimizer):
         kappa: of "trust".
         curvature_batch: at most so many samples in a Fisher-vector product; None: the whole batch.
         max_factor_size: larger Kronecker factors become block-diagonal.
+        thin_gradients: watch linear layers' inputs and output gradients (forward hooks), of which their gradients are
+            products: cheaper where the batch is smaller than the layer, and the same but for rounding.
         precision: of the optimizer's own float32 products, "highest", "high" or "medium" as for
             ``torch.set_float32_matmul_precision``; None follows that setting.
         backend: None for the best available one; ``python -m fishleg_fast`` tells which there are.
@@ -108,6 +112,7 @@ class FishLeg(Optimizer):
         kappa: float = 1e-3,
         curvature_batch: int | None = 32,
         max_factor_size: int | None = 8192,
+        thin_gradients: bool = True,
         precision: str | None = None,
         backend: str | None = None,
         writer: Any = None,
@@ -132,6 +137,8 @@ class FishLeg(Optimizer):
         if likelihood is not None and all(module is not likelihood for module in model.modules()):
             self._roots.append(("likelihood.", likelihood))
         self._capturable = capturable
+        watched = thin_gradients and not capturable  # whether a gradient is thin is decided on the host
+        self._gradients = GradientTap(self) if watched else None
         self.blocks = []
         self._built = False
         defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, maximize=maximize)
@@ -145,7 +152,7 @@ class FishLeg(Optimizer):
         self._built = True
         first = everything[0]
         self.backend, self._ops = backends.choose(backend, first.device, first.dtype)
-        self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed, user=self)
+        self._passes = Passes(model, draw, nll, likelihood, aux_loader, seed, self, self._gradients)
         self._aux = Auxiliary(self._passes, settings, self._ops)
         self._counts: dict[str, Any] = dict.fromkeys(
             ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
@@ -161,6 +168,8 @@ class FishLeg(Optimizer):
             if self.settings["init"] == "sgd":
                 block.structure.start_sgd(self.settings["scale"])
         self.blocks += fresh
+        if self._gradients is not None:
+            self._gradients.watch(fresh)
         for _, root in self._roots:
             attach(root, self.blocks)
         self._publish()
@@ -172,6 +181,7 @@ class FishLeg(Optimizer):
             if block.key:
                 entry[block.key] = block.state()
             else:
+                entry.pop("product", None)
                 entry.update(block.state())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -200,10 +210,14 @@ class FishLeg(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        blocks, gs = self._gather()
-        if blocks:
+        try:
             with self._own_arithmetic():
-                self._step(blocks, gs)
+                blocks, gs = self._gather()
+                if blocks:
+                    self._step(blocks, gs)
+        finally:
+            if self._gradients is not None:
+                self._gradients.clear()
         return loss
 
     def _own_arithmetic(self) -> ExitStack:
@@ -216,10 +230,11 @@ class FishLeg(Optimizer):
             stack.enter_context(precision_scope(self.settings["precision"]))
         return stack
 
-    def _gather(self) -> tuple[list[Block], list[Tensor]]:
-        """The blocks with a gradient, and those gradients as (m, n), negated where their group maximizes."""
+    def _gather(self) -> tuple[list[Block], list[Matrix]]:
+        """The blocks with a gradient, and those gradients, negated where their group maximizes."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        blocks, gs = [], []
+        blocks: list[Block] = []
+        gs: list[Matrix] = []
         for block in self.blocks:
             params = [part.param for part in block.parts]
             if all(p.grad is None for p in params) or any(id(p) not in group_of for p in params):
@@ -232,27 +247,45 @@ class FishLeg(Optimizer):
                 )
             dense = [None if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
             block.grads = [None if g is None else part.of(g) for part, g in zip(block.parts, dense, strict=True)]
-            signs = [-1 if group["maximize"] else 1 for group in block.groups]
-            grads = block.grads
-            if -1 in signs:
-                grads = [g if g is None or sign == 1 else -g for g, sign in zip(grads, signs, strict=True)]
+            maximize = [bool(group["maximize"]) for group in block.groups]
+            thin = None if self._gradients is None or any(maximize) else self._gradients.thin(block, block.grads)
+            if any(maximize):
+                block.grads = [
+                    -g if sign and g is not None else g for g, sign in zip(block.grads, maximize, strict=True)
+                ]
             blocks.append(block)
-            gs.append(block.matrix(grads))
+            gs.append(block.matrix(block.grads) if thin is None else thin)
         return blocks, gs
 
-    def _step(self, blocks: list[Block], gs: list[Tensor]) -> None:
+    def _uses(self, gs: list[Matrix], updating: bool = False) -> list[tuple[int, int]] | None:
+        """How much P and S of each block will be used: in an update of λ, or else in steps until λ changes.
+
+        None: λ does not change.
+        """
+        s = self.settings
+        if updating:
+            us = gs if s["u_sampling"] == "gradient" else [torch.empty(g.shape, device="meta") for g in gs]
+            return [vectors(u, 2, int(s["precondition_aux"])) for u in us]
+        periods = [abs(every) if every > 0 else 1 for every in (s["update_aux_every"], s["anchor_every"]) if every]
+        return [vectors(g, min(periods) - 1, 1) for g in gs] if periods else None
+
+    def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux
-        norm = self._ops.inner(gs, gs).sqrt()
+        parts = [x for b, g in zip(blocks, gs, strict=True) for x in (b.grads if isinstance(g, Thin) else [g])]
+        norm = self._ops.inner(parts, parts).sqrt()
         self._last["grad_norm"] = norm
         if not self._capturable and not torch.isfinite(norm):
             self._skip("skipped_steps", "the gradient is not finite")
             return
         count = self._counts["steps"]
-        self._anchor(self.blocks, count)
+        moved = self._anchor(self.blocks, count)
         every = s["update_aux_every"]
         updates = -every if every < 0 else int(every > 0 and count % every == 0)
         for _ in range(updates):
+            self._ops.refresh(blocks, self._uses(gs, updating=moved))
             self._note_aux(*aux.update(blocks, gs, self._capturable))
+            moved = True
+        self._ops.refresh(blocks, self._uses(gs))
         norms, ok = self._ops.theta_step(
             blocks, gs, momentum=s["momentum"], nesterov=s["nesterov"], normalize=s["normalize"], kappa=s["kappa"],
             capturable=self._capturable,
@@ -267,10 +300,13 @@ class FishLeg(Optimizer):
         if s["writer"] is not None and updates:
             self._write()
 
-    def _anchor(self, blocks: list[Block], step: int) -> None:
-        if due := [b for b in blocks if self._aux.anchor_due(b, step)]:
+    def _anchor(self, blocks: list[Block], step: int) -> bool:
+        """Anchor the blocks that are due; whether any was."""
+        due = [b for b in blocks if self._aux.anchor_due(b, step)]
+        if due:
             self._aux.anchor(due)
             self._counts["anchors"] += 1
+        return bool(due)
 
     def _note_aux(self, loss: Tensor, ok: Tensor) -> None:
         """Count an update of λ and whether it was taken. RuntimeError where λ had been spoilt before."""
@@ -345,6 +381,7 @@ class FishLeg(Optimizer):
 
         Loading it into an optimizer of the same model and structure resumes bit for bit.
         """
+        self._publish()
         state = super().state_dict()
         counts = {k: int(v) for k, v in self._counts.items()}
         loader = None if self._passes.loader is None else self._passes.loader.state()
@@ -356,7 +393,7 @@ class FishLeg(Optimizer):
         """Resume. ValueError where the state is another optimizer's, or of other blocks; nothing is changed then."""
         restored = checkpoint.match(self.blocks, self.param_groups, state_dict)
         super().load_state_dict(state_dict)  # groups; it would also cast λ to the parameters' dtype
-        checkpoint.restore(restored)
+        checkpoint.restore(self.blocks, restored)
         self.state.clear()
         self._publish()
         extra = state_dict["fishleg"]

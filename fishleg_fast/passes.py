@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .capture import Inputs, InputTap, private_rng, tree_map
+from .gradient_tap import GradientTap
 from .likelihoods import Likelihood
 from .loader import AuxBatches
 
@@ -86,6 +87,7 @@ class Passes:
         loader: Any,
         seed: int,
         user: object | None = None,
+        gradients: GradientTap | None = None,
     ) -> None:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
@@ -99,6 +101,7 @@ class Passes:
         self.generator = torch.Generator().manual_seed(seed)
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
+        self.gradients = gradients
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""
@@ -158,6 +161,8 @@ class Passes:
                 stack.enter_context(torch.autocast(self.device.type, inputs.autocast))
             if self.tap is not None:
                 stack.enter_context(self.tap.pause())
+            if self.gradients is not None:
+                stack.enter_context(self.gradients.pause())
             for module in self._sparse:  # sparse gradients have no second derivative either
                 module.sparse = False
                 stack.callback(setattr, module, "sparse", True)

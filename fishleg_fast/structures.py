@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from .reference.factors import cross, inverse_root, trace, transpose
-from .reference.products import MATHS, Aux, Maths
+from .reference.products import MATHS, Aux, Maths, Vectors
+
+Version = tuple[tuple[int, int], ...]
 
 
 def _size(name: str, value: int, least: int = 0) -> int:
@@ -37,10 +39,14 @@ def _float_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
+def finite(moments: Aux) -> bool:
+    """Whether second moments are finite: those of a positive semi-definite matrix are where its trace is."""
+    return all(torch.isfinite(t.sum() if name == "diagonal" else trace(t)) for name, t in moments.items())
+
+
 def _refuse_non_finite(moments: Aux) -> None:
-    for name, moment in moments.items():
-        if not torch.isfinite(moment).all():
-            raise torch.linalg.LinAlgError(f"moments[{name!r}] should be finite but is not")
+    if not finite(moments):
+        raise torch.linalg.LinAlgError(f"moments should be finite but are not: {sorted(moments)}")
 
 
 class Structure:
@@ -52,22 +58,41 @@ class Structure:
     """
 
     maths: Maths
+    moments: tuple[str, ...] = ()  # names of the second moments that ``start_kfac`` reads
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(_size("each size of shape", k) for k in shape)
         self.fishleg_aux: Aux = {}
         self._cache: Aux = {}
-        self._cache_key: tuple[tuple[int, int], ...] | None = None
+        self._cache_key: tuple[Version, Vectors] | None = None
+
+    @property
+    def version(self) -> Version:
+        """Changes whenever λ is written to."""
+        return tuple((id(t), t._version) for t in self.fishleg_aux.values())
+
+    @property
+    def thin(self) -> bool:
+        """Whether Q u is a thin matrix where u is one (see ``reference.thin``)."""
+        return self.maths.thin_qv is not None
 
     @property
     def cache(self) -> Aux:
         """What depends on λ alone (P and S of a Kron), recomputed only when λ was written to."""
-        key = tuple((id(t), t._version) for t in self.fishleg_aux.values())
-        if key != self._cache_key:
-            with torch.no_grad():
-                self._cache = self.maths.refresh(self.fishleg_aux)
-            self._cache_key = key
+        if self._cache_key is None or self._cache_key[0] != self.version:
+            self.refresh()
         return self._cache
+
+    @torch.no_grad()
+    def refresh(self, vectors: Vectors = None) -> None:
+        """Bring the cache up to date with λ, for as much use as ``vectors`` says: products that would not pay for
+        themselves are left out, and Q u then takes the factors.
+        """
+        version = self.version
+        if self._cache_key != (version, vectors):
+            there = self._cache if self._cache_key is not None and self._cache_key[0] == version else {}
+            self._cache = self.maths.refresh(self.fishleg_aux, vectors, there)
+            self._cache_key = version, vectors
 
     def _check(self, name: str, u: Tensor) -> Tensor:
         if tuple(u.shape) != self.shape:
@@ -128,8 +153,11 @@ class Structure:
         """
         return {}
 
-    def start_kfac(self, moments: Aux, damping: float) -> None:
-        """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it."""
+    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
+        """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it.
+
+        ``moments`` are to be divided by ``weight``: that of a moving average.
+        """
 
 
 def _new_factor(side: str, size: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
@@ -152,6 +180,8 @@ def _set_identity(factor: Tensor, value: float = 1.0) -> None:
 
 class _Kronecker(Structure):
     """What Kron, DiagKron and SumKron share: factors R (rows) and L (columns), and how they start."""
+
+    moments = ("rows", "columns")
 
     def __init__(
         self,
@@ -191,8 +221,7 @@ class _Kronecker(Structure):
         self._set_factors(R, L)
 
     def new_moments(self) -> Aux:
-        rows, columns = self._factors()
-        return {"rows": rows, "columns": columns}
+        return dict(zip(self.moments, self._factors(), strict=True))
 
     @torch.no_grad()
     def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
@@ -207,13 +236,12 @@ class _Kronecker(Structure):
     @torch.no_grad()
     def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
         """rows = count·Σ e eᵀ, columns = mean a aᵀ (Martens & Grosse 2015; for convolutions Grosse & Martens 2016)."""
-        moments = self.new_moments()
-        moments["rows"].copy_(cross(e.T, e.T, moments["rows"])).mul_(count)
-        moments["columns"].copy_(cross(a.T, a.T, moments["columns"])).div_(max(a.shape[0], 1))
-        return moments
+        R, L = list(self.fishleg_aux.values())[:2]  # their layouts
+        e, a = e * count**0.5, a / max(a.shape[0], 1) ** 0.5
+        return {"rows": cross(e.T, e.T, R), "columns": cross(a.T, a.T, L)}
 
     @torch.no_grad()
-    def start_kfac(self, moments: Aux, damping: float) -> None:
+    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
         """(G + √γ/π I)⁻¹ = RᵀR and (Ā + π√γ I)⁻¹ = LLᵀ, π² = (tr Ā/n)/(tr G/m) (Martens & Grosse 2015, section 6.3).
 
         ``moments``: "rows" G and "columns" Ā, laid out as R and L; their Kronecker product estimates the Fisher matrix.
@@ -225,15 +253,15 @@ class _Kronecker(Structure):
         if m == 0 or n == 0:
             return
         tiny = torch.finfo(G.dtype).tiny
-        mean_g, mean_a = (trace(G) / m).clamp_min(tiny), (trace(A) / n).clamp_min(tiny)
+        mean_g, mean_a = (trace(G) / weight / m).clamp_min(tiny), (trace(A) / weight / n).clamp_min(tiny)
         pi = (mean_a / mean_g).sqrt()
-        R = inverse_root(G, damping**0.5 / pi)
-        L = transpose(inverse_root(A, damping**0.5 * pi))
+        R = inverse_root(G, damping**0.5 / pi, weight)
+        L = transpose(inverse_root(A, damping**0.5 * pi, weight))
         # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
         # layer that starts at zero, π puts twenty orders of magnitude between them.
-        sizes = [torch.linalg.vector_norm(factor.double()) / k**0.5 for factor, k in ((R, m), (L, n))]
+        sizes = [torch.linalg.vector_norm(factor, dtype=torch.float64) / k**0.5 for factor, k in ((R, m), (L, n))]
         c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
-        self._set_factors(R * c, L / c)
+        self._set_factors(R.mul_(c), L.div_(c))
 
 
 class Kron(_Kronecker):
@@ -265,6 +293,7 @@ class Kron(_Kronecker):
         R, L = self._factors()
         self.fishleg_aux = {"R": R, "L": L}
         if scale:
+            self.maths = MATHS["kron-scaled"]
             self.fishleg_aux["A"] = torch.ones(m, n, **self._options)
         self.start_sgd()
 
@@ -335,6 +364,7 @@ class Diagonal(Structure):
     """Q u = d²∘u, for a block of any ``shape``; λ is d, of that shape."""
 
     maths = MATHS["diagonal"]
+    moments = ("diagonal",)
 
     def __init__(
         self,
@@ -367,10 +397,10 @@ class Diagonal(Structure):
         return {"diagonal": (e * e).T @ (a * a) * count}
 
     @torch.no_grad()
-    def start_kfac(self, moments: Aux, damping: float) -> None:
+    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
         """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape.
 
         Raises torch.linalg.LinAlgError when they are not finite; λ is then unchanged.
         """
         _refuse_non_finite(moments)
-        self.fishleg_aux["d"].copy_((moments["diagonal"] + damping).rsqrt())
+        self.fishleg_aux["d"].copy_((moments["diagonal"] / weight + damping).rsqrt())

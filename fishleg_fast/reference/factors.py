@@ -78,19 +78,21 @@ def trace(factor: Factor) -> Tensor:
     return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum()
 
 
-def inverse_root(factor: Factor, shift: Tensor) -> Factor:
-    """C⁻¹ with C Cᵀ = F + shift·I, so that (F + shift·I)⁻¹ = C⁻ᵀ C⁻¹.
+def inverse_root(factor: Factor, shift: Tensor, weight: float = 1.0) -> Factor:
+    """C⁻¹ with C Cᵀ = F/weight + shift·I, so that (F/weight + shift·I)⁻¹ = C⁻ᵀ C⁻¹.
 
     Raises torch.linalg.LinAlgError where F is not finite. ``shift`` is a scalar tensor. Where
     float32 loses positive definiteness, the factorisation is repeated in float64.
     """
     if factor.ndim == 1:
-        return (factor.clamp_min(0) + shift).rsqrt()
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    chol, info = torch.linalg.cholesky_ex(factor + shift * eye)
+        return (factor.clamp_min(0) / weight + shift).rsqrt()
+    shifted = factor / weight
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    chol, info = torch.linalg.cholesky_ex(shifted)
     if info.any():
-        wide = factor.double()
-        floor = wide.diagonal(dim1=-2, dim2=-1).mean() * 1e-12
-        chol = torch.linalg.cholesky(wide + (shift.double() + floor) * eye.double())
-        eye = eye.double()
+        shifted = factor.double() / weight
+        floor = shifted.diagonal(dim1=-2, dim2=-1).mean() * 1e-12
+        shifted.diagonal(dim1=-2, dim2=-1).add_(shift.double() + floor)
+        chol = torch.linalg.cholesky(shifted)
+    eye = torch.eye(factor.shape[-1], dtype=chol.dtype, device=factor.device)
     return torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False).to(factor.dtype)

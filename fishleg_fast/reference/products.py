@@ -1,6 +1,7 @@
 """Q·u, the λ-gradients of ⟨w, Q u⟩ and the cached products, one set of functions per structure.
 
-Letters follow the paper: λ is ``aux`` = {R, L, A, B, d}; P = RᵀR and S = LLᵀ are ``cache``. u, w are (m, n).
+Letters follow the paper: λ is ``aux`` = {R, L, A, B, d}; P = RᵀR and S = LLᵀ are ``cache``, each only where it was
+worth forming. u, w are (m, n), u in some functions as a thin product EᵀH.
 Every gradient is closed form; DESIGN's table lists them, and tests check each against float64 autograd.
 """
 
@@ -9,59 +10,107 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .factors import compose, cross, diagonal, mul, rmul, transpose, twice_symmetric
+from .thin import Thin, forms, outer_pays
 
 Aux = dict[str, Tensor]
+Vectors = tuple[int, int] | None  # how many columns P, and rows S, is going to be applied to; None: unknown
 
 
 class Maths(NamedTuple):
     """What one structure computes."""
 
-    refresh: Callable[[Aux], Aux]  # λ -> cache
+    refresh: Callable[[Aux, Vectors, Aux], Aux]  # λ, how often it will be used, what of the cache is there -> cache
     qv: Callable[[Aux, Aux, Tensor], Tensor]  # λ, cache, u -> Q u
     grads: Callable[[Aux, Aux, Tensor, Tensor], Aux]  # λ, cache, u, w -> {name: ∂⟨w, Q u⟩/∂λ}
     diag: Callable[[Aux, Aux, int, int], Tensor]  # λ, cache, m, n -> diagonal of Q, as (m, n)
+    thin_qv: Callable[[Aux, Aux, Thin], Thin] | None = None  # the same for thin u, where Q u is thin then
+    thin_grads: Callable[[Aux, Aux, Thin, Tensor], Aux] | None = None
 
 
 # Kron: Q u = A∘(P (A∘u) S), A optional
 
 
-def kron_refresh(aux: Aux) -> Aux:
+def kron_refresh(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
     R, L = aux["R"], aux["L"]
-    return {"P": compose(transpose(R), R), "S": compose(L, transpose(L))}
+    columns, rows = vectors or (None, None)
+    cache = dict(there)
+    if "P" not in there and forms(R, columns):
+        cache["P"] = compose(transpose(R), R)
+    if "S" not in there and forms(L, rows):
+        cache["S"] = compose(L, transpose(L))
+    return cache
+
+
+def _left(aux: Aux, cache: Aux, x: Tensor) -> Tensor:
+    """P x."""
+    return mul(cache["P"], x) if "P" in cache else mul(transpose(aux["R"]), mul(aux["R"], x))
+
+
+def _right(aux: Aux, cache: Aux, x: Tensor) -> Tensor:
+    """x S."""
+    return rmul(x, cache["S"]) if "S" in cache else rmul(rmul(x, aux["L"]), transpose(aux["L"]))
+
+
+def _left_rows(aux: Aux, cache: Aux, x: Tensor) -> Tensor:
+    """x P, for x (r, m)."""
+    return rmul(x, cache["P"]) if "P" in cache else rmul(rmul(x, transpose(aux["R"])), aux["R"])
 
 
 def kron_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:
     A = aux.get("A")
-    v = rmul(mul(cache["P"], u if A is None else A * u), cache["S"])
+    v = _right(aux, cache, _left(aux, cache, u if A is None else A * u))
     return v if A is None else A * v
 
 
 def kron_grads(aux: Aux, cache: Aux, u: Tensor, w: Tensor) -> Aux:
+    """dL = (M+Mᵀ)L, dR = R(N+Nᵀ), with M = uᵀPw and N = wSuᵀ."""
     R, L, A = aux["R"], aux["L"], aux.get("A")
-    P, S = cache["P"], cache["S"]
     x, y = (u, w) if A is None else (A * u, A * w)
-    Py, yS = mul(P, y), rmul(y, S)
-    M = cross(x.T, Py.T, L)  # xᵀ P y
-    N = cross(yS, x, R)  # y S xᵀ
+    Py, yS = _left(aux, cache, y), _right(aux, cache, y)
+    M = cross(x.T, Py.T, L)
+    N = cross(yS, x, R)
     grads = {"R": compose(R, twice_symmetric(N)), "L": compose(twice_symmetric(M), L)}
     if A is not None:
-        grads["A"] = w * rmul(mul(P, x), S) + u * rmul(Py, S)
+        grads["A"] = w * _right(aux, cache, _left(aux, cache, x)) + u * _right(aux, cache, Py)
     return grads
 
 
 def kron_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
+    full = kron_refresh(aux, None, cache)
     A = aux.get("A")
-    d = diagonal(cache["P"], m)[:, None] * diagonal(cache["S"], n)
+    d = diagonal(full["P"], m)[:, None] * diagonal(full["S"], n)
     return d if A is None else A * d * A
+
+
+def kron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Thin:
+    """(E P)ᵀ(H S); without A, since A∘(EᵀH) is not thin."""
+    return Thin(_left_rows(aux, cache, u.E), _right(aux, cache, u.H))
+
+
+def kron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Tensor) -> Aux:
+    """M and N have rank r: no product of two factors' size is needed."""
+    R, L, E, H = aux["R"], aux["L"], u.E, u.H
+    y = _left_rows(aux, cache, E) @ w  # M = Hᵀy
+    z = _right(aux, cache, H) @ w.T  # N = zᵀE
+    if outer_pays(L, u.rank):
+        dL = torch.addmm(H.T @ (y @ L), y.T, H @ L)
+    else:
+        dL = compose(twice_symmetric(cross(H.T, y.T, L)), L)
+    if outer_pays(R, u.rank):
+        dR = torch.addmm((E @ R.T).T @ z, (z @ R.T).T, E)
+    else:
+        dR = compose(R, twice_symmetric(cross(z.T, E.T, R)))
+    return {"R": dR, "L": dL}
 
 
 # DiagKron: Q u = A∘(Rᵀ (B²∘(R (A∘u) L)) Lᵀ)
 
 
-def _no_cache(aux: Aux) -> Aux:
+def no_cache(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
     return {}
 
 
@@ -96,9 +145,9 @@ def diagkron_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
 
 
 def _terms(tensors: Aux, names: str) -> list[Aux]:
-    """{R1, L1, R2, L2} -> [{R, L}, {R, L}]"""
-    count = len(tensors) // len(names)
-    return [{name: tensors[f"{name}{k}"] for name in names} for k in range(1, count + 1)]
+    """{R1, L1, R2, L2} -> [{R, L}, {R, L}]; names that are missing stay so."""
+    count = max((int(name[1:]) for name in tensors), default=0)
+    return [{n: tensors[f"{n}{k}"] for n in names if f"{n}{k}" in tensors} for k in range(1, count + 1)]
 
 
 def _joined(terms: list[Aux]) -> Aux:
@@ -106,11 +155,21 @@ def _joined(terms: list[Aux]) -> Aux:
 
 
 def _sumkron_pairs(aux: Aux, cache: Aux) -> list[tuple[Aux, Aux]]:
-    return list(zip(_terms(aux, "RL"), _terms(cache, "PS"), strict=True))
+    terms, formed = _terms(aux, "RL"), _terms(cache, "PS")
+    return list(zip(terms, formed + [{}] * (len(terms) - len(formed)), strict=True))
 
 
-def sumkron_refresh(aux: Aux) -> Aux:
-    return _joined([kron_refresh(term) for term in _terms(aux, "RL")])
+def sumkron_refresh(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
+    return _joined([kron_refresh(term, vectors, c) for term, c in _sumkron_pairs(aux, there)])
+
+
+def sumkron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Thin:
+    terms = [kron_thin_qv(a, c, u) for a, c in _sumkron_pairs(aux, cache)]
+    return Thin(torch.cat([t.E for t in terms]), torch.cat([t.H for t in terms]))
+
+
+def sumkron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Tensor) -> Aux:
+    return _joined([kron_thin_grads(a, c, u, w) for a, c in _sumkron_pairs(aux, cache)])
 
 
 def sumkron_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:
@@ -148,8 +207,9 @@ def diagonal_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
 
 
 MATHS = {
-    "kron": Maths(kron_refresh, kron_qv, kron_grads, kron_diag),
-    "diagkron": Maths(_no_cache, diagkron_qv, diagkron_grads, diagkron_diag),
-    "sumkron": Maths(sumkron_refresh, sumkron_qv, sumkron_grads, sumkron_diag),
-    "diagonal": Maths(_no_cache, diagonal_qv, diagonal_grads, diagonal_diag),
+    "kron": Maths(kron_refresh, kron_qv, kron_grads, kron_diag, kron_thin_qv, kron_thin_grads),
+    "kron-scaled": Maths(kron_refresh, kron_qv, kron_grads, kron_diag),
+    "diagkron": Maths(no_cache, diagkron_qv, diagkron_grads, diagkron_diag),
+    "sumkron": Maths(sumkron_refresh, sumkron_qv, sumkron_grads, sumkron_diag, sumkron_thin_qv, sumkron_thin_grads),
+    "diagonal": Maths(no_cache, diagonal_qv, diagonal_grads, diagonal_diag),
 }

@@ -1,6 +1,7 @@
 """The ops: functions over lists of blocks, in plain torch. Every backend has these, with these signatures.
 
 They are the ground truth that other backends are tested against, and the fallback where there is none.
+A ``Matrix`` is a tensor (m, n) in λ's dtype, or the same as a thin product EᵀH (``thin.Thin``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+
+from .products import Vectors
+from .thin import Matrix, Thin, dense, dot, is_zero
 
 if TYPE_CHECKING:
     from ..blocks import Block
@@ -17,23 +22,43 @@ if TYPE_CHECKING:
 RMS = 0.2  # of a normalised update: the convention of Muon's users, under which AdamW's lr roughly carries over
 
 
-def refresh(blocks: Sequence[Block]) -> None:
-    """Bring every block's cached products (P and S) up to date with its λ. Reading them does so too."""
-    for block in blocks:
-        _ = block.structure.cache
+def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
+    """Bring every block's cached products (P and S) up to date with its λ. Reading them does so too.
+
+    ``vectors``: how many columns P and rows S of each block will be applied to until λ changes; a product that would
+    not pay for itself is left out. Without it all are formed.
+    """
+    for block, count in zip(blocks, vectors or [None] * len(blocks), strict=True):
+        block.structure.refresh(count)
 
 
-def qv(blocks: Sequence[Block], us: Sequence[Tensor]) -> list[Tensor]:
-    """Q u for each block; us and the result are (m, n) in λ's dtype."""
-    return [
-        b.structure.maths.qv(b.structure.fishleg_aux, b.structure.cache, u) for b, u in zip(blocks, us, strict=True)
-    ]
+def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
+    """Q u for each block, thin where u is (which ``structure.thin`` has to allow)."""
+    return [_thin_product(b, u) if isinstance(u, Thin) else _product(b, u) for b, u in zip(blocks, us, strict=True)]
 
 
-def inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+def _product(block: Block, u: Tensor) -> Tensor:
+    s = block.structure
+    return s.maths.qv(s.fishleg_aux, s.cache, u)
+
+
+def _thin_product(block: Block, u: Thin) -> Thin:
+    s = block.structure
+    assert s.maths.thin_qv is not None
+    return s.maths.thin_qv(s.fishleg_aux, s.cache, u)
+
+
+def _grads(block: Block, u: Matrix, w: Tensor) -> dict[str, Tensor]:
+    s = block.structure
+    if not isinstance(u, Thin):
+        return s.maths.grads(s.fishleg_aux, s.cache, u, w)
+    assert s.maths.thin_grads is not None
+    return s.maths.thin_grads(s.fishleg_aux, s.cache, u, w)
+
+
+def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     """⟨x, y⟩ over all blocks together: a scalar, float64 where any block is."""
-    dots = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)]
-    return _stack(dots).sum()
+    return _stack([dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:
@@ -44,7 +69,7 @@ def _stack(scalars: Sequence[Tensor]) -> Tensor:
 
 def theta_step(
     blocks: Sequence[Block],
-    gs: Sequence[Tensor],  # (m, n) each: the gradient, negated where the group maximizes
+    gs: Sequence[Matrix],  # (m, n) each: the gradient, negated where the group maximizes
     *,
     momentum: str = "before",
     nesterov: bool = False,
@@ -60,41 +85,43 @@ def theta_step(
         c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks (gᵀnat for m̂ᵀnat with momentum "after"); None, c = 1.
     Parts whose gradient is None keep their parameters. Where nat is not finite nothing is written.
     capturable: decide that on the device, without a synchronisation.
+    A thin g should be what ``block.grads`` hold too, from which m is averaged. Q m then follows m by thin products, as
+    long as λ stays what it is, and is ``block.product``.
 
     Returns (‖nat‖ of each block (len(blocks),), whether the step was taken: a boolean scalar).
     """
-    moved, averages, nats = [], [], []
+    times = 2 if nesterov else 1  # how often g is averaged into m̂
+    xs, nats, corrections = [], [], []
     for block, g in zip(blocks, gs, strict=True):
-        beta = block.beta
-        x = g if momentum == "before" else qv([block], [g])[0]
-        m = torch.lerp(block.momentum, x, 1 - beta)
-        ahead = 2 if nesterov else 1
-        average = (torch.lerp(m, x, 1 - beta) if nesterov else m) / (
-            1 - beta ** _number(block.step + ahead, capturable)
-        )
-        nats.append(qv([block], [average])[0] if momentum == "before" else average)
-        averages.append(average if momentum == "before" else g)
-        moved.append(m)
+        x = g if momentum == "before" else dense(qv([block], [g])[0])  # what m averages
+        xs.append(x)
+        nats.append(_averaged(block, x, times) if momentum == "after" else _natural(block, x, times))
+        corrections.append(1 - block.beta ** _number(block.step + times, capturable))
     norms = _stack([torch.linalg.vector_norm(nat) for nat in nats])
+    corrected = _stack(corrections).to(norms) if capturable else norms.new_tensor(corrections)
+    norms = norms / corrected
     ok = torch.isfinite(norms).all()
     if not capturable and not ok:
+        for block in blocks:
+            block.product_version = None  # it is ahead of m
         return norms, ok
-    scales = _scales(blocks, gs, averages, nats, norms, normalize, kappa)
-    for block, m, nat, scale in zip(blocks, moved, nats, scales, strict=True):
-        _write(block.momentum, m, ok, capturable)
-        _write(block.step, block.step + 1, ok, capturable)
+    if normalize == "rms":
+        scales = _rms_scales(gs, nats, norms)
+    elif normalize == "trust":
+        before = momentum == "before"
+        paired = [_averaged(b, g, times) for b, g in zip(blocks, gs, strict=True)] if before else gs
+        powers = corrected**2 if before else corrected
+        scales = _trust_scale(blocks, paired, nats, powers, kappa)
+    else:
+        scales = torch.ones_like(norms)
+    scales = scales / corrected
+    for block, x, nat, c in zip(blocks, xs, nats, scales if capturable else scales.tolist(), strict=True):
+        _average(block, x, ok if capturable else None)
+        block.step.add_(ok.to(block.step.device))
         pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
         for part, piece, grad, group in pieces:
-            if grad is None:
-                continue
-            theta = part.of(part.param)
-            delta = piece * scale.to(piece.device, piece.dtype)
-            if group["weight_decay"] != 0:
-                delta.add_(theta, alpha=group["weight_decay"])
-            delta.mul_(group["lr"])
-            if capturable:
-                delta = torch.where(ok.to(delta.device), delta, 0)
-            theta.sub_(delta)
+            if grad is not None:
+                _move(part.of(part.param), piece, c, group, ok)
     return norms, ok
 
 
@@ -102,38 +129,79 @@ def _number(t: Tensor, capturable: bool) -> Tensor | float:
     return t if capturable else t.item()
 
 
-def _write(target: Tensor, value: Tensor, ok: Tensor, capturable: bool) -> None:
-    target.copy_(torch.where(ok.to(value.device), value, target) if capturable else value)
+def _averaged(block: Block, x: Matrix, times: int) -> Tensor:
+    """m with x averaged into it ``times`` times, a new tensor."""
+    weight = 1 - block.beta**times
+    if isinstance(x, Tensor):
+        return torch.lerp(block.momentum, x, weight)
+    average = block.momentum.clone()
+    _average_pieces(block, average, weight)
+    return average
 
 
-def _scales(
-    blocks: Sequence[Block],
-    gs: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    nats: Sequence[Tensor],
-    norms: Tensor,
-    normalize: str | None,
-    kappa: float,
+def _average_pieces(block: Block, average: Tensor, weight: float) -> None:
+    """Average the block's gradient into (m, n) in place."""
+    for view, grad in zip(block.split(average), block.grads, strict=True):
+        if grad is not None:  # as every part of a thin gradient is there
+            view.lerp_(grad, weight)
+
+
+def _average(block: Block, x: Matrix, ok: Tensor | None) -> None:
+    """m ← βm + (1−β)x, in place, where ``ok``."""
+    if isinstance(x, Thin):
+        _average_pieces(block, block.momentum, 1 - block.beta)
+    else:
+        block.product_version = None
+        block.momentum.lerp_(x if ok is None else torch.where(ok.to(x.device), x, block.momentum), 1 - block.beta)
+
+
+def _natural(block: Block, g: Matrix, times: int) -> Tensor:
+    """Q m̂, but for the bias correction. Of a thin g by products of g alone, once Q m is known."""
+    if isinstance(g, Tensor):
+        return _product(block, _averaged(block, g, times))
+    product, nat = block.buffers()
+    if not block.product_known:
+        product.copy_(_product(block, block.momentum))
+    thin = _thin_product(block, g)
+    torch.mm(thin.E.T, thin.H, out=nat)
+    product.lerp_(nat, 1 - block.beta)
+    block.product_version = block.structure.version
+    return nat.lerp_(product, block.beta ** (times - 1))  # βQ m + (1−β)Q g, or Q m
+
+
+def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
+    """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
+    still = torch.stack([is_zero(g).to(norms.device) for g in gs]) | (norms == 0)
+    sizes = norms.new_tensor([RMS * nat.numel() ** 0.5 for nat in nats])
+    return torch.where(still, 0, sizes / norms)
+
+
+def _trust_scale(
+    blocks: Sequence[Block], averages: Sequence[Matrix], nats: Sequence[Tensor], powers: Tensor, kappa: float
 ) -> Tensor:
-    """c of each block: (len(blocks),)."""
-    if normalize == "rms":
-        # 0 where g is all zero: what is left of m would fade, and at a constant size go on for ever.
-        still = torch.stack([(g != 0).any().to(norms.device) for g in gs]).logical_not_() | (norms == 0)
-        scales = torch.stack([RMS * nat.numel() ** 0.5 / norm for nat, norm in zip(nats, norms.unbind(), strict=True)])
-        return torch.where(still, 0, scales)
-    if normalize is None:
-        return torch.ones_like(norms)
-    lengths = [
-        inner([m], [nat]) * b.groups[0]["base_lr"] ** 2 for b, m, nat in zip(blocks, averages, nats, strict=True)
-    ]
-    length = _stack(lengths).sum().clamp_min(torch.finfo(norms.dtype).tiny)
-    return (kappa / length).sqrt().clamp_max(1).to(norms).expand_as(norms)
+    """c of all blocks, (len(blocks),), from m and nat before their bias correction, ``powers`` of it."""
+    dots = _stack([dot(m, nat) for m, nat in zip(averages, nats, strict=True)]) / powers
+    base = dots.new_tensor([b.groups[0]["base_lr"] ** 2 for b in blocks])
+    length = (dots * base).sum().clamp_min(torch.finfo(dots.dtype).tiny)
+    return (kappa / length).sqrt().clamp_max(1).expand_as(dots)
+
+
+def _move(theta: Tensor, nat: Tensor, c: Tensor | float, group: dict, ok: Tensor) -> None:
+    """θ ← θ − lr·(c·nat + wd·θ); with a tensor c on the device alone, and only where ``ok``. ``nat`` is spent."""
+    lr, decay = group["lr"], group["weight_decay"]
+    if isinstance(c, Tensor):
+        delta = (nat * c.to(nat)).add_(theta, alpha=decay).mul_(lr)
+        theta.sub_(torch.where(ok.to(delta.device), delta, 0))
+        return
+    if decay != 0:
+        nat, c = nat.mul_(c).add_(theta, alpha=decay), 1.0
+    theta.add_(nat, alpha=-float(lr) * c)
 
 
 def lambda_step(
     blocks: Sequence[Block],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],  # Q u
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix],  # Q u
     fvs: Sequence[Tensor],  # F v
     *,
     damping: float,
@@ -151,46 +219,50 @@ def lambda_step(
     to v, so that only Q's shape is learned. The 𝒜 returned is that of Q as it is.
     Where a gradient is not finite, or u is zero, nothing is written. Returns (𝒜, whether the step was taken), scalars.
     """
-    curved = [torch.add(fv, v, alpha=damping) for v, fv in zip(vs, fvs, strict=True)]  # (F+γI)v
+    curved = [torch.add(fv, dense(v), alpha=damping) for v, fv in zip(vs, fvs, strict=True)]  # (F+γI)v
     uQu, vFv = inner(us, vs), inner(vs, curved)
     loss = 0.5 * vFv - uQu
     if not learn_scale:
         alpha = torch.where(vFv > 0, uQu / vFv, 1)  # sampled Hessians may have negative curvature
         curved = [x * alpha.to(x) for x in curved]
-    ws = [x.sub_(u) for x, u in zip(curved, us, strict=True)]
+    ws = [x.addmm_(u.E.T, u.H, alpha=-1) if isinstance(u, Thin) else x.sub_(u) for x, u in zip(curved, us, strict=True)]
     if precondition:
-        ws = qv(blocks, ws)
-    all_grads = [
-        b.structure.maths.grads(b.structure.fishleg_aux, b.structure.cache, u, w)
-        for b, u, w in zip(blocks, us, ws, strict=True)
-    ]
+        ws = [_product(b, w) for b, w in zip(blocks, ws, strict=True)]
+    all_grads = [_grads(b, u, w) for b, u, w in zip(blocks, us, ws, strict=True)]
     sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
     ok = torch.isfinite(_stack([*sums, loss])).all() & (uQu != 0)
     if not capturable and not ok:
         return loss, ok
     for block, grads in zip(blocks, all_grads, strict=True):
-        _adam(block, grads, lr, betas, eps, ok, capturable)
+        _adam(block, grads, lr, betas, eps, ok)
     return loss, ok
 
 
 def _adam(
-    block: Block,
-    grads: dict[str, Tensor],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    ok: Tensor,
-    capturable: bool,
+    block: Block, grads: dict[str, Tensor], lr: float | Tensor, betas: tuple[float, float], eps: float, ok: Tensor
 ) -> None:
-    beta1, beta2 = betas
-    step = _number(block.aux_step + 1, capturable)
-    _write(block.aux_step, block.aux_step + 1, ok, capturable)
-    for name, grad in grads.items():
-        target = block.structure.fishleg_aux[name]
-        m = torch.lerp(block.exp_avg[name], grad, 1 - beta1)
-        s = torch.lerp(block.exp_avg_sq[name], grad * grad, 1 - beta2)
-        denominator = (s / (1 - beta2**step)).sqrt_().add_(eps)
-        update = (m / (1 - beta1**step)).div_(denominator).mul_(lr)
-        _write(block.exp_avg[name], m, ok, capturable)
-        _write(block.exp_avg_sq[name], s, ok, capturable)
-        _write(target, target - update, ok, capturable)
+    """Adam on the block's λ where ``ok``, by torch's fused kernel: one pass over memory."""
+    names = [name for name, grad in grads.items() if grad.numel()]
+    targets = [block.structure.fishleg_aux[name] for name in names]
+    device = block.momentum.device
+    count = block.aux_step.to(device)
+    adam(
+        targets,
+        [grads[name].contiguous() for name in names],
+        [block.exp_avg[name] for name in names],
+        [block.exp_avg_sq[name] for name in names],
+        [],
+        [count.clone() for _ in names],
+        fused=True,
+        found_inf=1 - ok.to(device, torch.float32),
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    for t in targets:
+        torch.autograd.graph.increment_version(t)
+    block.aux_step.add_(ok.to(block.aux_step.device))

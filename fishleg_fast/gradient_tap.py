@@ -1,0 +1,161 @@
+"""A layer's gradient as the thin product EᵀH that autograd made it from, seen during the user's own passes.
+
+H are the layer's inputs and E its output gradients, a row a position. They stand for ``.grad`` only while that is what
+one backward pass left there. Two checks tell, and where either fails the dense gradient is used: autograd's version
+counter, which accumulation, clipping and every in-place operation raise; and the product with a random vector, which
+also sees what passes the counter by (``.data``, an all-reduce, ``GradScaler``, hooks on the weight).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Block
+from .layers import layer_of
+from .reference.thin import Thin, thin_pays
+
+AGREEMENT = 1e-2  # of .grad and EᵀH, relative, on a random vector: above any rounding, below any deliberate change
+
+
+class _Hook:
+    """A forward hook that stays behind where its module is copied or pickled."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.call(module, args, output)
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return _Hook(_nothing)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """What a copied hook does."""
+
+
+class LayerTap:
+    """What one layer showed since the last step."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.probe: Tensor | None = None  # (n,)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget, and free, everything seen."""
+        self.seen: list[tuple[Tensor, Tensor]] = []  # (input, output gradient) of each call
+        self.positions = 0
+        self.backward: int | None = None  # the backward pass that they are from
+        self.whole = False  # it found no gradient to add to
+
+    def pays(self, positions: int) -> bool:
+        """Whether a thin gradient of so many positions is worth having."""
+        R, L = list(self.block.structure.fishleg_aux.values())[:2]
+        return thin_pays(R, L, *self.block.shape, positions)
+
+    def on_gradient(self, x: Tensor, e: Tensor) -> None:
+        """The layer's output gradient has arrived, for its input ``x``."""
+        number = torch._C._current_graph_task_id()
+        if number != self.backward:
+            self.clear()
+            self.backward = number
+            self.whole = all(part.param.grad is None for part in self.block.parts)
+        self.positions += e.numel() // max(e.shape[-1], 1)
+        if self.whole and self.pays(self.positions):
+            self.seen.append((x, e.detach()))
+        else:
+            self.seen, self.whole = [], False
+
+    def thin(self, grads: Sequence[Tensor | None]) -> Thin | None:
+        """``grads``, one a part and as autograd left them, as a thin product; None where they are not one."""
+        block = self.block
+        if not self.whole or not self.seen or any(g is None or g._version or g.dtype != block.dtype for g in grads):
+            return None
+        assert block.layer is not None
+        rows = [layer_of(block.layer).rows(block, x, e) for x, e in self.seen]
+        known = [pair for pair in rows if pair is not None]
+        if len(known) != len(rows):
+            return None
+        H, E = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*known, strict=True))
+        return Thin(E, H) if self._agrees(grads, E, H) else None
+
+    def _agrees(self, grads: Sequence[Tensor | None], E: Tensor, H: Tensor) -> bool:
+        if self.probe is None:
+            self.probe = torch.randn(H.shape[1], generator=torch.Generator().manual_seed(0)).to(H)
+        z = self.probe
+        got = sum(
+            g.reshape(E.shape[1], -1) @ piece
+            for g, piece in zip(grads, z.split([g.numel() // E.shape[1] for g in grads if g is not None]), strict=True)
+            if g is not None
+        )
+        want = E.T @ (H @ z)
+        assert isinstance(got, Tensor)
+        return bool(torch.linalg.vector_norm(got - want) <= AGREEMENT * torch.linalg.vector_norm(got))
+
+
+class GradientTap:
+    """The taps of all layers whose gradients may be thin, for as long as ``user`` lives."""
+
+    def __init__(self, user: object) -> None:
+        self._taps: dict[int, LayerTap] = {}  # by id of the block
+        self._handles: list[Any] = []
+        self._paused = False
+        weakref.finalize(user, _remove, self._handles)
+
+    def watch(self, blocks: Sequence[Block]) -> None:
+        """See the gradients of those of the blocks that may be thin."""
+        for block in blocks:
+            layer = block.layer
+            if layer is not None and block.structure.thin and layer_of(layer).thin and min(block.shape):
+                tap = self._taps[id(block)] = LayerTap(block)
+                self._handles.append(layer.register_forward_hook(_Hook(partial(self._on_forward, tap))))
+
+    def _on_forward(self, tap: LayerTap, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling() or self._paused or module is not tap.block.layer or not args:
+            return
+        x = args[0]
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
+            return
+        if x.dtype != tap.block.dtype or output.dtype != x.dtype or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return
+        if tap.pays(x.numel() // max(x.shape[-1], 1)):
+            output.register_hook(partial(self._on_backward, tap, x.detach()))
+
+    def _on_backward(self, tap: LayerTap, x: Tensor, e: Tensor) -> None:
+        if not self._paused:
+            tap.on_gradient(x, e)
+
+    def thin(self, block: Block, grads: Sequence[Tensor | None]) -> Thin | None:
+        """The block's gradient as a thin product, where it is known to be one."""
+        tap = self._taps.get(id(block))
+        return None if tap is None else tap.thin(grads)
+
+    def clear(self) -> None:
+        """Free what was seen."""
+        for tap in self._taps.values():
+            tap.clear()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See nothing inside."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

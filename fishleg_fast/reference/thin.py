@@ -1,0 +1,93 @@
+"""Matrices of low rank, which a layer's gradient is on a batch smaller than the layer, and what they cost.
+
+A Linear's gradient is EᵀH, with E (r, m) the output gradients and H (r, n) the inputs of r positions (samples, or
+samples × time). Q of a Kronecker structure keeps the form: Q (EᵀH) = (E P)ᵀ (H S).
+
+All choices between routes are made here, by counts of multiply-adds; a factor costs its number of entries for each
+vector it is applied to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Thin:
+    """The matrix EᵀH (m, n), as E (r, m) and H (r, n)."""
+
+    E: Tensor
+    H: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        return self.E.shape[1], self.H.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r: positions, an upper bound of the matrix's rank."""
+        return self.E.shape[0]
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """(m, n)"""
+        return self.E.T @ self.H
+
+    def scaled(self, c: Tensor | float) -> Thin:
+        """c EᵀH."""
+        return Thin(self.E * c, self.H)
+
+
+Matrix = Tensor | Thin
+
+
+def dense(x: Matrix) -> Tensor:
+    """(m, n)"""
+    return x.dense if isinstance(x, Thin) else x
+
+
+def dot(x: Matrix, y: Matrix) -> Tensor:
+    """⟨x, y⟩, a scalar."""
+    if isinstance(x, Thin) and isinstance(y, Thin):
+        return torch.sum((x.E @ y.E.T) * (x.H @ y.H.T))
+    return torch.dot(dense(x).reshape(-1), dense(y).reshape(-1))
+
+
+def is_zero(x: Matrix) -> Tensor:
+    """Whether all entries are zero: a boolean scalar. Of a thin matrix, whether all of E or of H are."""
+    if isinstance(x, Thin):
+        return torch.logical_and(x.E.any(), x.H.any()).logical_not_()
+    return x.any().logical_not_()
+
+
+def forms(factor: Tensor, vectors: int | None) -> bool:
+    """Whether it pays to form RᵀR (or LLᵀ) for ``vectors`` products with it; None, unknown: many.
+
+    Forming costs a factor of width b as much as applying it b times; it saves one of two applications each time.
+    """
+    return vectors is None or factor.ndim == 1 or factor.shape[-1] <= vectors
+
+
+def thin_pays(R: Tensor, L: Tensor, m: int, n: int, rank: int) -> bool:
+    """Whether (E P)ᵀ(H S) costs less than P (EᵀH) S, with EᵀH at hand in either form."""
+    return rank * (R.numel() + L.numel() + m * n) < n * R.numel() + m * L.numel()
+
+
+def outer_pays(factor: Tensor, rank: int) -> bool:
+    """Whether (M+Mᵀ)L with M = XᵀY of ``rank`` costs less as Xᵀ(Y L) + Yᵀ(X L) than by way of M.
+
+    By M: rank·numel for M, width·numel for its product with L. Thin: two products with L and two outer products.
+    """
+    return factor.ndim == 2 and 4 * rank < rank + factor.shape[-1]
+
+
+def vectors(u: Matrix, times: int, whole: int) -> tuple[int, int]:
+    """How many columns P, and rows S, meets in so many products with u, and ``whole`` ones with a dense matrix."""
+    m, n = u.shape
+    columns, rows = (u.rank, u.rank) if isinstance(u, Thin) else (n, m)
+    return times * columns + whole * n, times * rows + whole * m
