@@ -15,7 +15,6 @@ from .curvature import FISHER, drawn_gradient, moments
 from .passes import Passes
 from .precision import precision_scope
 from .reference.thin import Matrix, Thin, dense
-from .structures import finite
 
 
 def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
@@ -69,11 +68,9 @@ class Auxiliary:
         """
         decay = self.settings["anchor_decay"]
         for block, new in zip(blocks, moments(self.passes, blocks, self.passes.inputs()), strict=True):
-            if not new or not finite(new):
+            if not new or not block.structure.average(block.moments, new, 1 - decay):
                 continue
             block.moments_weight.mul_(decay).add_(1 - decay)
-            for name, moment in block.moments.items():
-                moment.lerp_(new[name], 1 - decay)
             with precision_scope("highest"):  # of a triangular inverse that λ starts from
                 block.structure.start_kfac(block.moments, self.settings["damping"], block.moments_weight.item())
 
@@ -115,7 +112,10 @@ class Auxiliary:
 
     def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
         """F v, from blocks to the model's parameters and back."""
-        params, tangents = _params(blocks), _tensors(blocks, [dense(v) for v in vs])
+        params, tangents = (
+            _params(blocks),
+            _tensors(blocks, [dense(v).to(b.dtype) for b, v in zip(blocks, vs, strict=True)]),
+        )
         estimate = FISHER[self.settings["fisher"]]
         order = list(params)
         products = estimate(

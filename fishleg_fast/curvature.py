@@ -20,6 +20,8 @@ from .blocks import Block
 from .capture import Inputs
 from .layers import layer_of
 from .passes import Passes
+from .reference.products import Aux
+from .structures import Shown
 
 CHUNKS, CHUNK_LEAST = 8, 16  # where a block's second moments need several gradients: how many, of how many samples
 
@@ -183,20 +185,20 @@ def rank1(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs
 FISHER: dict[str, Product] = {"ggn": ggn, "hessian": hessian, "antithetic": antithetic, "rank1": rank1}
 
 
-def moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Each block's second moments on drawn labels, as its structure's ``start_kfac`` reads them, else {}.
+def moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> list[Shown | Aux]:
+    """What tells each block's second moments on drawn labels, as its structure averages them, {} if it has none.
 
-    From its layer's inputs and output gradients where a pass shows them, else from several gradients of the block.
+    Its layer's inputs and output gradients where a pass shows them, else moments from several gradients of the block.
     """
     wanted = [b for b in blocks if b.structure.moments]
-    found = _layer_moments(passes, [b for b in wanted if b.layer is not None], inputs)
+    found: dict[int, Shown | Aux] = _layer_moments(passes, [b for b in wanted if b.layer is not None], inputs)
     rest = [b for b in wanted if id(b) not in found]
     if rest:
         found |= _gradient_moments(passes, rest, inputs)
     return [found.get(id(b), {}) for b in blocks]
 
 
-def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
+def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, Shown | Aux]:
     shown: list[tuple[Block, Tensor, Any]] = []  # a block, its layer's input, and where its output's gradient will be
 
     def watch(block: Block) -> Any:
@@ -222,36 +224,25 @@ def _layer_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> d
     finally:
         for handle in hooks:
             handle.remove()
-    shares: dict[int, list[tuple[dict[str, Tensor], int]]] = {}
+    rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
     unseen: set[int] = set()
     for (block, x, _), e in zip(shown, gradients, strict=True):
         assert block.layer is not None
-        share = None if e is None else layer_of(block.layer).moments(block, x, e, count)
-        if share is None or e is None:
+        found = None if e is None else layer_of(block.layer).rows(block, x, e)
+        if found is None:
             unseen.add(id(block))
         else:
-            shares.setdefault(id(block), []).append((share, e.numel()))
-    return {key: _together(parts) for key, parts in shares.items() if key not in unseen}
+            rows.setdefault(id(block), []).append(found)
+    together: dict[int, Shown | Aux] = {}
+    for block in blocks:
+        if id(block) in rows and id(block) not in unseen:
+            assert block.layer is not None
+            a, e = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*rows[id(block)], strict=True))
+            together[id(block)] = layer_of(block.layer).shown(block, a, e, count)
+    return together
 
 
-def _together(shares: list[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
-    """The moments of a layer that was called several times: output gradients add up, inputs average over positions.
-
-    As one call on all positions would have it.
-    """
-    if len(shares) == 1:
-        return shares[0][0]
-    total = sum(size for _, size in shares)
-    weights = {"columns": [size / total for _, size in shares]}
-    return {
-        name: torch.stack(
-            [c * s[name] for c, (s, _) in zip(weights.get(name, [1] * len(shares)), shares, strict=True)]
-        ).sum(0)
-        for name in shares[0][0]
-    }
-
-
-def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, dict[str, Tensor]]:
+def _gradient_moments(passes: Passes, blocks: Sequence[Block], inputs: Inputs) -> dict[int, Aux]:
     # All of them, as a user's own backward pass: torch's GroupNorm (2.13, channels_last)
     # crashes where its input needs no gradient.
     params = [p for p in passes.shell.parameters() if p.requires_grad and p.numel()]

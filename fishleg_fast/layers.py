@@ -1,8 +1,8 @@
 """How each layer's parameters become matrices: one class a kind of layer, one row of ``LAYERS`` each.
 
 A layer says which of its parameters form which block, and turns the inputs and output gradients that a forward and
-backward pass showed into rows a (positions, n) and e (positions, m), whose second moments are the Kronecker factors of
-the Fisher matrix.
+backward pass showed into rows a (positions, n) and e (positions, m): the gradient is eᵀa, and with labels drawn from
+the model their second moments are the Kronecker factors of the Fisher matrix.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .blocks import Block
 from .reference.factors import cross
 from .reference.products import Aux
+from .structures import Shown
 
 
 @dataclass
@@ -64,15 +65,12 @@ class Layer:
             return None
         return a, e
 
-    def moments(self, block: Block, x: Tensor, e: Tensor, count: float) -> Aux | None:
-        """The block's share of the Fisher matrix's factors, from one input and output gradient of its layer, or None.
+    def shown(self, block: Block, a: Tensor, e: Tensor, count: float) -> Shown | Aux:
+        """What tells the block's second moments, from the rows of all calls of its layer.
 
         ``count``: the independent terms over which the loss is the mean.
         """
-        rows = self.rows(block, x, e)
-        if rows is None:
-            return None
-        return block.structure.layer_moments(rows[0].to(block.dtype), rows[1].to(block.dtype), count)
+        return Shown(a.to(block.dtype), e.to(block.dtype), count)
 
 
 class Linear(Layer):
@@ -122,16 +120,21 @@ class Embedding(Layer):
     def specs(self, module: nn.Module) -> list[Spec]:
         return [Spec("", [("weight", None)], diagonal=("R",))]
 
-    def moments(self, block: Block, x: Tensor, e: Tensor, count: float) -> Aux | None:
-        """rows = how often each word occurs (the second moment of one-hot inputs), columns = count·Σ e eᵀ."""
+    def rows(self, block: Block, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The words (positions,) and e (positions, dim), without padding."""
         assert isinstance(block.layer, nn.Embedding)
         moments = block.structure.new_moments()
         if "rows" not in moments or moments["rows"].ndim != 1:
             return None
-        words, e = x.reshape(-1), self.output_gradients(block.layer, e).to(block.dtype)
-        if block.layer.padding_idx is not None:
-            real = words != block.layer.padding_idx
-            words, e = words[real], e[real]
+        words, e = x.reshape(-1), self.output_gradients(block.layer, e)
+        if block.layer.padding_idx is None:
+            return words, e
+        real = words != block.layer.padding_idx
+        return words[real], e[real]
+
+    def shown(self, block: Block, a: Tensor, e: Tensor, count: float) -> Shown | Aux:
+        """rows = how often each word occurs (the second moment of one-hot inputs), columns = count·Σ e eᵀ."""
+        moments, words, e = block.structure.new_moments(), a, e.to(block.dtype)
         moments["rows"] += torch.bincount(words, minlength=block.shape[0]).to(e.dtype) / max(words.numel(), 1)
         moments["columns"] += cross(e.T, e.T, moments["columns"]) * count
         return moments

@@ -18,7 +18,7 @@ from .blocks import Block
 from .gradient_tap import GradientTap
 from .likelihoods import Likelihood
 from .passes import Draw, Nll, Passes
-from .precision import precision_scope
+from .precision import operand_dtype, precision_scope
 from .reference.thin import Matrix, Thin, vectors
 
 
@@ -211,23 +211,24 @@ class FishLeg(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            with self._own_arithmetic():
+            with self._own_arithmetic("highest"):
                 blocks, gs = self._gather()
-                if blocks:
+            if blocks:
+                with self._own_arithmetic(self.settings["precision"]):
                     self._step(blocks, gs)
         finally:
             if self._gradients is not None:
                 self._gradients.clear()
         return loss
 
-    def _own_arithmetic(self) -> ExitStack:
+    def _own_arithmetic(self, precision: str | None) -> ExitStack:
         """The optimizer's own products: at its precision, and out of the user's autocast."""
         stack = ExitStack()
         kind = self.blocks[0].parts[0].param.device.type
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if self.settings["precision"] is not None:
-            stack.enter_context(precision_scope(self.settings["precision"]))
+        if precision is not None:
+            stack.enter_context(precision_scope(precision))
         return stack
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
@@ -271,6 +272,8 @@ class FishLeg(Optimizer):
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux
+        for block in blocks:
+            block.structure.operands = operand_dtype(s["precision"], block.momentum.device, block.dtype)
         parts = [x for b, g in zip(blocks, gs, strict=True) for x in (b.grads if isinstance(g, Thin) else [g])]
         norm = self._ops.inner(parts, parts).sqrt()
         self._last["grad_norm"] = norm
@@ -327,7 +330,7 @@ class FishLeg(Optimizer):
         validate.count("steps", steps)
         blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
         losses = []
-        with self._own_arithmetic():
+        with self._own_arithmetic(self.settings["precision"]):
             self._anchor(blocks, 0)
             for _ in range(steps):
                 self._note_aux(*self._aux.update(blocks, self._aux.drawn_gradients(blocks), self._capturable))

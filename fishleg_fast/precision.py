@@ -1,14 +1,20 @@
-"""float32 product precision for the optimizer's own products only."""
+"""Precision of the optimizer's own float32 products, by the names of ``torch.set_float32_matmul_precision``.
+
+"highest" is float32. "high" and "medium" let CUDA take TF32, as torch's own names do. On a CPU "medium" rounds the
+operands of Q's products to bfloat16, where the processor has instructions for that, and "high" is float32: neither
+torch's TF32 nor its BF16 setting for CPUs is both faster and closer than that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
-# precision -> what torch.set_float32_matmul_precision sets for oneDNN (CPU) and cuBLAS
-PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("bf16", "tf32")}
+# precision -> the settings of oneDNN (CPU) and cuBLAS
+PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("ieee", "tf32"), "medium": ("ieee", "tf32")}
 
 
 @contextmanager
@@ -26,3 +32,24 @@ def precision_scope(precision: str) -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value
+
+
+@cache
+def _fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware; without, torch is slower at it than at float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def operand_dtype(precision: str | None, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What the operands of Q's products are rounded to, for λ of ``dtype``. None follows torch's setting."""
+    if device.type != "cpu" or dtype != torch.float32 or (precision or _setting()) != "medium":
+        return dtype
+    return torch.bfloat16 if _fast_bfloat16() else dtype
+
+
+def _setting() -> str:
+    """torch.get_float32_matmul_precision(), which refuses to answer where it disagrees with a backend's own setting."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "medium" if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else "highest"  # type: ignore[attr-defined]

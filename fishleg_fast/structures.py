@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference.factors import cross, inverse_root, trace, transpose
+from .reference.factors import cross, diagonal, inverse_root, trace, transpose
 from .reference.products import MATHS, Aux, Maths, Vectors
+from .reference.thin import Matrix, Sum, Thin
 
 Version = tuple[tuple[int, int], ...]
 
@@ -49,6 +50,14 @@ def _refuse_non_finite(moments: Aux) -> None:
         raise torch.linalg.LinAlgError(f"moments should be finite but are not: {sorted(moments)}")
 
 
+class Shown(NamedTuple):
+    """What a layer showed in a pass with drawn labels, the loss being a mean over ``terms`` independent ones."""
+
+    a: Tensor  # (positions, n): inputs
+    e: Tensor  # (positions, m): output gradients
+    terms: float
+
+
 class Structure:
     """One block's Q(λ). Subclasses set ``maths`` and fill ``fishleg_aux`` in their constructor.
 
@@ -63,8 +72,10 @@ class Structure:
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(_size("each size of shape", k) for k in shape)
         self.fishleg_aux: Aux = {}
+        self.operands: torch.dtype | None = None  # what operands of matrix products are rounded to; None: λ's dtype
         self._cache: Aux = {}
-        self._cache_key: tuple[Version, Vectors] | None = None
+        self._cache_key: tuple[Version, torch.dtype | None, Vectors] | None = None
+        self._rounded: Aux = {}
 
     @property
     def version(self) -> Version:
@@ -79,7 +90,7 @@ class Structure:
     @property
     def cache(self) -> Aux:
         """What depends on λ alone (P and S of a Kron), recomputed only when λ was written to."""
-        if self._cache_key is None or self._cache_key[0] != self.version:
+        if self._cache_key is None or self._cache_key[:2] != (self.version, self.operands):
             self.refresh()
         return self._cache
 
@@ -88,11 +99,44 @@ class Structure:
         """Bring the cache up to date with λ, for as much use as ``vectors`` says: products that would not pay for
         themselves are left out, and Q u then takes the factors.
         """
-        version = self.version
-        if self._cache_key != (version, vectors):
-            there = self._cache if self._cache_key is not None and self._cache_key[0] == version else {}
-            self._cache = self.maths.refresh(self.fishleg_aux, vectors, there)
-            self._cache_key = version, vectors
+        key = (self.version, self.operands, vectors)
+        if self._cache_key == key:
+            return
+        if self._cache_key is None or self._cache_key[:2] != key[:2]:
+            self._cache, self._rounded = {}, {}
+        self._cache_key = key
+        self._cache = self.maths.refresh(self._factors_as_operands(), vectors, self._cache)
+
+    def _factors_as_operands(self) -> Aux:
+        """λ, rounded where products are to be; kept until λ changes."""
+        if not self.thin or self.operands is None:  # elementwise products stay at full precision
+            return self.fishleg_aux
+        if not self._rounded:
+            self._rounded = {name: t.to(self.operands) for name, t in self.fishleg_aux.items()}
+        return self._rounded
+
+    def product(self, u: Tensor) -> Tensor:
+        """Q u in λ's dtype, at the precision of ``operands``."""
+        cache, aux = self.cache, self._factors_as_operands()
+        narrow = self.operands if self.thin else None
+        return self.maths.qv(aux, cache, u.to(narrow or u.dtype)).to(u.dtype)
+
+    def thin_product(self, u: Thin) -> Thin:
+        """Q u for a thin u, as ``operands`` are."""
+        assert self.maths.thin_qv is not None
+        cache, aux = self.cache, self._factors_as_operands()
+        return self.maths.thin_qv(aux, cache, u.to(self.operands))
+
+    def gradients(self, u: Matrix, w: Tensor | Sum) -> Aux:
+        """∂⟨w, Q u⟩/∂λ, as ``operands`` are; w is a sum only where u is thin."""
+        cache, aux = self.cache, self._factors_as_operands()
+        narrow = self.operands if self.thin else None
+        if isinstance(u, Thin):
+            assert self.maths.thin_grads is not None
+            whole = w if isinstance(w, Sum) else Sum(w)
+            return self.maths.thin_grads(aux, cache, u.to(narrow), whole.to(narrow))
+        assert isinstance(w, Tensor)
+        return self.maths.grads(aux, cache, u.to(narrow or u.dtype), w.to(narrow or w.dtype))
 
     def _check(self, name: str, u: Tensor) -> Tensor:
         if tuple(u.shape) != self.shape:
@@ -105,17 +149,19 @@ class Structure:
     @torch.no_grad()
     def Qv(self, u: Tensor) -> Tensor:
         """Q(λ) u, for u of the block's shape and λ's dtype. ValueError or TypeError otherwise."""
-        return self.maths.qv(self.fishleg_aux, self.cache, self._check("u", u))
+        return self.product(self._check("u", u))
 
     @torch.no_grad()
     def aux_grads(self, u: Tensor, w: Tensor) -> Aux:
         """Gradient of s(λ) = ⟨w, Q(λ) u⟩ with u, w constant: a dict with λ's names and shapes."""
-        return self.maths.grads(self.fishleg_aux, self.cache, self._check("u", u), self._check("w", w))
+        grads = self.gradients(self._check("u", u), self._check("w", w))
+        return {name: grad.to(u.dtype) for name, grad in grads.items()}
 
     @torch.no_grad()
     def diag(self) -> Tensor:
         """The diagonal of Q, in the block's shape."""
-        return self.maths.diag(self.fishleg_aux, self.cache, *self._matrix_shape()).reshape(self.shape)
+        aux = self.fishleg_aux
+        return self.maths.diag(aux, self.maths.refresh(aux, None, {}), *self._matrix_shape()).reshape(self.shape)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -148,10 +194,20 @@ class Structure:
         return {}
 
     def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
-        """Second moments from a layer's inputs a (positions, n) and output gradients e (positions, m) of a mean over
-        ``count`` terms.
-        """
+        """Second moments from what a layer showed (see :class:`Shown`)."""
         return {}
+
+    @torch.no_grad()
+    def average(self, moments: Aux, new: Shown | Aux, weight: float) -> bool:
+        """Average new second moments into ``moments``, in place. False where they are not finite; nothing is written
+        then.
+        """
+        found = self.layer_moments(*new) if isinstance(new, Shown) else new
+        if not finite(found):
+            return False
+        for name, moment in moments.items():
+            moment.lerp_(found[name], weight)
+        return True
 
     def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
         """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it.
@@ -241,6 +297,21 @@ class _Kronecker(Structure):
         return {"rows": cross(e.T, e.T, R), "columns": cross(a.T, a.T, L)}
 
     @torch.no_grad()
+    def average(self, moments: Aux, new: Shown | Aux, weight: float) -> bool:
+        """As above; of dense factors within the product that makes the new ones."""
+        rows, columns = moments["rows"], moments["columns"]
+        if not isinstance(new, Shown) or rows.ndim != 2 or columns.ndim != 2:
+            return super().average(moments, new, weight)
+        a, e, count = new
+        alphas = weight * count, weight / max(a.shape[0], 1)
+        sizes = torch.stack([torch.linalg.vector_norm(x).square() * c for x, c in zip((e, a), alphas, strict=True)])
+        if not torch.isfinite(sizes).all():  # the traces of what is added
+            return False
+        rows.addmm_(e.T, e, beta=1 - weight, alpha=alphas[0])
+        columns.addmm_(a.T, a, beta=1 - weight, alpha=alphas[1])
+        return True
+
+    @torch.no_grad()
     def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
         """(G + √γ/π I)⁻¹ = RᵀR and (Ā + π√γ I)⁻¹ = LLᵀ, π² = (tr Ā/n)/(tr G/m) (Martens & Grosse 2015, section 6.3).
 
@@ -259,7 +330,7 @@ class _Kronecker(Structure):
         L = transpose(inverse_root(A, damping**0.5 * pi, weight))
         # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
         # layer that starts at zero, π puts twenty orders of magnitude between them.
-        sizes = [torch.linalg.vector_norm(factor, dtype=torch.float64) / k**0.5 for factor, k in ((R, m), (L, n))]
+        sizes = [torch.linalg.vector_norm(diagonal(F, k).double()) / k**0.5 for F, k in ((R, m), (L, n))]
         c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
         self._set_factors(R.mul_(c), L.div_(c))
 

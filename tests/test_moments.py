@@ -16,6 +16,7 @@ from fishleg_fast.capture import Inputs
 from fishleg_fast.layers import layer_of
 from fishleg_fast.likelihoods import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
 from fishleg_fast.passes import Passes
+from fishleg_fast.structures import Shown
 
 
 class Given(GaussianLikelihood):
@@ -31,10 +32,14 @@ def blocks_of(model: nn.Module, structure: str = "kron") -> list[Block]:
     return build_blocks(model, list(model.parameters()), structure, None)
 
 
+def second_moments(passes: Passes, blocks: list[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
+    """What a pass shows of each block, as moments."""
+    shown = curvature.moments(passes, blocks, inputs)
+    return [b.structure.layer_moments(*s) if isinstance(s, Shown) else s for b, s in zip(blocks, shown, strict=True)]
+
+
 def moments(model: nn.Module, likelihood: Likelihood, x: Tensor, seed: int = 0, structure: str = "kron") -> list:
-    return curvature.moments(
-        Passes(model, None, None, likelihood, [x], seed), blocks_of(model, structure), Inputs.of(x)
-    )
+    return second_moments(Passes(model, None, None, likelihood, [x], seed), blocks_of(model, structure), Inputs.of(x))
 
 
 def with_ones(x: Tensor) -> Tensor:
@@ -72,7 +77,7 @@ def test_linear_layer_is_exact_in_expectation(kind: str, likelihood: Likelihood,
     """E[rows] ⊗ columns is the Fisher matrix: of one sample, and of any batch where H_out is constant (Gaussian)."""
     model, x = nn.Linear(3, 2).double(), randn(batch, 3)
     passes, blocks, inputs = Passes(model, None, None, likelihood, [x], 0), blocks_of(model), Inputs.of(x)
-    draws = [curvature.moments(passes, blocks, inputs)[0] for _ in range(400)]
+    draws = [second_moments(passes, blocks, inputs)[0] for _ in range(400)]
     rows = torch.stack([d["rows"] for d in draws])
     want = block_order(model, explicit_fisher(model, x, kind, 0.5))
     error = torch.kron(rows.std(0) / math.sqrt(len(draws)), draws[0]["columns"].abs())
@@ -162,7 +167,7 @@ def test_moments_from_gradients_where_a_layer_is_unseen(batch: int) -> None:
 
     model, x = Gain(), randn(batch, 3)
     passes = Passes(model, None, None, GaussianLikelihood(0.5), [x], 0)
-    draws = [curvature.moments(passes, blocks_of(model), Inputs.of(x))[0]["diagonal"] for _ in range(150)]
+    draws = [second_moments(passes, blocks_of(model), Inputs.of(x))[0]["diagonal"] for _ in range(150)]
     samples = torch.stack(draws).reshape(150, 3)
     want = explicit_fisher(model, x, "gaussian", 0.5).diagonal()
     error = samples.std(0) / math.sqrt(len(draws))
@@ -186,7 +191,7 @@ def test_layer_used_twice_adds_up_and_tied_weights_are_left_to_gradients() -> No
     likelihood = Given(1.0).double()
     x, likelihood.labels = randn(5, 3), randn(5, 3, seed=1)
     passes = Passes(model, None, None, likelihood, [x], 0)
-    found = curvature.moments(passes, blocks_of(model), passes.inputs())
+    found = second_moments(passes, blocks_of(model), passes.inputs())
     assert len(found) == 1
     h = layer(x).detach()
     second = (layer(h) - likelihood.labels).detach()

@@ -14,6 +14,7 @@ from fishleg_fast.assemble import build_blocks
 from fishleg_fast.capture import Inputs
 from fishleg_fast.likelihoods import GaussianLikelihood
 from fishleg_fast.passes import Passes
+from fishleg_fast.structures import Shown
 
 
 class Everything(nn.Module):
@@ -91,7 +92,8 @@ def make_passes(model: nn.Module, loader: object = None) -> Passes:
 def run(name: str, model: nn.Module, passes: Passes) -> list[Tensor]:
     if name == "moments":
         blocks = build_blocks(model, list(model.parameters()), "kron", None)
-        return [t for found in curvature.moments(passes, blocks, passes.inputs()) for t in found.values()]
+        shown = curvature.moments(passes, blocks, passes.inputs())
+        return [t for found in shown for t in (found[:2] if isinstance(found, Shown) else found.values())]
     params = trainable(model)
     vs = [torch.ones_like(p) for p in params]
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .factors import compose, cross, diagonal, mul, rmul, transpose, twice_symmetric
-from .thin import Thin, forms, outer_pays
+from .thin import Sum, Thin, forms, outer_pays
 
 Aux = dict[str, Tensor]
 Vectors = tuple[int, int] | None  # how many columns P, and rows S, is going to be applied to; None: unknown
@@ -28,7 +28,7 @@ class Maths(NamedTuple):
     grads: Callable[[Aux, Aux, Tensor, Tensor], Aux]  # λ, cache, u, w -> {name: ∂⟨w, Q u⟩/∂λ}
     diag: Callable[[Aux, Aux, int, int], Tensor]  # λ, cache, m, n -> diagonal of Q, as (m, n)
     thin_qv: Callable[[Aux, Aux, Thin], Thin] | None = None  # the same for thin u, where Q u is thin then
-    thin_grads: Callable[[Aux, Aux, Thin, Tensor], Aux] | None = None
+    thin_grads: Callable[[Aux, Aux, Thin, Sum], Aux] | None = None
 
 
 # Kron: Q u = A∘(P (A∘u) S), A optional
@@ -80,9 +80,8 @@ def kron_grads(aux: Aux, cache: Aux, u: Tensor, w: Tensor) -> Aux:
 
 
 def kron_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
-    full = kron_refresh(aux, None, cache)
     A = aux.get("A")
-    d = diagonal(full["P"], m)[:, None] * diagonal(full["S"], n)
+    d = diagonal(cache["P"], m)[:, None] * diagonal(cache["S"], n)
     return d if A is None else A * d * A
 
 
@@ -91,17 +90,17 @@ def kron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Thin:
     return Thin(_left_rows(aux, cache, u.E), _right(aux, cache, u.H))
 
 
-def kron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Tensor) -> Aux:
+def kron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Sum) -> Aux:
     """M and N have rank r: no product of two factors' size is needed."""
     R, L, E, H = aux["R"], aux["L"], u.E, u.H
-    y = _left_rows(aux, cache, E) @ w  # M = Hᵀy
-    z = _right(aux, cache, H) @ w.T  # N = zᵀE
+    y = w.left(_left_rows(aux, cache, E))  # M = Hᵀy
+    z = w.right(_right(aux, cache, H))  # N = zᵀE
     if outer_pays(L, u.rank):
-        dL = torch.addmm(H.T @ (y @ L), y.T, H @ L)
+        dL = torch.cat([H, y]).T @ torch.cat([y @ L, H @ L])
     else:
         dL = compose(twice_symmetric(cross(H.T, y.T, L)), L)
     if outer_pays(R, u.rank):
-        dR = torch.addmm((E @ R.T).T @ z, (z @ R.T).T, E)
+        dR = torch.cat([E @ R.T, z @ R.T]).T @ torch.cat([z, E])
     else:
         dR = compose(R, twice_symmetric(cross(z.T, E.T, R)))
     return {"R": dR, "L": dL}
@@ -168,7 +167,7 @@ def sumkron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Thin:
     return Thin(torch.cat([t.E for t in terms]), torch.cat([t.H for t in terms]))
 
 
-def sumkron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Tensor) -> Aux:
+def sumkron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Sum) -> Aux:
     return _joined([kron_thin_grads(a, c, u, w) for a, c in _sumkron_pairs(aux, cache)])
 
 

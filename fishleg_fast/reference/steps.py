@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from .products import Vectors
-from .thin import Matrix, Thin, dense, dot, is_zero
+from .thin import Matrix, Sum, Thin, dense, dot, is_zero
 
 if TYPE_CHECKING:
     from ..blocks import Block
@@ -34,26 +34,10 @@ def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -
 
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """Q u for each block, thin where u is (which ``structure.thin`` has to allow)."""
-    return [_thin_product(b, u) if isinstance(u, Thin) else _product(b, u) for b, u in zip(blocks, us, strict=True)]
-
-
-def _product(block: Block, u: Tensor) -> Tensor:
-    s = block.structure
-    return s.maths.qv(s.fishleg_aux, s.cache, u)
-
-
-def _thin_product(block: Block, u: Thin) -> Thin:
-    s = block.structure
-    assert s.maths.thin_qv is not None
-    return s.maths.thin_qv(s.fishleg_aux, s.cache, u)
-
-
-def _grads(block: Block, u: Matrix, w: Tensor) -> dict[str, Tensor]:
-    s = block.structure
-    if not isinstance(u, Thin):
-        return s.maths.grads(s.fishleg_aux, s.cache, u, w)
-    assert s.maths.thin_grads is not None
-    return s.maths.thin_grads(s.fishleg_aux, s.cache, u, w)
+    return [
+        b.structure.thin_product(u) if isinstance(u, Thin) else b.structure.product(u)
+        for b, u in zip(blocks, us, strict=True)
+    ]
 
 
 def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
@@ -93,7 +77,7 @@ def theta_step(
     times = 2 if nesterov else 1  # how often g is averaged into m̂
     xs, nats, corrections = [], [], []
     for block, g in zip(blocks, gs, strict=True):
-        x = g if momentum == "before" else dense(qv([block], [g])[0])  # what m averages
+        x = g if momentum == "before" else dense(qv([block], [g])[0]).to(block.dtype)  # what m averages
         xs.append(x)
         nats.append(_averaged(block, x, times) if momentum == "after" else _natural(block, x, times))
         corrections.append(1 - block.beta ** _number(block.step + times, capturable))
@@ -158,12 +142,11 @@ def _average(block: Block, x: Matrix, ok: Tensor | None) -> None:
 def _natural(block: Block, g: Matrix, times: int) -> Tensor:
     """Q m̂, but for the bias correction. Of a thin g by products of g alone, once Q m is known."""
     if isinstance(g, Tensor):
-        return _product(block, _averaged(block, g, times))
+        return block.structure.product(_averaged(block, g, times))
     product, nat = block.buffers()
     if not block.product_known:
-        product.copy_(_product(block, block.momentum))
-    thin = _thin_product(block, g)
-    torch.mm(thin.E.T, thin.H, out=nat)
+        product.copy_(block.structure.product(block.momentum))
+    block.structure.thin_product(g).into(nat)
     product.lerp_(nat, 1 - block.beta)
     block.product_version = block.structure.version
     return nat.lerp_(product, block.beta ** (times - 1))  # βQ m + (1−β)Q g, or Q m
@@ -219,16 +202,15 @@ def lambda_step(
     to v, so that only Q's shape is learned. The 𝒜 returned is that of Q as it is.
     Where a gradient is not finite, or u is zero, nothing is written. Returns (𝒜, whether the step was taken), scalars.
     """
-    curved = [torch.add(fv, dense(v), alpha=damping) for v, fv in zip(vs, fvs, strict=True)]  # (F+γI)v
-    uQu, vFv = inner(us, vs), inner(vs, curved)
+    uQu = inner(us, vs)
+    vFv = inner(vs, fvs) + damping * inner(vs, vs)  # with γI
     loss = 0.5 * vFv - uQu
-    if not learn_scale:
-        alpha = torch.where(vFv > 0, uQu / vFv, 1)  # sampled Hessians may have negative curvature
-        curved = [x * alpha.to(x) for x in curved]
-    ws = [x.addmm_(u.E.T, u.H, alpha=-1) if isinstance(u, Thin) else x.sub_(u) for x, u in zip(curved, us, strict=True)]
+    # Sampled Hessians may have negative curvature.
+    scale = None if learn_scale else torch.where(vFv > 0, uQu / vFv, 1)
+    ws = [_residual(u, v, fv, damping, scale) for u, v, fv in zip(us, vs, fvs, strict=True)]
     if precondition:
-        ws = [_product(b, w) for b, w in zip(blocks, ws, strict=True)]
-    all_grads = [_grads(b, u, w) for b, u, w in zip(blocks, us, ws, strict=True)]
+        ws = [b.structure.product(_whole(w)) for b, w in zip(blocks, ws, strict=True)]
+    all_grads = [b.structure.gradients(u, w) for b, u, w in zip(blocks, us, ws, strict=True)]
     sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
     ok = torch.isfinite(_stack([*sums, loss])).all() & (uQu != 0)
     if not capturable and not ok:
@@ -238,31 +220,45 @@ def lambda_step(
     return loss, ok
 
 
+def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
+    """α(F+γI)v − u; of thin u and v without a dense matrix but F v."""
+    fv = fv if scale is None else fv * scale.to(fv)
+    if isinstance(u, Thin) and isinstance(v, Thin):
+        return Sum(fv, (v.scaled(damping if scale is None else damping * scale.to(v.E)), u.scaled(-1)))
+    alpha = damping if scale is None else damping * scale.to(fv)
+    return fv + alpha * dense(v) - dense(u)
+
+
+def _whole(w: Tensor | Sum) -> Tensor:
+    return w if isinstance(w, Tensor) else sum((t.dense for t in w.terms), w.whole)
+
+
 def _adam(
     block: Block, grads: dict[str, Tensor], lr: float | Tensor, betas: tuple[float, float], eps: float, ok: Tensor
 ) -> None:
     """Adam on the block's λ where ``ok``, by torch's fused kernel: one pass over memory."""
-    names = [name for name, grad in grads.items() if grad.numel()]
-    targets = [block.structure.fishleg_aux[name] for name in names]
     device = block.momentum.device
-    count = block.aux_step.to(device)
-    adam(
-        targets,
-        [grads[name].contiguous() for name in names],
-        [block.exp_avg[name] for name in names],
-        [block.exp_avg_sq[name] for name in names],
-        [],
-        [count.clone() for _ in names],
-        fused=True,
-        found_inf=1 - ok.to(device, torch.float32),
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=0.0,
-        eps=eps,
-        maximize=False,
-    )
-    for t in targets:
-        torch.autograd.graph.increment_version(t)
+    skip = 1 - ok.to(device, torch.float32)
+    for name, grad in grads.items():
+        target = block.structure.fishleg_aux[name]
+        if not target.numel():
+            continue
+        adam(
+            [target],
+            [grad.to(target.dtype).contiguous()],
+            [block.exp_avg[name]],
+            [block.exp_avg_sq[name]],
+            [],
+            [block.aux_step.to(device, copy=True)],
+            fused=True,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+        )
+        torch.autograd.graph.increment_version(target)
     block.aux_step.add_(ok.to(block.aux_step.device))

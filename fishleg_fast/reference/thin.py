@@ -38,9 +38,46 @@ class Thin:
         """(m, n)"""
         return self.E.T @ self.H
 
+    def into(self, out: Tensor) -> None:
+        """Write the matrix (m, n) to ``out``."""
+        if self.E.dtype == out.dtype:
+            torch.mm(self.E.T, self.H, out=out)
+        else:
+            out.copy_(self.E.T @ self.H)
+
+    def to(self, dtype: torch.dtype | None) -> Thin:
+        """The same in another dtype; None: as it is."""
+        return self if dtype is None else Thin(self.E.to(dtype), self.H.to(dtype))
+
     def scaled(self, c: Tensor | float) -> Thin:
         """c EᵀH."""
         return Thin(self.E * c, self.H)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A dense matrix (m, n) and thin ones, added up."""
+
+    whole: Tensor
+    terms: tuple[Thin, ...] = ()
+
+    def left(self, x: Tensor) -> Tensor:
+        """x W, for x (r, m)."""
+        product = x @ self.whole
+        for t in self.terms:
+            product.addmm_(x @ t.E.T, t.H)
+        return product
+
+    def right(self, x: Tensor) -> Tensor:
+        """x Wᵀ, for x (r, n)."""
+        product = x @ self.whole.T
+        for t in self.terms:
+            product.addmm_(x @ t.H.T, t.E)
+        return product
+
+    def to(self, dtype: torch.dtype | None) -> Sum:
+        """The same in another dtype; None: as it is."""
+        return self if dtype is None else Sum(self.whole.to(dtype), tuple(t.to(dtype) for t in self.terms))
 
 
 Matrix = Tensor | Thin
@@ -54,7 +91,13 @@ def dense(x: Matrix) -> Tensor:
 def dot(x: Matrix, y: Matrix) -> Tensor:
     """⟨x, y⟩, a scalar."""
     if isinstance(x, Thin) and isinstance(y, Thin):
+        y = y.to(x.E.dtype)
         return torch.sum((x.E @ y.E.T) * (x.H @ y.H.T))
+    if isinstance(x, Thin) and isinstance(y, Tensor):
+        x = x.to(y.dtype)
+        return torch.sum(x.E * (x.H @ y.T))
+    if x is y:
+        return torch.linalg.vector_norm(dense(x)).square()  # torch's dot products do not use all threads
     return torch.dot(dense(x).reshape(-1), dense(y).reshape(-1))
 
 
