@@ -13,7 +13,7 @@ NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint train train-resnet convergence clean
+.PHONY: help setup test lint train train-resnet convergence bench wallclock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -52,6 +52,12 @@ train-resnet: setup  ## train a ResNet18, FishLeg beside AdamW; ARGS='--help' fo
 
 convergence: setup  ## the study behind the defaults: optimizers, learning rates and seeds (long)
 	$(BIN)/python benchmarks/convergence.py $(ARGS)
+
+bench: setup  ## what a step costs beside AdamW and the published way (minutes); ARGS='--help' for its options
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+wallclock: setup  ## seconds until the other optimizers' training NLL on CURVES (long)
+	$(BIN)/python benchmarks/wallclock.py $(ARGS)
 
 clean:  ## remove builds and caches; rm -r .venv starts from nothing
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

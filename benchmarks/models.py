@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 CURVES_WIDTHS = (784, 400, 200, 100, 50, 25, 6)
 MNIST_WIDTHS = (784, 1000, 500, 250, 30)
+FACES_WIDTHS = (625, 2000, 1000, 500, 30)
 DIGITS_WIDTHS = (64, 100, 50, 25, 10)
 
 

@@ -94,12 +94,20 @@ class Run:
 
 
 def train(
-    problem: Problem, optimizer: str, lr: float, steps: int, batch: int, seed: int = 0, progress: bool = True
+    problem: Problem,
+    optimizer: str,
+    lr: float,
+    steps: int,
+    batch: int,
+    seed: int = 0,
+    progress: bool = True,
+    every: Callable[[float, nn.Module], None] | None = None,
 ) -> Run:
     """Train a new model by the named row of OPTIMIZERS, lr falling from `lr` to 0 along half a cosine.
 
     `seed` decides the initial parameters and the order of the data. Ctrl-C ends the run early, with what was
-    reached. A loss that is not finite ends it too: nothing later could repair the parameters.
+    reached. A loss that is not finite ends it too: nothing later could repair the parameters. `every` is called
+    after each step with the seconds so far and the model; the clocks stand still meanwhile.
     """
     torch.manual_seed(seed)
     model = problem.make_model().to(problem.device).train()
@@ -127,6 +135,11 @@ def train(
             times.append(time.perf_counter() - start)
             bar.update()
             bar.set_postfix(nll=f"{losses[-1]:.2f}", refresh=False)
+            if every is not None:
+                paused, cpu_paused = time.perf_counter(), time.process_time()
+                every(times[-1], model)
+                start += time.perf_counter() - paused
+                cpu_start += time.process_time() - cpu_paused
             if not math.isfinite(losses[-1]):
                 break
     except KeyboardInterrupt:

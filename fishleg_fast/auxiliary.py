@@ -114,7 +114,7 @@ class Auxiliary:
         """F v, from blocks to the model's parameters and back."""
         params, tangents = (
             _params(blocks),
-            _tensors(blocks, [dense(v).to(b.dtype) for b, v in zip(blocks, vs, strict=True)]),
+            _tensors(blocks, [dense(v.to(b.dtype)) for b, v in zip(blocks, vs, strict=True)]),
         )
         estimate = FISHER[self.settings["fisher"]]
         order = list(params)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .reference.factors import cross, diagonal, inverse_root, trace, transpose
 from .reference.products import MATHS, Aux, Maths, Vectors
-from .reference.thin import Matrix, Sum, Thin
+from .reference.thin import Image, Sum, Thin
 
 Version = tuple[tuple[int, int], ...]
 
@@ -121,22 +121,22 @@ class Structure:
         narrow = self.operands if self.thin else None
         return self.maths.qv(aux, cache, u.to(narrow or u.dtype)).to(u.dtype)
 
-    def thin_product(self, u: Thin) -> Thin:
+    def thin_product(self, u: Thin) -> Image:
         """Q u for a thin u, as ``operands`` are."""
         assert self.maths.thin_qv is not None
         cache, aux = self.cache, self._factors_as_operands()
         return self.maths.thin_qv(aux, cache, u.to(self.operands))
 
-    def gradients(self, u: Matrix, w: Tensor | Sum) -> Aux:
-        """∂⟨w, Q u⟩/∂λ, as ``operands`` are; w is a sum only where u is thin."""
+    def gradients(self, u: Tensor, w: Tensor) -> Aux:
+        """∂⟨w, Q u⟩/∂λ, as ``operands`` are."""
         cache, aux = self.cache, self._factors_as_operands()
         narrow = self.operands if self.thin else None
-        if isinstance(u, Thin):
-            assert self.maths.thin_grads is not None
-            whole = w if isinstance(w, Sum) else Sum(w)
-            return self.maths.thin_grads(aux, cache, u.to(narrow), whole.to(narrow))
-        assert isinstance(w, Tensor)
         return self.maths.grads(aux, cache, u.to(narrow or u.dtype), w.to(narrow or w.dtype))
+
+    def thin_gradients(self, u: Thin, v: Image, w: Sum) -> Aux:
+        """The same for a thin u, of which v is ``thin_product``."""
+        assert self.maths.thin_grads is not None
+        return self.maths.thin_grads(self._factors_as_operands(), u.to(self.operands), v, w.to(self.operands))
 
     def _check(self, name: str, u: Tensor) -> Tensor:
         if tuple(u.shape) != self.shape:
@@ -261,10 +261,10 @@ class _Kronecker(Structure):
         m, n = self.shape
         return _new_factor("R", m, *self._layout), _new_factor("L", n, *self._layout)
 
-    def _set_factors(self, R: Tensor, L: Tensor) -> None:
-        """Make Q = RᵀR ⊗ LLᵀ."""
-        self.fishleg_aux["R"].copy_(R)
-        self.fishleg_aux["L"].copy_(L)
+    def _set_factors(self, R: Tensor, L: Tensor, c: Tensor | float = 1.0) -> None:
+        """Make Q = RᵀR ⊗ LLᵀ, by cR and L/c."""
+        torch.mul(R, c, out=self.fishleg_aux["R"])
+        torch.mul(L, 1 / c, out=self.fishleg_aux["L"])
         for name in ("A", "B"):
             if name in self.fishleg_aux:
                 self.fishleg_aux[name].fill_(1)
@@ -332,7 +332,7 @@ class _Kronecker(Structure):
         # layer that starts at zero, π puts twenty orders of magnitude between them.
         sizes = [torch.linalg.vector_norm(diagonal(F, k).double()) / k**0.5 for F, k in ((R, m), (L, n))]
         c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
-        self._set_factors(R.mul_(c), L.div_(c))
+        self._set_factors(R, L, c)
 
 
 class Kron(_Kronecker):
@@ -423,12 +423,12 @@ class SumKron(_Kronecker):
             self.fishleg_aux[f"R{k}"], self.fishleg_aux[f"L{k}"] = self._factors()
         self.start_sgd()
 
-    def _set_factors(self, R: Tensor, L: Tensor) -> None:
+    def _set_factors(self, R: Tensor, L: Tensor, c: Tensor | float = 1.0) -> None:
         for k in range(self.terms):
             share = torch.full(L.shape[-1:], 0.5 / self.terms, dtype=L.dtype, device=L.device)
             share[k :: self.terms] += 0.5
-            self.fishleg_aux[f"R{k + 1}"].copy_(R)
-            self.fishleg_aux[f"L{k + 1}"].copy_(L * share.sqrt())
+            torch.mul(R, c, out=self.fishleg_aux[f"R{k + 1}"])
+            torch.mul(L, share.sqrt() / c, out=self.fishleg_aux[f"L{k + 1}"])
 
 
 class Diagonal(Structure):

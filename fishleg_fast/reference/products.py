@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .factors import compose, cross, diagonal, mul, rmul, transpose, twice_symmetric
-from .thin import Sum, Thin, forms, outer_pays
+from .thin import Image, Sum, Thin, forms, outer_pays
 
 Aux = dict[str, Tensor]
 Vectors = tuple[int, int] | None  # how many columns P, and rows S, is going to be applied to; None: unknown
@@ -27,8 +27,8 @@ class Maths(NamedTuple):
     qv: Callable[[Aux, Aux, Tensor], Tensor]  # λ, cache, u -> Q u
     grads: Callable[[Aux, Aux, Tensor, Tensor], Aux]  # λ, cache, u, w -> {name: ∂⟨w, Q u⟩/∂λ}
     diag: Callable[[Aux, Aux, int, int], Tensor]  # λ, cache, m, n -> diagonal of Q, as (m, n)
-    thin_qv: Callable[[Aux, Aux, Thin], Thin] | None = None  # the same for thin u, where Q u is thin then
-    thin_grads: Callable[[Aux, Aux, Thin, Sum], Aux] | None = None
+    thin_qv: Callable[[Aux, Aux, Thin], Image] | None = None  # the same for thin u, where Q u is thin then
+    thin_grads: Callable[[Aux, Thin, Image, Sum], Aux] | None = None  # λ, u, Q u, w -> ...
 
 
 # Kron: Q u = A∘(P (A∘u) S), A optional
@@ -53,11 +53,6 @@ def _left(aux: Aux, cache: Aux, x: Tensor) -> Tensor:
 def _right(aux: Aux, cache: Aux, x: Tensor) -> Tensor:
     """x S."""
     return rmul(x, cache["S"]) if "S" in cache else rmul(rmul(x, aux["L"]), transpose(aux["L"]))
-
-
-def _left_rows(aux: Aux, cache: Aux, x: Tensor) -> Tensor:
-    """x P, for x (r, m)."""
-    return rmul(x, cache["P"]) if "P" in cache else rmul(rmul(x, transpose(aux["R"])), aux["R"])
 
 
 def kron_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:
@@ -85,22 +80,29 @@ def kron_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
     return d if A is None else A * d * A
 
 
-def kron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Thin:
+def kron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Image:
     """(E P)ᵀ(H S); without A, since A∘(EᵀH) is not thin."""
-    return Thin(_left_rows(aux, cache, u.E), _right(aux, cache, u.H))
+    R, L = aux["R"], aux["L"]
+    if "P" in cache and "S" in cache:
+        return Image(rmul(u.E, cache["P"]), rmul(u.H, cache["S"]))
+    ER, HL = rmul(u.E, transpose(R)), rmul(u.H, L)
+    EP = rmul(u.E, cache["P"]) if "P" in cache else rmul(ER, R)
+    HS = rmul(u.H, cache["S"]) if "S" in cache else rmul(HL, transpose(L))
+    return Image(EP, HS, ((ER, HL),))
 
 
-def kron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Sum) -> Aux:
+def kron_thin_grads(aux: Aux, u: Thin, v: Image, w: Sum) -> Aux:
     """M and N have rank r: no product of two factors' size is needed."""
     R, L, E, H = aux["R"], aux["L"], u.E, u.H
-    y = w.left(_left_rows(aux, cache, E))  # M = Hᵀy
-    z = w.right(_right(aux, cache, H))  # N = zᵀE
+    ER, HL = v.halves[0] if v.halves else (rmul(E, transpose(R)), rmul(H, L))
+    y = w.left(v.E)  # M = Hᵀy, y = E P w
+    z = w.right(v.H)  # N = zᵀE, z = H S wᵀ
     if outer_pays(L, u.rank):
-        dL = torch.cat([H, y]).T @ torch.cat([y @ L, H @ L])
+        dL = torch.cat([H, y]).T @ torch.cat([y @ L, HL])
     else:
         dL = compose(twice_symmetric(cross(H.T, y.T, L)), L)
     if outer_pays(R, u.rank):
-        dR = torch.cat([E @ R.T, z @ R.T]).T @ torch.cat([z, E])
+        dR = torch.cat([ER, z @ R.T]).T @ torch.cat([z, E])
     else:
         dR = compose(R, twice_symmetric(cross(z.T, E.T, R)))
     return {"R": dR, "L": dL}
@@ -162,13 +164,21 @@ def sumkron_refresh(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
     return _joined([kron_refresh(term, vectors, c) for term, c in _sumkron_pairs(aux, there)])
 
 
-def sumkron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Thin:
+def sumkron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Image:
     terms = [kron_thin_qv(a, c, u) for a, c in _sumkron_pairs(aux, cache)]
-    return Thin(torch.cat([t.E for t in terms]), torch.cat([t.H for t in terms]))
+    halves = tuple(half for t in terms for half in t.halves)
+    return Image(
+        torch.cat([t.E for t in terms]), torch.cat([t.H for t in terms]), halves if len(halves) == len(terms) else ()
+    )
 
 
-def sumkron_thin_grads(aux: Aux, cache: Aux, u: Thin, w: Sum) -> Aux:
-    return _joined([kron_thin_grads(a, c, u, w) for a, c in _sumkron_pairs(aux, cache)])
+def sumkron_thin_grads(aux: Aux, u: Thin, v: Image, w: Sum) -> Aux:
+    terms = _terms(aux, "RL")
+    images = [
+        Image(E, H, v.halves[k : k + 1])
+        for k, (E, H) in enumerate(zip(v.E.split(u.rank), v.H.split(u.rank), strict=True))
+    ]
+    return _joined([kron_thin_grads(a, u, image, w) for a, image in zip(terms, images, strict=True)])
 
 
 def sumkron_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from .products import Vectors
-from .thin import Matrix, Sum, Thin, dense, dot, is_zero
+from .thin import Image, Matrix, Sum, Thin, dense, dot, is_zero
 
 if TYPE_CHECKING:
     from ..blocks import Block
@@ -210,7 +210,12 @@ def lambda_step(
     ws = [_residual(u, v, fv, damping, scale) for u, v, fv in zip(us, vs, fvs, strict=True)]
     if precondition:
         ws = [b.structure.product(_whole(w)) for b, w in zip(blocks, ws, strict=True)]
-    all_grads = [b.structure.gradients(u, w) for b, u, w in zip(blocks, us, ws, strict=True)]
+    all_grads = [
+        b.structure.thin_gradients(u, v, w)
+        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum)
+        else b.structure.gradients(dense(u), _whole(w))
+        for b, u, v, w in zip(blocks, us, vs, ws, strict=True)
+    ]
     sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
     ok = torch.isfinite(_stack([*sums, loss])).all() & (uQu != 0)
     if not capturable and not ok:
@@ -223,7 +228,7 @@ def lambda_step(
 def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
     """α(F+γI)v − u; of thin u and v without a dense matrix but F v."""
     fv = fv if scale is None else fv * scale.to(fv)
-    if isinstance(u, Thin) and isinstance(v, Thin):
+    if isinstance(u, Thin) and isinstance(v, Image):
         return Sum(fv, (v.scaled(damping if scale is None else damping * scale.to(v.E)), u.scaled(-1)))
     alpha = damping if scale is None else damping * scale.to(fv)
     return fv + alpha * dense(v) - dense(u)

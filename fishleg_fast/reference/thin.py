@@ -40,10 +40,7 @@ class Thin:
 
     def into(self, out: Tensor) -> None:
         """Write the matrix (m, n) to ``out``."""
-        if self.E.dtype == out.dtype:
-            torch.mm(self.E.T, self.H, out=out)
-        else:
-            out.copy_(self.E.T @ self.H)
+        torch.mm(self.E.to(out.dtype).T, self.H.to(out.dtype), out=out)
 
     def to(self, dtype: torch.dtype | None) -> Thin:
         """The same in another dtype; None: as it is."""
@@ -52,6 +49,13 @@ class Thin:
     def scaled(self, c: Tensor | float) -> Thin:
         """c EᵀH."""
         return Thin(self.E * c, self.H)
+
+
+@dataclass(frozen=True)
+class Image(Thin):
+    """Q u of a thin u = EᵀH, and the half-way products E Rᵀ and H L of each Kronecker term that made it."""
+
+    halves: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,11 @@ def dot(x: Matrix, y: Matrix) -> Tensor:
 def is_zero(x: Matrix) -> Tensor:
     """Whether all entries are zero: a boolean scalar. Of a thin matrix, whether all of E or of H are."""
     if isinstance(x, Thin):
-        return torch.logical_and(x.E.any(), x.H.any()).logical_not_()
-    return x.any().logical_not_()
+        return torch.logical_or(is_zero(x.E), is_zero(x.H))
+    if not x.numel():
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    least, most = torch.aminmax(x)  # any() takes six times as long on a CPU
+    return (least == 0) & (most == 0)
 
 
 def forms(factor: Tensor, vectors: int | None) -> bool:
