@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +89,14 @@ class Block:
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """(m, n) -> one tensor a part, in the part's shape and λ's dtype; views where that is possible."""
-        views = [part.of(part.param) for part in self.parts]
-        sizes = [v.numel() // (matrix.shape[0] if self.axis else 1) for v in views]
-        return [piece.reshape(v.shape) for v, piece in zip(views, matrix.split(sizes, dim=self.axis), strict=True)]
+        sizes, shapes = self._layout
+        return [piece.reshape(s) for s, piece in zip(shapes, matrix.split(sizes, dim=self.axis), strict=True)]
+
+    @cached_property
+    def _layout(self) -> tuple[list[int], list[torch.Size]]:
+        """How many rows or columns each part takes, and each part's shape."""
+        shapes = [part.of(part.param).shape for part in self.parts]
+        return [s.numel() // (self.shape[0] if self.axis else 1) for s in shapes], shapes
 
     def allocate(self, on_device: bool) -> None:
         """Zeroed state on the parameters' device; the counters stay on the CPU unless ``on_device``."""

@@ -78,7 +78,7 @@ class LayerTap:
             self.seen, self.whole = [], False
 
     def thin(self, grads: Sequence[Tensor | None]) -> Thin | None:
-        """``grads``, one a part and as autograd left them, as a thin product; None where they are not one."""
+        """``grads``, one a part and as autograd left them, as a thin product; None where they are not one, or zero."""
         block = self.block
         if not self.whole or not self.seen or any(g is None or g._version or g.dtype != block.dtype for g in grads):
             return None
@@ -94,14 +94,15 @@ class LayerTap:
         if self.probe is None:
             self.probe = torch.randn(H.shape[1], generator=torch.Generator().manual_seed(0)).to(H)
         z = self.probe
-        got = sum(
-            g.reshape(E.shape[1], -1) @ piece
-            for g, piece in zip(grads, z.split([g.numel() // E.shape[1] for g in grads if g is not None]), strict=True)
-            if g is not None
-        )
+        got, start, m = z.new_zeros(()), 0, E.shape[1]
+        for g in grads:
+            assert g is not None
+            piece = g.reshape(m, -1)
+            got = got + piece @ z[start : start + piece.shape[1]]
+            start += piece.shape[1]
         want = E.T @ (H @ z)
-        assert isinstance(got, Tensor)
-        return bool(torch.linalg.vector_norm(got - want) <= AGREEMENT * torch.linalg.vector_norm(got))
+        size = float(torch.linalg.vector_norm(got))
+        return size > 0 and float(torch.linalg.vector_norm(got - want)) <= AGREEMENT * size
 
 
 class GradientTap:

@@ -69,8 +69,8 @@ def theta_step(
         c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks (gᵀnat for m̂ᵀnat with momentum "after"); None, c = 1.
     Parts whose gradient is None keep their parameters. Where nat is not finite nothing is written.
     capturable: decide that on the device, without a synchronisation.
-    A thin g should be what ``block.grads`` hold too, from which m is averaged. Q m then follows m by thin products, as
-    long as λ stays what it is, and is ``block.product``.
+    A thin g should not be zero, and be what ``block.grads`` hold too, from which m is averaged. Q m then follows m by
+    thin products, as long as λ stays what it is, and is ``block.product``.
 
     Returns (‖nat‖ of each block (len(blocks),), whether the step was taken: a boolean scalar).
     """
@@ -154,7 +154,10 @@ def _natural(block: Block, g: Matrix, times: int) -> Tensor:
 
 def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
     """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
-    still = torch.stack([is_zero(g).to(norms.device) for g in gs]) | (norms == 0)
+    still = norms == 0
+    whole = [k for k, g in enumerate(gs) if isinstance(g, Tensor)]  # a thin one is not zero
+    if whole:
+        still[whole] |= torch.stack([is_zero(dense(gs[k])).to(norms.device) for k in whole])
     sizes = norms.new_tensor([RMS * nat.numel() ** 0.5 for nat in nats])
     return torch.where(still, 0, sizes / norms)
 

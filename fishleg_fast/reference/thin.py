@@ -105,10 +105,8 @@ def dot(x: Matrix, y: Matrix) -> Tensor:
     return torch.dot(dense(x).reshape(-1), dense(y).reshape(-1))
 
 
-def is_zero(x: Matrix) -> Tensor:
-    """Whether all entries are zero: a boolean scalar. Of a thin matrix, whether all of E or of H are."""
-    if isinstance(x, Thin):
-        return torch.logical_or(is_zero(x.E), is_zero(x.H))
+def is_zero(x: Tensor) -> Tensor:
+    """Whether all entries are zero: a boolean scalar."""
     if not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)
     least, most = torch.aminmax(x)  # any() takes six times as long on a CPU
