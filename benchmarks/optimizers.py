@@ -59,6 +59,8 @@ def fishleg(**settings: Any) -> Make:
 
 # FishLeg with one default changed: what the defaults were chosen from (convergence.py --only ...).
 VARIATIONS = {
+    "fishleg-dense": fishleg(thin_gradients=False),
+    "fishleg-medium": fishleg(precision="medium"),
     "fishleg-no-nesterov": fishleg(nesterov=False),
     "fishleg-after": fishleg(momentum="after"),
     "fishleg-shape-only": fishleg(learn_scale=False),

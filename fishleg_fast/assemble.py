@@ -12,7 +12,8 @@ from torch import nn
 from .blocks import Block, Part
 from .layers import Spec, layer_of
 from .modules import AuxView, FishModule, ModuleStructure, _FishLayer
-from .structures import DiagKron, Diagonal, Kron, Structure, SumKron
+from .structure import Structure
+from .structures import DiagKron, Diagonal, Kron, SumKron
 
 StructureChoice = str | Callable[..., Structure]
 STRUCTURES: dict[str, Callable[..., Structure]] = {

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .structures import Structure, Version
+from .structure import Structure, Version
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .capture import Inputs
 from .layers import layer_of
 from .passes import Passes
 from .reference.products import Aux
-from .structures import Shown
+from .structure import Shown
 
 CHUNKS, CHUNK_LEAST = 8, 16  # where a block's second moments need several gradients: how many, of how many samples
 

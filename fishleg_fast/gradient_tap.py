@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .layers import layer_of
+from .precision import precision_scope
 from .reference.thin import Thin, thin_pays
 
 AGREEMENT = 1e-2  # of .grad and EᵀH, relative, on a random vector: above any rounding, below any deliberate change
@@ -88,7 +89,8 @@ class LayerTap:
         if len(known) != len(rows):
             return None
         H, E = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*known, strict=True))
-        return Thin(E, H) if self._agrees(grads, E, H) else None
+        with precision_scope("highest"):
+            return Thin(E, H) if self._agrees(grads, E, H) else None
 
     def _agrees(self, grads: Sequence[Tensor | None], E: Tensor, H: Tensor) -> bool:
         if self.probe is None:
@@ -115,10 +117,13 @@ class GradientTap:
         weakref.finalize(user, _remove, self._handles)
 
     def watch(self, blocks: Sequence[Block]) -> None:
-        """See the gradients of those of the blocks that may be thin."""
+        """See the gradients of those of the blocks that may be thin.
+
+        On a CPU: elsewhere the decision would make the host wait, and whether it pays is not known.
+        """
         for block in blocks:
-            layer = block.layer
-            if layer is not None and block.structure.thin and layer_of(layer).thin and min(block.shape):
+            layer, on_cpu = block.layer, block.momentum.device.type == "cpu"
+            if layer is not None and on_cpu and block.structure.thin and layer_of(layer).thin and min(block.shape):
                 tap = self._taps[id(block)] = LayerTap(block)
                 self._handles.append(layer.register_forward_hook(_Hook(partial(self._on_forward, tap))))
 

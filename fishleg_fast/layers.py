@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .blocks import Block
 from .reference.factors import cross
 from .reference.products import Aux
-from .structures import Shown
+from .structure import Shown
 
 
 @dataclass

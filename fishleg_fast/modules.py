@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .reference.products import Aux, Maths, no_cache
-from .structures import Structure
+from .structure import Structure
 
 if TYPE_CHECKING:
     from .blocks import Block

@@ -211,18 +211,20 @@ class FishLeg(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            with self._own_arithmetic("highest"):
+            with self._own_arithmetic():
                 blocks, gs = self._gather()
-            if blocks:
-                with self._own_arithmetic(self.settings["precision"]):
+                if blocks:
                     self._step(blocks, gs)
         finally:
             if self._gradients is not None:
                 self._gradients.clear()
         return loss
 
-    def _own_arithmetic(self, precision: str | None) -> ExitStack:
+    def _own_arithmetic(self) -> ExitStack:
         """The optimizer's own products: at its precision, and out of the user's autocast."""
+        precision = self.settings["precision"]
+        for block in self.blocks:
+            block.structure.operands = operand_dtype(precision, block.momentum.device, block.dtype)
         stack = ExitStack()
         kind = self.blocks[0].parts[0].param.device.type
         if torch.is_autocast_enabled(kind):
@@ -272,8 +274,6 @@ class FishLeg(Optimizer):
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux
-        for block in blocks:
-            block.structure.operands = operand_dtype(s["precision"], block.momentum.device, block.dtype)
         parts = [x for b, g in zip(blocks, gs, strict=True) for x in (b.grads if isinstance(g, Thin) else [g])]
         norm = self._ops.inner(parts, parts).sqrt()
         self._last["grad_norm"] = norm
@@ -330,7 +330,7 @@ class FishLeg(Optimizer):
         validate.count("steps", steps)
         blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
         losses = []
-        with self._own_arithmetic(self.settings["precision"]):
+        with self._own_arithmetic():
             self._anchor(blocks, 0)
             for _ in range(steps):
                 self._note_aux(*self._aux.update(blocks, self._aux.drawn_gradients(blocks), self._capturable))

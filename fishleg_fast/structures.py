@@ -13,217 +13,25 @@ Source: Garcia, Freddi et al., Fisher-Legendre (FishLeg) optimization of deep ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reference.factors import cross, diagonal, inverse_root, trace, transpose
-from .reference.products import MATHS, Aux, Maths, Vectors
-from .reference.thin import Image, Sum, Thin
-
-Version = tuple[tuple[int, int], ...]
+from .reference.products import MATHS, Aux
+from .structure import Shown, Structure, float_dtype, refuse_non_finite, size
 
 
-def _size(name: str, value: int, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} should be an integer of at least {least} but is: {value!r}")
-    return value
-
-
-def _float_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    dtype = dtype or torch.get_default_dtype()
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype should be torch.float32 or torch.float64 (λ needs the precision) but is: {dtype}")
-    return dtype
-
-
-def finite(moments: Aux) -> bool:
-    """Whether second moments are finite: those of a positive semi-definite matrix are where its trace is."""
-    return all(torch.isfinite(t.sum() if name == "diagonal" else trace(t)) for name, t in moments.items())
-
-
-def _refuse_non_finite(moments: Aux) -> None:
-    if not finite(moments):
-        raise torch.linalg.LinAlgError(f"moments should be finite but are not: {sorted(moments)}")
-
-
-class Shown(NamedTuple):
-    """What a layer showed in a pass with drawn labels, the loss being a mean over ``terms`` independent ones."""
-
-    a: Tensor  # (positions, n): inputs
-    e: Tensor  # (positions, m): output gradients
-    terms: float
-
-
-class Structure:
-    """One block's Q(λ). Subclasses set ``maths`` and fill ``fishleg_aux`` in their constructor.
-
-    Attributes:
-        shape: (m, n) of the block.
-        fishleg_aux: λ, name -> tensor. May be edited in place; the cached products follow.
-    """
-
-    maths: Maths
-    moments: tuple[str, ...] = ()  # names of the second moments that ``start_kfac`` reads
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(_size("each size of shape", k) for k in shape)
-        self.fishleg_aux: Aux = {}
-        self.operands: torch.dtype | None = None  # what operands of matrix products are rounded to; None: λ's dtype
-        self._cache: Aux = {}
-        self._cache_key: tuple[Version, torch.dtype | None, Vectors] | None = None
-        self._rounded: Aux = {}
-
-    @property
-    def version(self) -> Version:
-        """Changes whenever λ is written to."""
-        return tuple((id(t), t._version) for t in self.fishleg_aux.values())
-
-    @property
-    def thin(self) -> bool:
-        """Whether Q u is a thin matrix where u is one (see ``reference.thin``)."""
-        return self.maths.thin_qv is not None
-
-    @property
-    def cache(self) -> Aux:
-        """What depends on λ alone (P and S of a Kron), recomputed only when λ was written to."""
-        if self._cache_key is None or self._cache_key[:2] != (self.version, self.operands):
-            self.refresh()
-        return self._cache
-
-    @torch.no_grad()
-    def refresh(self, vectors: Vectors = None) -> None:
-        """Bring the cache up to date with λ, for as much use as ``vectors`` says: products that would not pay for
-        themselves are left out, and Q u then takes the factors.
-        """
-        key = (self.version, self.operands, vectors)
-        if self._cache_key == key:
-            return
-        if self._cache_key is None or self._cache_key[:2] != key[:2]:
-            self._cache, self._rounded = {}, {}
-        self._cache_key = key
-        self._cache = self.maths.refresh(self._factors_as_operands(), vectors, self._cache)
-
-    def _factors_as_operands(self) -> Aux:
-        """λ, rounded where products are to be; kept until λ changes."""
-        if not self.thin or self.operands is None:  # elementwise products stay at full precision
-            return self.fishleg_aux
-        if not self._rounded:
-            self._rounded = {name: t.to(self.operands) for name, t in self.fishleg_aux.items()}
-        return self._rounded
-
-    def product(self, u: Tensor) -> Tensor:
-        """Q u in λ's dtype, at the precision of ``operands``."""
-        cache, aux = self.cache, self._factors_as_operands()
-        narrow = self.operands if self.thin else None
-        return self.maths.qv(aux, cache, u.to(narrow or u.dtype)).to(u.dtype)
-
-    def thin_product(self, u: Thin) -> Image:
-        """Q u for a thin u, as ``operands`` are."""
-        assert self.maths.thin_qv is not None
-        cache, aux = self.cache, self._factors_as_operands()
-        return self.maths.thin_qv(aux, cache, u.to(self.operands))
-
-    def gradients(self, u: Tensor, w: Tensor) -> Aux:
-        """∂⟨w, Q u⟩/∂λ, as ``operands`` are."""
-        cache, aux = self.cache, self._factors_as_operands()
-        narrow = self.operands if self.thin else None
-        return self.maths.grads(aux, cache, u.to(narrow or u.dtype), w.to(narrow or w.dtype))
-
-    def thin_gradients(self, u: Thin, v: Image, w: Sum) -> Aux:
-        """The same for a thin u, of which v is ``thin_product``."""
-        assert self.maths.thin_grads is not None
-        return self.maths.thin_grads(self._factors_as_operands(), u.to(self.operands), v, w.to(self.operands))
-
-    def _check(self, name: str, u: Tensor) -> Tensor:
-        if tuple(u.shape) != self.shape:
-            raise ValueError(f"{name} should have shape {self.shape} but has: {tuple(u.shape)}")
-        dtype = next(iter(self.fishleg_aux.values())).dtype
-        if u.dtype != dtype:
-            raise TypeError(f"{name} should have λ's dtype {dtype} but has: {u.dtype}; convert it with .to({dtype})")
-        return u
-
-    @torch.no_grad()
-    def Qv(self, u: Tensor) -> Tensor:
-        """Q(λ) u, for u of the block's shape and λ's dtype. ValueError or TypeError otherwise."""
-        return self.product(self._check("u", u))
-
-    @torch.no_grad()
-    def aux_grads(self, u: Tensor, w: Tensor) -> Aux:
-        """Gradient of s(λ) = ⟨w, Q(λ) u⟩ with u, w constant: a dict with λ's names and shapes."""
-        grads = self.gradients(self._check("u", u), self._check("w", w))
-        return {name: grad.to(u.dtype) for name, grad in grads.items()}
-
-    @torch.no_grad()
-    def diag(self) -> Tensor:
-        """The diagonal of Q, in the block's shape."""
-        aux = self.fishleg_aux
-        return self.maths.diag(aux, self.maths.refresh(aux, None, {}), *self._matrix_shape()).reshape(self.shape)
-
-    @torch.no_grad()
-    def dense(self) -> Tensor:
-        """Q as a matrix (m·n, m·n) over row-major vec(u). For tests and small blocks: quadratic in the block's size."""
-        size = torch.Size(self.shape).numel()
-        like = next(iter(self.fishleg_aux.values()))
-        basis = torch.eye(size, dtype=like.dtype, device=like.device)
-        columns = [self.Qv(e.reshape(self.shape)).reshape(-1) for e in basis]
-        return torch.stack(columns, dim=1) if columns else basis
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        m, *rest = self.shape or (1,)
-        return m, torch.Size(rest).numel()
-
-    def start_sgd(self, scale: float = 1.0) -> None:
-        """Q₀ = scale·I. ``scale`` > 0 and finite, ValueError otherwise."""
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale should be positive and finite but is: {scale}")
-        self._start_sgd(scale)
-
-    def _start_sgd(self, scale: float) -> None:
-        """Structures with a start of their own override this and the three below; others keep the λ they were given."""
-
-    def new_moments(self) -> Aux:
-        """Zeroed second moments of the gradient, as ``start_kfac`` reads them; empty if it reads none."""
-        return {}
-
-    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
-        """Second moments from gradients on drawn labels, each (m, n) and scaled so that E[vec(g) vec(g)ᵀ] = F."""
-        return {}
-
-    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
-        """Second moments from what a layer showed (see :class:`Shown`)."""
-        return {}
-
-    @torch.no_grad()
-    def average(self, moments: Aux, new: Shown | Aux, weight: float) -> bool:
-        """Average new second moments into ``moments``, in place. False where they are not finite; nothing is written
-        then.
-        """
-        found = self.layer_moments(*new) if isinstance(new, Shown) else new
-        if not finite(found):
-            return False
-        for name, moment in moments.items():
-            moment.lerp_(found[name], weight)
-        return True
-
-    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
-        """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it.
-
-        ``moments`` are to be divided by ``weight``: that of a moving average.
-        """
-
-
-def _new_factor(side: str, size: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
+def _new_factor(side: str, k: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
     """A zeroed factor for one side of a block: dense, diagonal, or block-diagonal where it would outgrow the limit."""
     if side in diagonal:
-        return torch.zeros(size, **options)
-    if max_factor_size is None or size <= max_factor_size:
-        return torch.zeros(size, size, **options)
-    count = -(-size // max_factor_size)
-    width = -(-size // count)
+        return torch.zeros(k, **options)
+    if max_factor_size is None or k <= max_factor_size:
+        return torch.zeros(k, k, **options)
+    count = -(-k // max_factor_size)
+    width = -(-k // count)
     return torch.zeros(count, width, width, **options)
 
 
@@ -253,8 +61,8 @@ class _Kronecker(Structure):
         if not set(diagonal) <= {"R", "L"}:
             raise ValueError(f"diagonal should name factors, 'R' or 'L', but is: {diagonal!r}")
         if max_factor_size is not None:
-            _size("max_factor_size", max_factor_size, least=1)
-        self._options: dict[str, Any] = {"dtype": _float_dtype(dtype), "device": device}
+            size("max_factor_size", max_factor_size, least=1)
+        self._options: dict[str, Any] = {"dtype": float_dtype(dtype), "device": device}
         self._layout = (diagonal, max_factor_size, self._options)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -318,7 +126,7 @@ class _Kronecker(Structure):
         ``moments``: "rows" G and "columns" Ā, laid out as R and L; their Kronecker product estimates the Fisher matrix.
         Raises torch.linalg.LinAlgError when they are not finite or not positive semi-definite; λ is then unchanged.
         """
-        _refuse_non_finite(moments)
+        refuse_non_finite(moments)
         G, A = moments["rows"], moments["columns"]
         m, n = self.shape
         if m == 0 or n == 0:
@@ -418,7 +226,7 @@ class SumKron(_Kronecker):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(m, n, diagonal=diagonal, max_factor_size=max_factor_size, dtype=dtype, device=device)
-        self.terms = _size("terms", terms, least=1)
+        self.terms = size("terms", terms, least=1)
         for k in range(1, terms + 1):
             self.fishleg_aux[f"R{k}"], self.fishleg_aux[f"L{k}"] = self._factors()
         self.start_sgd()
@@ -445,7 +253,7 @@ class Diagonal(Structure):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(shape)
-        self.fishleg_aux = {"d": torch.ones(self.shape, dtype=_float_dtype(dtype), device=device)}
+        self.fishleg_aux = {"d": torch.ones(self.shape, dtype=float_dtype(dtype), device=device)}
 
     @torch.no_grad()
     def _start_sgd(self, scale: float) -> None:
@@ -473,5 +281,5 @@ class Diagonal(Structure):
 
         Raises torch.linalg.LinAlgError when they are not finite; λ is then unchanged.
         """
-        _refuse_non_finite(moments)
+        refuse_non_finite(moments)
         self.fishleg_aux["d"].copy_((moments["diagonal"] / weight + damping).rsqrt())

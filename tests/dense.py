@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.structures import DiagKron, Diagonal, Kron, Structure, SumKron
+from fishleg_fast.structure import Structure
+from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
 
 
 def full(factor: Tensor, k: int) -> Tensor:

@@ -16,7 +16,7 @@ from fishleg_fast.capture import Inputs
 from fishleg_fast.layers import layer_of
 from fishleg_fast.likelihoods import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
 from fishleg_fast.passes import Passes
-from fishleg_fast.structures import Shown
+from fishleg_fast.structure import Shown
 
 
 class Given(GaussianLikelihood):

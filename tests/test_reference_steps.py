@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fishleg_fast.blocks import Block, Part
 from fishleg_fast.reference import steps
-from fishleg_fast.structures import DiagKron, Diagonal, Kron, Structure, SumKron
+from fishleg_fast.structure import Structure
+from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
 
 EXACT = {False: 1e-11, True: 1e-6}  # by capturable: the count of steps is then a float32 tensor, and so are powers of β
 

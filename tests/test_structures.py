@@ -8,7 +8,8 @@ from dense import dense_q, full, laid_out, randn, randomise, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fishleg_fast.structures import DiagKron, Diagonal, Kron, Structure, SumKron
+from fishleg_fast.structure import Structure
+from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
 
 MAKERS = {
     "kron": lambda m, n, **o: Kron(m, n, **o),

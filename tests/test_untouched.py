@@ -14,7 +14,7 @@ from fishleg_fast.assemble import build_blocks
 from fishleg_fast.capture import Inputs
 from fishleg_fast.likelihoods import GaussianLikelihood
 from fishleg_fast.passes import Passes
-from fishleg_fast.structures import Shown
+from fishleg_fast.structure import Shown
 
 
 class Everything(nn.Module):

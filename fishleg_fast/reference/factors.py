@@ -56,9 +56,9 @@ def cross(x: Tensor, y: Tensor, like: Factor) -> Factor:
     return _to_blocks(like, x) @ _to_blocks(like, y).mT
 
 
-def compose(f: Factor, g: Factor) -> Factor:
-    """F G, for two factors of the same layout."""
-    return f * g if f.ndim == 1 else f @ g
+def compose(f: Factor, g: Factor, out: Factor | None = None) -> Factor:
+    """F G, for two factors of the same layout; into ``out`` where that is given."""
+    return torch.mul(f, g, out=out) if f.ndim == 1 else torch.matmul(f, g, out=out)
 
 
 def twice_symmetric(f: Factor) -> Factor:

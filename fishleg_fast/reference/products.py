@@ -23,7 +23,7 @@ Vectors = tuple[int, int] | None  # how many columns P, and rows S, is going to 
 class Maths(NamedTuple):
     """What one structure computes."""
 
-    refresh: Callable[[Aux, Vectors, Aux], Aux]  # λ, how often it will be used, what of the cache is there -> cache
+    refresh: Callable[[Aux, Vectors, Aux, Aux], Aux]  # λ, how often it will be used, known, memory to use -> cache
     qv: Callable[[Aux, Aux, Tensor], Tensor]  # λ, cache, u -> Q u
     grads: Callable[[Aux, Aux, Tensor, Tensor], Aux]  # λ, cache, u, w -> {name: ∂⟨w, Q u⟩/∂λ}
     diag: Callable[[Aux, Aux, int, int], Tensor]  # λ, cache, m, n -> diagonal of Q, as (m, n)
@@ -34,14 +34,14 @@ class Maths(NamedTuple):
 # Kron: Q u = A∘(P (A∘u) S), A optional
 
 
-def kron_refresh(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
+def kron_refresh(aux: Aux, vectors: Vectors, known: Aux, memory: Aux) -> Aux:
     R, L = aux["R"], aux["L"]
     columns, rows = vectors or (None, None)
-    cache = dict(there)
-    if "P" not in there and forms(R, columns):
-        cache["P"] = compose(transpose(R), R)
-    if "S" not in there and forms(L, rows):
-        cache["S"] = compose(L, transpose(L))
+    cache = dict(known)
+    if "P" not in known and forms(R, columns):
+        cache["P"] = compose(transpose(R), R, memory.get("P"))
+    if "S" not in known and forms(L, rows):
+        cache["S"] = compose(L, transpose(L), memory.get("S"))
     return cache
 
 
@@ -111,7 +111,7 @@ def kron_thin_grads(aux: Aux, u: Thin, v: Image, w: Sum) -> Aux:
 # DiagKron: Q u = A∘(Rᵀ (B²∘(R (A∘u) L)) Lᵀ)
 
 
-def no_cache(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
+def no_cache(aux: Aux, vectors: Vectors, known: Aux, memory: Aux) -> Aux:
     return {}
 
 
@@ -160,8 +160,9 @@ def _sumkron_pairs(aux: Aux, cache: Aux) -> list[tuple[Aux, Aux]]:
     return list(zip(terms, formed + [{}] * (len(terms) - len(formed)), strict=True))
 
 
-def sumkron_refresh(aux: Aux, vectors: Vectors, there: Aux) -> Aux:
-    return _joined([kron_refresh(term, vectors, c) for term, c in _sumkron_pairs(aux, there)])
+def sumkron_refresh(aux: Aux, vectors: Vectors, known: Aux, memory: Aux) -> Aux:
+    pairs = zip(_sumkron_pairs(aux, known), _sumkron_pairs(aux, memory), strict=True)
+    return _joined([kron_refresh(term, vectors, c, old) for (term, c), (_, old) in pairs])
 
 
 def sumkron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Image:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Thin:
     """The matrix EᵀH (m, n), as E (r, m) and H (r, n)."""
 
@@ -51,14 +51,14 @@ class Thin:
         return Thin(self.E * c, self.H)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image(Thin):
     """Q u of a thin u = EᵀH, and the half-way products E Rᵀ and H L of each Kronecker term that made it."""
 
     halves: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum:
     """A dense matrix (m, n) and thin ones, added up."""
 
