@@ -88,6 +88,11 @@ class Inputs:
         return self.map(lambda t: _leaf(t.detach().clone(), t))
 
 
+def inside_functorch() -> bool:
+    """Whether this runs inside grad, vmap or another transform of torch.func, whose tensors must not leave it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class InputTap:
     """Stands in for ``model.forward`` and remembers the last inputs that were given with gradients enabled.
 
@@ -137,15 +142,12 @@ class InputTap:
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not self.paused:
+        untouched = torch.jit.is_tracing() or (not torch.compiler.is_compiling() and inside_functorch())
+        if torch.is_grad_enabled() and not self.paused and not untouched:
             self._remember(args, kwargs)
         return self.inner(*args, **kwargs)
 
     def _remember(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        transformed = torch._C._functorch.is_functorch_wrapped_tensor
-        if first is not None and not torch.compiler.is_compiling() and transformed(first):
-            return  # inside vmap or grad of torch.func, which it must not leave
         model = self._model()
         kind = next((p.device.type for p in model.parameters()), "cpu") if model is not None else "cpu"
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

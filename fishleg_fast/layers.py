@@ -60,6 +60,8 @@ class Layer:
         columns = [a] if id(module.weight) in own else []
         if id(module.bias) in own:
             columns.append(a.new_ones(a.shape[0], 1))
+        if not columns:  # the parameters were replaced
+            return None
         a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         if (e.shape[1], a.shape[1]) != block.shape:  # a subclass whose forward does something else
             return None

@@ -270,7 +270,9 @@ class FishLeg(Optimizer):
             us = gs if s["u_sampling"] == "gradient" else [torch.empty(g.shape, device="meta") for g in gs]
             return [vectors(u, 2, int(s["precondition_aux"])) for u in us]
         periods = [abs(every) if every > 0 else 1 for every in (s["update_aux_every"], s["anchor_every"]) if every]
-        return [vectors(g, min(periods) - 1, 1) for g in gs] if periods else None
+        # As if all were dense: whatever the batch, so that a resumed run decides as the first one did.
+        times = min(periods, default=0)
+        return [(times * n, times * m) for m, n in (g.shape for g in gs)] if times else None
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux

@@ -87,6 +87,7 @@ class Structure:
             self.refresh()
         return self._cache
 
+    @torch.inference_mode(False)  # what is kept is written to later
     @torch.no_grad()
     def refresh(self, vectors: Vectors = None) -> None:
         """Bring the cache up to date with λ, for as much use as ``vectors`` says: products that would not pay for

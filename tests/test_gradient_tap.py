@@ -1,0 +1,398 @@
+"""A gradient counts as thin only while ``.grad`` is exactly EᵀH: ways of making it otherwise, and what hooks leave."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import flat, randn, relative
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.checkpoint import checkpoint
+
+from fishleg_fast import FishLeg, GaussianLikelihood
+
+LIKELIHOOD = GaussianLikelihood()
+
+
+def two_layers(activation: nn.Module | None = None, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 24, bias=bias), activation or nn.Tanh(), nn.Linear(24, 16))
+
+
+class Custom(nn.Module):
+    """Two layers, the first of which ``call`` calls."""
+
+    def __init__(
+        self, call: Callable[[nn.Module, Tensor], Tensor] = lambda f, x: f(x), first: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.a, self.b, self.call = first or nn.Linear(20, 20), nn.Linear(20, 16), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.call(self.a, x)))
+
+
+class Training:
+    """A model, its optimizer and its data."""
+
+    def __init__(self, net: nn.Module, thin: bool = True, dtype: torch.dtype = torch.float64, **options) -> None:
+        self.net, self.dtype, self.batch, self.step = net.to(dtype), dtype, 3, 0
+        # A large aux_eps: Adam on λ would blow up gradients that are nothing but rounding.
+        options = {"update_aux_every": 2, "anchor_every": 3, "aux_eps": 1e-3, "aux_lr": 1e-2, **options}
+        self.optimizer = FishLeg(self.net, likelihood=LIKELIHOOD, thin_gradients=thin, **options)
+
+    def data(self, part: int = 0) -> tuple[Tensor, Tensor]:
+        seed = 100 * self.step + part
+        return randn(self.batch, 20, seed=seed, dtype=self.dtype), randn(self.batch, 16, seed=seed + 50).to(self.dtype)
+
+    def loss(self, part: int = 0) -> Tensor:
+        x, y = self.data(part)
+        return LIKELIHOOD.nll(y, self.net(x))
+
+    def params(self) -> list[nn.Parameter]:
+        return list(self.net.parameters())
+
+    def said(self) -> list[bool]:
+        """Of each matrix: whether its gradient is thin now."""
+        tap, blocks = self.optimizer._gradients, [b for b in self.optimizer.blocks if b.shape[1] > 1]
+        return [tap.thin(b, [part.param.grad for part in b.parts]) is not None for b in blocks]
+
+    def used(self) -> list[bool]:
+        """Of each matrix: whether its latest step was a thin one."""
+        return [b.product_known for b in self.optimizer.blocks if b.shape[1] > 1]
+
+    def state(self) -> Tensor:
+        aux = [t for b in self.optimizer.blocks for t in (*b.structure.fishleg_aux.values(), b.momentum)]
+        return flat([t.detach().double() for t in (*self.params(), *aux)])
+
+
+Way = Callable[[Training], Any]
+
+
+def usual(t: Training) -> None:
+    t.loss().backward()
+
+
+def take_step(t: Training, way: Way = usual) -> None:
+    t.optimizer.zero_grad()
+    way(t)
+    t.optimizer.step()
+
+
+def check(
+    way: Way, expected: list | None, build: Callable[[], nn.Module] = two_layers, after: Way = lambda t: None, **options
+) -> None:
+    """Five steps with gradients made in this way are those that the dense gradients give, and thin where expected."""
+    states = []
+    for thin in (True, False):
+        torch.manual_seed(0)
+        t = Training(build(), thin, **options)
+        after(t)
+        for t.step in range(5):
+            t.optimizer.zero_grad()
+            way(t)
+            assert not thin or expected in (None, t.said()), f"step {t.step}"
+            t.optimizer.step()
+            assert not thin or expected in (None, t.used()), f"step {t.step}"
+        assert t.optimizer.diagnostics()["steps"] == 5
+        states.append(t.state())
+    assert relative(*states) <= 1e-10
+
+
+def on_grads(change: Callable[[nn.Parameter], Any]) -> Way:
+    """The usual gradients, then changed one by one."""
+    return lambda t: (usual(t), [change(p) for p in t.params()])
+
+
+def unscale(t: Training) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(t.loss()).backward()
+    scaler.unscale_(t.optimizer)
+
+
+def retain_graph(t: Training) -> None:
+    loss = t.loss()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def by_autograd_grad(t: Training, *weights: float) -> None:
+    parts = [torch.autograd.grad(c * t.loss(k), t.params()) for k, c in enumerate(weights)]
+    for p, *grads in zip(t.params(), *parts, strict=True):
+        p.grad = torch.stack(grads).sum(0)
+
+
+def gradient_penalty(t: Training, weight: float) -> None:
+    x, y = t.data()
+    outputs = t.net(x.requires_grad_())
+    (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    (LIKELIHOOD.nll(y, outputs) + weight * slope.square().sum()).backward()
+
+
+def l2(t: Training, weight: float) -> None:
+    """The penalty is the older part of the graph, so that autograd comes to it last."""
+    penalty = weight * sum(p.square().sum() for p in t.params())
+    (t.loss() + penalty).backward()
+
+
+def functional_call_after(t: Training) -> None:
+    """Another backward pass through the layers, which leaves nothing in .grad."""
+    usual(t)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in t.net.named_parameters()}
+    functional_call(t.net, copies, t.data(1)[0]).sum().backward()
+
+
+CHANGED: dict[str, Way] = {
+    "accumulation": lambda t: (usual(t), t.loss(1).backward()),
+    "zero_grad(set_to_none=False)": lambda t: (usual(t), t.optimizer.zero_grad(False), t.loss(1).backward()),
+    "clip_grad_norm_": lambda t: (usual(t), clip_grad_norm_(t.params(), 1e-2)),
+    "clip_grad_value_": lambda t: (usual(t), clip_grad_value_(t.params(), 1e-3)),
+    "mul_": on_grads(lambda p: p.grad.mul_(2)),
+    "data.mul_": on_grads(lambda p: p.grad.data.mul_(2)),
+    "data.mul_ of the weights": on_grads(lambda p: p.ndim < 2 or p.grad.data.mul_(2)),
+    "data.mul_ of the biases": on_grads(lambda p: p.ndim > 1 or p.grad.data.mul_(2)),
+    "another tensor": on_grads(lambda p: setattr(p, "grad", 3 * p.grad)),
+    "GradScaler.unscale_": unscale,
+    "retain_graph": retain_graph,
+    "gradient penalty": lambda t: gradient_penalty(t, 1.0),
+    "L2 in the loss": lambda t: l2(t, 1.0),
+    "functional_call after": functional_call_after,
+    # small changes are changes too
+    "small: gradient penalty": lambda t: gradient_penalty(t, 1e-4),
+    "small: L2 in the loss": lambda t: l2(t, 1e-4),
+    "small: L2 by hand": on_grads(lambda p: p.grad.data.add_(p.data, alpha=1e-4)),
+    "small: data.mul_": on_grads(lambda p: p.grad.data.mul_(0.999)),
+    "small: one row masked": on_grads(lambda p: p.grad.data[p.grad.norm(dim=-1).argmin()].zero_()),
+    "small: sum of two": lambda t: by_autograd_grad(t, 1e-3, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changed_gradients_are_taken_as_they_are(name: str) -> None:
+    check(CHANGED[name], [False, False])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_gradients_averaged_over_processes(wrapped: bool, tmp_path: Path) -> None:
+    """One process alone: what others would add is written by hand, past autograd, as gloo does."""
+
+    def average(p: nn.Parameter) -> None:
+        torch.distributed.all_reduce(p.grad)
+        p.grad.data.add_(randn(*p.shape, seed=1)).div_(2)
+
+    def build() -> nn.Module:
+        net = nn.parallel.DistributedDataParallel(two_layers().double())
+        works = lambda bucket: torch.distributed.all_reduce(bucket.buffer().mul_(2), async_op=True)
+        net.register_comm_hook(None, lambda _, bucket: works(bucket).get_future().then(lambda f: f.value()[0]))
+        return net
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        check(usual if wrapped else on_grads(average), [False, False], build if wrapped else two_layers)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def doubled(*args: Any) -> Tensor:
+    return 2 * args[-1]
+
+
+def changed(change: Callable[[nn.Module], Any]) -> nn.Module:
+    """Two layers, the first one changed before there is an optimizer."""
+    net = two_layers()
+    change(net[0])
+    return net
+
+
+def blind_bias(scale: float) -> nn.Module:
+    """The bias's share of the layer's gradient is small beside that of large inputs."""
+    net = changed(lambda layer: layer.bias.register_hook(torch.zeros_like))
+    net[0].register_forward_pre_hook(lambda module, args: scale * args[0])
+    return net
+
+
+def second_hand(keep: bool) -> nn.Module:
+    """A model that had an optimizer before, which may still be there."""
+    t = Training(two_layers())
+    take_step(t)
+    t.net.first = t.optimizer if keep else None
+    return t.net
+
+
+def subclass(forward: Callable[[nn.Linear, Tensor], Tensor]) -> nn.Module:
+    return Custom(first=type("Subclass", (nn.Linear,), {"forward": forward})(20, 20))
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 16))
+    net[2].weight = net[0].weight
+    return net
+
+
+FIRST_DENSE, THIN = [False, True], [True, True]
+BUILT: dict[str, tuple] = {  # what is thin, the model, and what is done to it once it has an optimizer
+    "weight hook before": (FIRST_DENSE, lambda: changed(lambda f: f.weight.register_hook(doubled))),
+    "weight hook after": (FIRST_DENSE, two_layers, lambda t: t.net[0].weight.register_hook(doubled)),
+    "weight hook, small": (FIRST_DENSE, lambda: changed(lambda f: f.weight.register_hook(lambda g: 1.001 * g))),
+    "bias hook": (FIRST_DENSE, lambda: blind_bias(1.0)),
+    "bias hook, large inputs": (FIRST_DENSE, lambda: blind_bias(100.0)),
+    "forward hook before": (FIRST_DENSE, lambda: changed(lambda f: f.register_forward_hook(doubled))),
+    "forward hook after": (THIN, two_layers, lambda t: t.net[0].register_forward_hook(doubled)),
+    "forward hook in front": (FIRST_DENSE, two_layers, lambda t: t.net[0].register_forward_hook(doubled, prepend=True)),
+    "forward pre-hook": (THIN, two_layers, lambda t: t.net[0].register_forward_pre_hook(lambda m, a: 2 * a[0])),
+    "another optimizer before": (THIN, lambda: second_hand(False)),
+    "another optimizer beside": (THIN, lambda: second_hand(True)),
+    "scaling subclass": (FIRST_DENSE, lambda: subclass(lambda f, x: nn.Linear.forward(f, 3 * x))),
+    "adapter subclass": (THIN, lambda: subclass(lambda f, x: nn.Linear.forward(f, x) + torch.sin(x))),
+    "weight_norm": ([True], lambda: Custom(first=parametrizations.weight_norm(nn.Linear(20, 20)))),
+    "pruned later": (FIRST_DENSE, two_layers, lambda t: prune.l1_unstructured(t.net[0], "weight", 0.3)),
+    "pruned later, no bias": (
+        FIRST_DENSE,
+        lambda: two_layers(bias=False),
+        lambda t: prune.l1_unstructured(t.net[0], "weight", 0.3),
+    ),
+    "parametrized later": (FIRST_DENSE, two_layers, lambda t: register_parametrization(t.net[0], "weight", nn.ReLU())),
+    "tied weights": (FIRST_DENSE, tied),
+    "weight used elsewhere": (FIRST_DENSE, lambda: Custom(lambda f, x: f(x) + x @ f.weight)),
+    "checkpoint": (THIN, lambda: Custom(lambda f, x: checkpoint(f, x, use_reentrant=False))),
+    "reentrant": (THIN, lambda: Custom(lambda f, x: checkpoint(f, x.requires_grad_(), use_reentrant=True))),
+    "in-place ReLU": (THIN, lambda: two_layers(nn.ReLU(inplace=True))),
+    "called twice": (THIN, lambda: Custom(lambda f, x: f(torch.sin(f(x))))),
+    "called too often": (FIRST_DENSE, lambda: Custom(lambda f, x: sum(f(c * x) for c in range(6)))),
+    "named argument": (FIRST_DENSE, lambda: Custom(lambda f, x: f(input=x))),
+    "1-D input": (THIN, lambda: Custom(lambda f, x: f(x[0]) + x)),
+    "no rows at all": (FIRST_DENSE, lambda: Custom(lambda f, x: x + f(x[:0]).sum())),
+    "some calls without rows": (THIN, lambda: Custom(lambda f, x: f(x) + f(x[:0]).sum())),
+    "several positions": (THIN, lambda: Custom(lambda f, x: f(torch.stack([x, -2 * x], 1)).prod(1))),
+    "compiled": ([False, False], lambda: torch.compile(two_layers(), backend="eager")),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_models_of_all_kinds(name: str) -> None:
+    expected, *built = BUILT[name]
+    check(usual, expected, *built)
+
+
+def evaluation_between(t: Training) -> None:
+    usual(t)
+    t.net.eval()
+    with torch.no_grad():
+        t.loss(1)
+    t.net.train()
+    t.loss(2)  # a pass without its backward
+
+
+UNCHANGED: dict[str, Way] = {
+    "backward, zero_grad, backward": lambda t: (t.loss(1).backward(), t.optimizer.zero_grad(), usual(t)),
+    "saliency first": lambda t: (torch.autograd.grad(t.net(x := t.data(1)[0].requires_grad_()).sum(), x), usual(t)),
+    "evaluation between": evaluation_between,
+    "torch.func between": lambda t: (usual(t), vmap(t.net)(t.data(1)[0]), jacrev(t.net)(t.data(1)[0][0])),
+    "torch.autograd.grad": lambda t: by_autograd_grad(t, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_gradients_that_are_thin_all_the_same(name: str) -> None:
+    check(UNCHANGED[name], THIN)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_torch_func_grad_over_the_models_own_parameters(loader: bool) -> None:
+    """Its gradients are put where an optimizer looks for them, at every second step."""
+
+    def way(t: Training) -> None:
+        x, y = t.data()
+        params = {name: p.detach() for name, p in t.net.named_parameters()}
+        grads = torch.func.grad(lambda ps: LIKELIHOOD.nll(y, functional_call(t.net, ps, (x,))))(params)
+        t.net(x)
+        for name, p in t.net.named_parameters():
+            p.grad = None if t.step % 2 else grads[name]
+        if t.step % 2:
+            usual(t)
+            assert t.optimizer._gradients is None or t.said() == THIN
+
+    check(way, None, aux_loader=[(randn(5, 20),)] if loader else None)
+
+
+@pytest.mark.parametrize("case", ["autocast", "bfloat16"])
+def test_other_dtypes_than_lambdas_are_dense(case: str) -> None:
+    def way(t: Training) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+            usual(t)
+
+    check(way, [False, False], dtype=torch.bfloat16 if case == "bfloat16" else torch.float32)
+
+
+def test_closure_and_tracing() -> None:
+    t = Training(two_layers())
+    t.optimizer.step(lambda: usual(t))
+    assert t.used() == THIN
+    x, _ = t.data()
+    assert torch.equal(torch.jit.trace(t.net, x)(x), t.net(x))
+
+
+def test_nothing_is_kept_after_a_step_nor_of_a_batch_that_is_too_large() -> None:
+    t = Training(two_layers(), update_aux_every=0, anchor_every=0)
+    taps = t.optimizer._gradients._taps.values()
+    for t.step, (t.batch, kept, spoilt) in enumerate([(3, True, False), (30, False, False), (3, True, True)]):
+        t.optimizer.zero_grad()
+        usual(t)
+        assert [bool(tap.seen) for tap in taps] == [kept, kept]
+        assert bool(t.net[0](t.data()[0])._backward_hooks) == kept
+        references = [weakref.ref(x) for tap in taps for pair in tap.seen for x in pair]
+        if spoilt:  # nor after a step that raises
+            t.optimizer.blocks[1].structure.fishleg_aux["R"].fill_(float("nan"))
+            with pytest.raises(RuntimeError, match="is not finite"):
+                t.optimizer.step()
+        else:
+            t.optimizer.step()
+        assert not any(tap.seen for tap in taps) and all(reference() is None for reference in references)
+
+
+def hooks(net: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in net.modules())
+
+
+def test_hooks_are_for_thin_gradients_only_and_go_with_the_optimizer() -> None:
+    net = two_layers()
+    for options in ({"thin": False}, {"capturable": True}, {"structure": "diagonal"}):
+        take_step(Training(net, **options))
+        assert hooks(net) == 0
+    t = Training(net)
+    take_step(t)
+    assert hooks(net) == 2
+    del t
+    gc.collect()
+    assert hooks(net) == 0
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_the_model_have_no_part_in_it(how: str) -> None:
+    states = []
+    for disturbed in (True, False):
+        torch.manual_seed(0)
+        t = Training(two_layers())
+        for t.step in range(3):
+            t.optimizer.zero_grad()
+            usual(t)
+            if disturbed:
+                torch.save(t.net, buffer := io.BytesIO())
+                buffer.seek(0)
+                other = copy.deepcopy(t.net) if how == "deepcopy" else torch.load(buffer, weights_only=False)
+                other(t.data()[0]).sum().backward()
+                take_step(other := Training(other))
+                assert other.used() == THIN
+            assert t.said() == THIN
+            t.optimizer.step()
+        states.append(t.state())
+    assert torch.equal(*states)
