@@ -1,8 +1,8 @@
 """Precision of the optimizer's own float32 products, by the names of ``torch.set_float32_matmul_precision``.
 
-"highest" is float32. "high" and "medium" let CUDA take TF32, as torch's own names do. On a CPU "medium" rounds the
-operands of Q's products to bfloat16, where the processor has instructions for that, and "high" is float32: neither
-torch's TF32 nor its BF16 setting for CPUs is both faster and closer than that.
+"highest" is float32. "high" and "medium" allow TF32, as torch's own names do on CUDA; today's CPUs have none, and stay
+at float32. "medium" also rounds the operands of Q's products to bfloat16 on a CPU that has instructions for it: torch's
+own BF16 setting for CPUs is as coarse, and slower since it converts P and S at every product.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 # precision -> the settings of oneDNN (CPU) and cuBLAS
-PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("ieee", "tf32"), "medium": ("ieee", "tf32")}
+PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("tf32", "tf32")}
 
 
 @contextmanager
