@@ -59,6 +59,7 @@ def fishleg(**settings: Any) -> Make:
 
 # FishLeg with one default changed: what the defaults were chosen from (convergence.py --only ...).
 VARIATIONS = {
+    "fishleg-anchor-20": fishleg(anchor_every=20, anchor_decay=0.8),
     "fishleg-dense": fishleg(thin_gradients=False),
     "fishleg-medium": fishleg(precision="medium"),
     "fishleg-no-nesterov": fishleg(nesterov=False),
