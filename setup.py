@@ -52,9 +52,7 @@ def find_tool(name: str, folder: str) -> str:
 
 def run(command: list[str]) -> None:
     """Runs a command and prints its output; where it fails, raises BuildFailed with the first error in it."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     print(done.stdout, file=sys.stderr, flush=True)
     if done.returncode == 0:
         return

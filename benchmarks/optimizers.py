@@ -75,6 +75,8 @@ VARIATIONS = {
     "fishleg-sumkron": fishleg(structure="sumkron"),
 }
 
+LABELS = {"fishleg-medium": 'FishLeg, "medium"', "fishleg-dense": "FishLeg, thin_gradients=False"}
+
 OPTIMIZERS = {
     "adamw": Choice("AdamW", adamw),
     "muon": Choice("Muon", muon),
@@ -82,5 +84,5 @@ OPTIMIZERS = {
     "fishleg": Choice("FishLeg", fishleg()),
     "fishleg-anchored": Choice("FishLeg, λ only anchored", fishleg(update_aux_every=0)),
     "fishleg-pure": Choice("FishLeg, pure (anchor_every=0)", fishleg(anchor_every=0)),
-    **{name: Choice(name, make) for name, make in VARIATIONS.items()},
+    **{name: Choice(LABELS.get(name, name), make) for name, make in VARIATIONS.items()},
 }
