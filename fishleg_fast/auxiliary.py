@@ -44,6 +44,15 @@ def _tensors(blocks: Sequence[Block], matrices: Sequence[Tensor]) -> dict[int, T
     return tensors
 
 
+def _whole(block: Block, v: Matrix) -> Tensor:
+    """(m, n) in λ's dtype; of a thin v in the block's scratch memory."""
+    if isinstance(v, Tensor):
+        return v
+    _, scratch = block.buffers()
+    v.into(scratch)
+    return scratch
+
+
 class Auxiliary:
     """The auxiliary side of the optimizer. ``settings`` are FishLeg's, ``ops`` its backend's."""
 
@@ -114,7 +123,7 @@ class Auxiliary:
         """F v, from blocks to the model's parameters and back."""
         params, tangents = (
             _params(blocks),
-            _tensors(blocks, [dense(v.to(b.dtype)) for b, v in zip(blocks, vs, strict=True)]),
+            _tensors(blocks, [_whole(b, v) for b, v in zip(blocks, vs, strict=True)]),
         )
         estimate = FISHER[self.settings["fisher"]]
         order = list(params)
