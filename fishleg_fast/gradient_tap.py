@@ -2,8 +2,9 @@
 
 H are the layer's inputs and E its output gradients, a row a position. They stand for ``.grad`` only while that is what
 one backward pass left there. Two checks tell, and where either fails the dense gradient is used: autograd's version
-counter, which accumulation, clipping and every in-place operation raise; and the product with a random vector, which
-also sees what passes the counter by (``.data``, an all-reduce, ``GradScaler``, hooks on the weight).
+counter, which accumulation, clipping and every in-place operation raise (autograd's own too, where a layer was called
+three times or more); and the product with a random vector, within the rounding of λ's dtype, which also sees what
+passes the counter by: ``.data``, an all-reduce, ``GradScaler``, hooks on the weight, a penalty in the loss.
 """
 
 from __future__ import annotations
@@ -34,9 +35,6 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.call(module, args, output)
-
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return _Hook(_nothing)
 
     def __reduce__(self) -> tuple:
         return _Hook, (_nothing,)
