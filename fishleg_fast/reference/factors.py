@@ -92,18 +92,20 @@ def inverse_root(factor: Factor, shift: Tensor, weight: float = 1.0) -> Factor:
     root = torch.zeros_like(factor)
     shifted = factor / weight
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-    if _inverse_cholesky(shifted, root):
+    if not _inverse_cholesky(shifted, root).any():
         return root
     shifted, wide = factor.double() / weight, torch.zeros_like(factor, dtype=torch.float64)
     floor = shifted.diagonal(dim1=-2, dim2=-1).mean() * 1e-12
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift.double() + floor)
-    if not _inverse_cholesky(shifted, wide):
+    if _inverse_cholesky(shifted, wide).any():
         raise torch.linalg.LinAlgError("second moments should be finite and positive semi-definite but are not")
     return root.copy_(wide)
 
 
-def _inverse_cholesky(a: Tensor, out: Tensor) -> bool:
-    """C⁻¹ of (…, k, k) matrices a = C Cᵀ into the lower triangles of ``out``; a is overwritten. False where it fails.
+def _inverse_cholesky(a: Tensor, out: Tensor) -> Tensor:
+    """C⁻¹ of (…, k, k) matrices a = C Cᵀ into the lower triangles of ``out``; a is overwritten.
+
+    Returns LAPACK's info of each, not zero where it failed: to be looked at once, since that makes the host wait.
 
     By halves, C⁻¹ = [[X₁, 0], [−X₂ C₂₁ X₁, X₂]] with C₂₁ = a₂₁X₁ᵀ: nearly all of it is matrix products, at half the
     time of LAPACK's two factorisations and the transpositions and masks that torch puts around them.
@@ -113,13 +115,11 @@ def _inverse_cholesky(a: Tensor, out: Tensor) -> bool:
         chol, info = torch.linalg.cholesky_ex(a)
         eye = torch.eye(k, dtype=a.dtype, device=a.device)
         out.copy_(torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False))
-        return not info.any()
+        return info
     h = k // 2
     x1, x2 = out[..., :h, :h], out[..., h:, h:]
-    if not _inverse_cholesky(a[..., :h, :h], x1):
-        return False
+    info = _inverse_cholesky(a[..., :h, :h], x1)
     c21 = a[..., h:, :h] @ x1.mT
-    if not _inverse_cholesky(a[..., h:, h:].sub_(c21 @ c21.mT), x2):
-        return False
+    info = info | _inverse_cholesky(a[..., h:, h:].sub_(c21 @ c21.mT), x2)
     out[..., h:, :h] = (x2 @ (c21 @ x1)).neg_()
-    return True
+    return info
