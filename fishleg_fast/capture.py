@@ -93,7 +93,22 @@ def inside_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-class InputTap:
+class Pausable:
+    """What sees the user's passes, and not the optimizer's own."""
+
+    paused = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See nothing inside."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
+class InputTap(Pausable):
     """Stands in for ``model.forward`` and remembers the last inputs that were given with gradients enabled.
 
     An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. Deep copies and pickles of the model
@@ -105,7 +120,6 @@ class InputTap:
         self._instance_forward = model.__dict__.get("forward")  # some other library's stand-in
         self._users = 0
         self.last: Inputs | None = None
-        self.paused = False
 
     @classmethod
     def on(cls, model: nn.Module, user: object | None) -> InputTap:
@@ -152,14 +166,6 @@ class InputTap:
         kind = next((p.device.type for p in model.parameters()), "cpu") if model is not None else "cpu"
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.last = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True).map(lambda t: _leaf(t, t))
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        before, self.paused = self.paused, True
-        try:
-            yield
-        finally:
-            self.paused = before
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.inner, memo)

@@ -10,8 +10,7 @@ passes the counter by: ``.data``, an all-reduce, ``GradScaler``, hooks on the we
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
-from .capture import inside_functorch
+from .capture import Pausable, inside_functorch
 from .layers import layer_of
 from .precision import precision_scope
 from .reference.thin import Thin, thin_pays
@@ -109,13 +108,12 @@ class LayerTap:
         return size > 0 and float(torch.linalg.vector_norm(got - want)) <= bound
 
 
-class GradientTap:
+class GradientTap(Pausable):
     """The taps of all layers whose gradients may be thin, for as long as ``user`` lives."""
 
     def __init__(self, user: object) -> None:
         self._taps: dict[int, LayerTap] = {}  # by id of the block
         self._handles: list[Any] = []
-        self._paused = False
         weakref.finalize(user, _remove, self._handles)
 
     def watch(self, blocks: Sequence[Block]) -> None:
@@ -132,7 +130,7 @@ class GradientTap:
     def _on_forward(self, tap: LayerTap, module: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch():
             return
-        if self._paused or module is not tap.block.layer or not args:
+        if self.paused or module is not tap.block.layer or not args:
             return
         x = args[0]
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
@@ -143,7 +141,7 @@ class GradientTap:
             output.register_hook(partial(self._on_backward, tap, x.detach()))
 
     def _on_backward(self, tap: LayerTap, x: Tensor, e: Tensor) -> None:
-        if not self._paused:
+        if not self.paused:
             tap.on_gradient(x, e)
 
     def thin(self, block: Block, grads: Sequence[Tensor | None]) -> Thin | None:
@@ -155,15 +153,6 @@ class GradientTap:
         """Free what was seen."""
         for tap in self._taps.values():
             tap.clear()
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """See nothing inside."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
 
 def _remove(handles: list[Any]) -> None:
