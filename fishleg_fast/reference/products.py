@@ -83,26 +83,25 @@ def kron_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
 def kron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Image:
     """(E P)ᵀ(H S); without A, since A∘(EᵀH) is not thin."""
     R, L = aux["R"], aux["L"]
-    if "P" in cache and "S" in cache:
-        return Image(rmul(u.E, cache["P"]), rmul(u.H, cache["S"]))
-    ER, HL = rmul(u.E, transpose(R)), rmul(u.H, L)
-    EP = rmul(u.E, cache["P"]) if "P" in cache else rmul(ER, R)
-    HS = rmul(u.H, cache["S"]) if "S" in cache else rmul(HL, transpose(L))
+    ER = None if "P" in cache else rmul(u.E, transpose(R))
+    HL = None if "S" in cache else rmul(u.H, L)
+    EP = rmul(u.E, cache["P"]) if ER is None else rmul(ER, R)
+    HS = rmul(u.H, cache["S"]) if HL is None else rmul(HL, transpose(L))
     return Image(EP, HS, ((ER, HL),))
 
 
 def kron_thin_grads(aux: Aux, u: Thin, v: Image, w: Sum) -> Aux:
     """M and N have rank r: no product of two factors' size is needed."""
     R, L, E, H = aux["R"], aux["L"], u.E, u.H
-    ER, HL = v.halves[0] if v.halves else (rmul(E, transpose(R)), rmul(H, L))
+    ER, HL = v.halves[0] if v.halves else (None, None)
     y = w.left(v.E)  # M = Hᵀy, y = E P w
     z = w.right(v.H)  # N = zᵀE, z = H S wᵀ
     if outer_pays(L, u.rank):
-        dL = torch.cat([H, y]).T @ torch.cat([y @ L, HL])
+        dL = torch.cat([H, y]).T @ torch.cat([y @ L, H @ L if HL is None else HL])
     else:
         dL = compose(twice_symmetric(cross(H.T, y.T, L)), L)
     if outer_pays(R, u.rank):
-        dR = torch.cat([ER, z @ R.T]).T @ torch.cat([z, E])
+        dR = torch.cat([E @ R.T if ER is None else ER, z @ R.T]).T @ torch.cat([z, E])
     else:
         dR = compose(R, twice_symmetric(cross(z.T, E.T, R)))
     return {"R": dR, "L": dL}
@@ -168,9 +167,7 @@ def sumkron_refresh(aux: Aux, vectors: Vectors, known: Aux, memory: Aux) -> Aux:
 def sumkron_thin_qv(aux: Aux, cache: Aux, u: Thin) -> Image:
     terms = [kron_thin_qv(a, c, u) for a, c in _sumkron_pairs(aux, cache)]
     halves = tuple(half for t in terms for half in t.halves)
-    return Image(
-        torch.cat([t.E for t in terms]), torch.cat([t.H for t in terms]), halves if len(halves) == len(terms) else ()
-    )
+    return Image(torch.cat([t.E for t in terms]), torch.cat([t.H for t in terms]), halves)
 
 
 def sumkron_thin_grads(aux: Aux, u: Thin, v: Image, w: Sum) -> Aux:

@@ -230,11 +230,12 @@ def lambda_step(
 
 def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
     """α(F+γI)v − u; of thin u and v without a dense matrix but F v."""
-    fv = fv if scale is None else fv * scale.to(fv)
     if isinstance(u, Thin) and isinstance(v, Image):
-        return Sum(fv, (v.scaled(damping if scale is None else damping * scale.to(v.E)), u.scaled(-1)))
-    alpha = damping if scale is None else damping * scale.to(fv)
-    return fv + alpha * dense(v) - dense(u)
+        if scale is None:
+            return Sum(fv, (v.scaled(damping), u.scaled(-1)))
+        return Sum(fv * scale.to(fv), (v.scaled(damping * scale.to(v.E)), u.scaled(-1)))
+    curved = torch.add(fv, dense(v), alpha=damping)
+    return (curved if scale is None else curved.mul_(scale.to(curved))).sub_(dense(u))
 
 
 def _whole(w: Tensor | Sum) -> Tensor:

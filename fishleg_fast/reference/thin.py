@@ -53,9 +53,9 @@ class Thin:
 
 @dataclass(frozen=True, eq=False)
 class Image(Thin):
-    """Q u of a thin u = EᵀH, and the half-way products E Rᵀ and H L of each Kronecker term that made it."""
+    """Q u of a thin u = EᵀH, and of each Kronecker term E Rᵀ and H L, where they were computed on the way."""
 
-    halves: tuple[tuple[Tensor, Tensor], ...] = ()
+    halves: tuple[tuple[Tensor | None, Tensor | None], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
