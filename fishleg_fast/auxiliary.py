@@ -44,7 +44,7 @@ def _tensors(blocks: Sequence[Block], matrices: Sequence[Tensor]) -> dict[int, T
     return tensors
 
 
-def _whole(block: Block, v: Matrix) -> Tensor:
+def _expanded(block: Block, v: Matrix) -> Tensor:
     """(m, n) in λ's dtype; of a thin v in the block's scratch memory."""
     if isinstance(v, Tensor):
         return v
@@ -121,10 +121,8 @@ class Auxiliary:
 
     def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
         """F v, from blocks to the model's parameters and back."""
-        params, tangents = (
-            _params(blocks),
-            _tensors(blocks, [_whole(b, v) for b, v in zip(blocks, vs, strict=True)]),
-        )
+        params = _params(blocks)
+        tangents = _tensors(blocks, [_expanded(b, v) for b, v in zip(blocks, vs, strict=True)])
         estimate = FISHER[self.settings["fisher"]]
         order = list(params)
         products = estimate(

@@ -260,19 +260,19 @@ class FishLeg(Optimizer):
             gs.append(block.matrix(block.grads) if thin is None else thin)
         return blocks, gs
 
-    def _uses(self, gs: list[Matrix], updating: bool = False) -> list[tuple[int, int]] | None:
+    def _uses(self, blocks: list[Block], gs: list[Matrix], updating: bool = False) -> list[tuple[int, int]] | None:
         """How much P and S of each block will be used: in an update of λ, or else in steps until λ changes.
 
         None: λ does not change.
         """
         s = self.settings
         if updating:
-            us = gs if s["u_sampling"] == "gradient" else [torch.empty(g.shape, device="meta") for g in gs]
+            us = gs if s["u_sampling"] == "gradient" else [b.momentum for b in blocks]  # dense, of that shape
             return [vectors(u, 2, int(s["precondition_aux"])) for u in us]
-        periods = [abs(every) if every > 0 else 1 for every in (s["update_aux_every"], s["anchor_every"]) if every]
+        periods = [max(every, 1) for every in (s["update_aux_every"], s["anchor_every"]) if every]
         # As if all were dense: whatever the batch, so that a resumed run decides as the first one did.
         times = min(periods, default=0)
-        return [(times * n, times * m) for m, n in (g.shape for g in gs)] if times else None
+        return [(times * n, times * m) for m, n in (b.shape for b in blocks)] if times else None
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux
@@ -287,10 +287,10 @@ class FishLeg(Optimizer):
         every = s["update_aux_every"]
         updates = -every if every < 0 else int(every > 0 and count % every == 0)
         for _ in range(updates):
-            self._ops.refresh(blocks, self._uses(gs, updating=moved))
+            self._ops.refresh(blocks, self._uses(blocks, gs, updating=moved))
             self._note_aux(*aux.update(blocks, gs, self._capturable))
             moved = True
-        self._ops.refresh(blocks, self._uses(gs))
+        self._ops.refresh(blocks, self._uses(blocks, gs))
         norms, ok = self._ops.theta_step(
             blocks, gs, momentum=s["momentum"], nesterov=s["nesterov"], normalize=s["normalize"], kappa=s["kappa"],
             capturable=self._capturable,
