@@ -268,6 +268,25 @@ def split(vector: Tensor, blocks: list[Block]) -> list[Tensor]:
     return [p.reshape(b.shape) for p, b in zip(pieces, blocks, strict=True)]
 
 
+def leaves_of(blocks: list[Block]) -> list[dict[str, Tensor]]:
+    """λ of each block, to differentiate by."""
+    return [{name: t.clone().requires_grad_() for name, t in b.structure.fishleg_aux.items()} for b in blocks]
+
+
+def q_of(blocks: list[Block], leaves: list[dict[str, Tensor]]) -> Tensor:
+    """Q(λ) over all blocks together, dense."""
+    return torch.block_diag(*[dense_q(b.structure, leaf) for b, leaf in zip(blocks, leaves, strict=True)])
+
+
+def one_update() -> tuple[list[Block], Tensor, Tensor, list[dict[str, Tensor]], Tensor]:
+    """Blocks, F, u, and λ with a dense Q(λ) to differentiate: what a single λ step is checked with."""
+    blocks = make_blocks()
+    F, leaves = fisher_products(blocks), leaves_of(blocks)
+    with torch.enable_grad():
+        Q = q_of(blocks, leaves)
+    return blocks, F, randn(len(F), seed=20), leaves, Q
+
+
 def auxiliary_loss(Q: Tensor, F: Tensor, u: Tensor, damping: float) -> Tensor:
     """𝒜 = ½ uᵀQ(F + γI)Qu − uᵀQu."""
     v = Q @ u
@@ -280,14 +299,14 @@ def test_lambda_step_is_adam_on_the_auxiliary_loss(kind: str, capturable: bool) 
     """Against torch.optim.Adam and autograd through a dense Q(λ) over all blocks: the same λ after every step."""
     options = {"damping": 0.3, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
     blocks = [make_block(STRUCTURES[kind](3, 5, dtype=torch.float64), [randn(3, 5)]), *make_blocks()]
-    leaves = [{name: t.clone().requires_grad_() for name, t in b.structure.fishleg_aux.items()} for b in blocks]
+    leaves = leaves_of(blocks)
     adam = torch.optim.Adam([t for leaf in leaves for t in leaf.values()], lr=0.01, betas=(0.8, 0.95), eps=1e-6)
     F = fisher_products(blocks)
     for step in range(5):
         u = randn(len(F), seed=20 + step)
         u /= u.norm()
         with torch.enable_grad():
-            Q = torch.block_diag(*[dense_q(b.structure, leaf) for b, leaf in zip(blocks, leaves, strict=True)])
+            Q = q_of(blocks, leaves)
             want = auxiliary_loss(Q, F, u, 0.3)
         adam.zero_grad()
         want.backward()
@@ -304,12 +323,8 @@ def test_lambda_step_is_adam_on_the_auxiliary_loss(kind: str, capturable: bool) 
 
 def test_lambda_step_on_the_shape_alone() -> None:
     """Without learn_scale: α⁻¹ times the gradient of min over α of 𝒜(αQ) = −(uᵀQu)²/2uᵀQ(F+γI)Qu."""
-    blocks = make_blocks()
-    F = fisher_products(blocks)
-    u = randn(len(F), seed=20)
-    leaves = [{name: t.clone().requires_grad_() for name, t in b.structure.fishleg_aux.items()} for b in blocks]
+    blocks, F, u, leaves, Q = one_update()
     with torch.enable_grad():
-        Q = torch.block_diag(*[dense_q(b.structure, leaf) for b, leaf in zip(blocks, leaves, strict=True)])
         v = Q @ u
         curvature = v @ (F @ v + 0.3 * v)
         (-0.5 * (u @ v) ** 2 / curvature).backward()
@@ -326,12 +341,7 @@ def test_lambda_step_on_the_shape_alone() -> None:
 
 def test_preconditioned_lambda_step() -> None:
     """w is Q·((F + γI)v − u): one step against autograd of ⟨w, Q(λ)u⟩ with w held constant."""
-    blocks = make_blocks()
-    F = fisher_products(blocks)
-    u = randn(len(F), seed=20)
-    leaves = [{name: t.clone().requires_grad_() for name, t in b.structure.fishleg_aux.items()} for b in blocks]
-    with torch.enable_grad():
-        Q = torch.block_diag(*[dense_q(b.structure, leaf) for b, leaf in zip(blocks, leaves, strict=True)])
+    blocks, F, u, leaves, Q = one_update()
     v = (Q @ u).detach()
     w = Q.detach() @ (F @ v + 0.3 * v - u)
     with torch.enable_grad():
