@@ -46,8 +46,8 @@ def _tensors(blocks: Sequence[Block], matrices: Sequence[Tensor]) -> dict[int, T
 
 def _expanded(block: Block, v: Matrix) -> Tensor:
     """(m, n) in λ's dtype; of a thin v in the block's scratch memory."""
-    if isinstance(v, Tensor):
-        return v
+    if not isinstance(v, Thin):
+        return dense(v)
     _, scratch = block.buffers()
     v.into(scratch)
     return scratch
@@ -88,7 +88,7 @@ class Auxiliary:
         us = _SAMPLING[self.settings["u_sampling"]](self, blocks, gs)
         norm = self.ops.inner(us, us).sqrt()
         norm = torch.where(norm > 0, norm, 1)
-        return [u.scaled(1 / norm.to(u.E)) if isinstance(u, Thin) else u / norm.to(u) for u in us]
+        return [u / norm.to(u) if isinstance(u, Tensor) else u.scaled(1 / norm) for u in us]
 
     def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         generator = torch.Generator(blocks[0].momentum.device).manual_seed(self.passes.seed())

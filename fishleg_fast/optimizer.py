@@ -18,8 +18,8 @@ from .blocks import Block
 from .gradient_tap import GradientTap
 from .likelihoods import Likelihood
 from .passes import Draw, Nll, Passes
-from .precision import operand_dtype, precision_scope
-from .reference.thin import Matrix, Thin, vectors
+from .precision import kernel_precision, operand_dtype, precision_scope
+from .reference.thin import Matrix, Split, vectors
 
 
 class FishLeg(Optimizer):
@@ -66,7 +66,8 @@ class FishLeg(Optimizer):
         thin_gradients: watch linear layers' inputs and output gradients (forward hooks), of which their gradients are
             products: cheaper where the batch is smaller than the layer, and the same but for rounding.
         precision: of the optimizer's own float32 products, "highest", "high" or "medium" as for
-            ``torch.set_float32_matmul_precision``; None follows that setting.
+            ``torch.set_float32_matmul_precision``, or "tf32x3" (see ``fishleg_fast.precision``); None follows that
+            setting.
         backend: None for the best available one; ``python -m fishleg_fast`` tells which there are.
         writer: a tensorboard SummaryWriter (anything with add_scalar), given the diagnostics at updates of λ.
         maximize: ascend.
@@ -224,6 +225,7 @@ class FishLeg(Optimizer):
         """The optimizer's own products: at its precision, and out of the user's autocast."""
         precision = self.settings["precision"]
         for block in self.blocks:
+            block.structure.precision = kernel_precision(precision)
             block.structure.operands = operand_dtype(precision, block.momentum.device, block.dtype)
         stack = ExitStack()
         kind = self.blocks[0].parts[0].param.device.type
@@ -257,7 +259,7 @@ class FishLeg(Optimizer):
                     -g if sign and g is not None else g for g, sign in zip(block.grads, maximize, strict=True)
                 ]
             blocks.append(block)
-            gs.append(block.matrix(block.grads) if thin is None else thin)
+            gs.append(Split(block) if thin is None else thin)
         return blocks, gs
 
     def _uses(self, blocks: list[Block], gs: list[Matrix], updating: bool = False) -> list[tuple[int, int]] | None:
@@ -276,8 +278,8 @@ class FishLeg(Optimizer):
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux
-        parts = [x for b, g in zip(blocks, gs, strict=True) for x in (b.grads if isinstance(g, Thin) else [g])]
-        norm = self._ops.inner(parts, parts).sqrt()
+        pieces = [g for b in blocks for g in b.grads if g is not None]
+        norm = self._ops.inner(pieces, pieces).sqrt()
         self._last["grad_norm"] = norm
         if not self._capturable and not torch.isfinite(norm):
             self._skip("skipped_steps", "the gradient is not finite")

@@ -3,6 +3,8 @@
 "highest" is float32. "high" and "medium" allow TF32, as torch's own names do on CUDA; today's CPUs have none, and stay
 at float32. "medium" also rounds the operands of Q's products to bfloat16 on a CPU that has instructions for it: torch's
 own BF16 setting for CPUs is as coarse, and slower since it converts P and S at every product.
+Our own GPU kernels multiply in TF32 for "high" and in bfloat16 for "medium"; "tf32x3", which torch does not have, is
+nearly float32 on tensor cores, and float32 wherever torch multiplies.
 """
 
 from __future__ import annotations
@@ -13,8 +15,13 @@ from functools import cache
 
 import torch
 
-# precision -> the settings of oneDNN (CPU) and cuBLAS
-PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("tf32", "tf32")}
+# precision -> the settings of oneDNN (CPU) and cuBLAS, and what our own GPU kernels multiply in
+PRECISIONS = {
+    "highest": ("ieee", "ieee", "ieee"),
+    "tf32x3": ("ieee", "ieee", "tf32x3"),
+    "high": ("tf32", "tf32", "tf32"),
+    "medium": ("tf32", "tf32", "bf16"),
+}
 
 
 @contextmanager
@@ -25,7 +32,7 @@ def precision_scope(precision: str) -> Iterator[None]:
     """
     places = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
-    for place, value in zip(places, PRECISIONS[precision], strict=True):
+    for place, value in zip(places, PRECISIONS[precision][:2], strict=True):
         place.fp32_precision = value
     try:
         yield
@@ -45,6 +52,11 @@ def operand_dtype(precision: str | None, device: torch.device, dtype: torch.dtyp
     if device.type != "cpu" or dtype != torch.float32 or (precision or _setting()) != "medium":
         return dtype
     return torch.bfloat16 if _fast_bfloat16() else dtype
+
+
+def kernel_precision(precision: str | None) -> str:
+    """What our own GPU kernels multiply float32 in: "ieee", "tf32x3", "tf32" or "bf16". None follows torch's setting."""
+    return PRECISIONS[precision or _setting()][2]
 
 
 def _setting() -> str:

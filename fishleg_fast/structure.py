@@ -65,6 +65,7 @@ class Structure:
         self.shape = tuple(size("each size of shape", k) for k in shape)
         self.fishleg_aux: Aux = {}
         self.operands: torch.dtype | None = None  # what operands of matrix products are rounded to; None: λ's dtype
+        self.precision = "ieee"  # what GPU kernels multiply in: see ``precision.kernel_precision``
         self._cache: Aux = {}
         self._memory: Aux = {}  # that of earlier caches, for the next one
         self._cache_key: tuple[Version, torch.dtype | None, Vectors] | None = None

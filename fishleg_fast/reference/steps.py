@@ -1,7 +1,8 @@
 """The ops: functions over lists of blocks, in plain torch. Every backend has these, with these signatures.
 
 They are the ground truth that other backends are tested against, and the fallback where there is none.
-A ``Matrix`` is a tensor (m, n) in λ's dtype, or the same as a thin product EᵀH (``thin.Thin``).
+A ``Matrix`` is a tensor (m, n) in λ's dtype, or the same as a thin product EᵀH (``thin.Thin``), or the gradient in
+``block.grads`` (``thin.Split``).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """Q u for each block, thin where u is (which ``structure.thin`` has to allow)."""
     return [
-        b.structure.thin_product(u) if isinstance(u, Thin) else b.structure.product(u)
+        b.structure.thin_product(u) if isinstance(u, Thin) else b.structure.product(dense(u))
         for b, u in zip(blocks, us, strict=True)
     ]
 
@@ -116,8 +117,8 @@ def _number(t: Tensor, capturable: bool) -> Tensor | float:
 def _averaged(block: Block, x: Matrix, times: int) -> Tensor:
     """m with x averaged into it ``times`` times, a new tensor."""
     weight = 1 - block.beta**times
-    if isinstance(x, Tensor):
-        return torch.lerp(block.momentum, x, weight)
+    if not isinstance(x, Thin):
+        return torch.lerp(block.momentum, dense(x), weight)
     average = block.momentum.clone()
     _average_pieces(block, average, weight)
     return average
@@ -136,12 +137,13 @@ def _average(block: Block, x: Matrix, ok: Tensor | None) -> None:
         _average_pieces(block, block.momentum, 1 - block.beta)
     else:
         block.product_version = None
+        x = dense(x)
         block.momentum.lerp_(x if ok is None else torch.where(ok.to(x.device), x, block.momentum), 1 - block.beta)
 
 
 def _natural(block: Block, g: Matrix, times: int) -> Tensor:
     """Q m̂, but for the bias correction. Of a thin g by products of g alone, once Q m is known."""
-    if isinstance(g, Tensor):
+    if not isinstance(g, Thin):
         return block.structure.product(_averaged(block, g, times))
     product, nat = block.buffers()
     if not block.product_known:
@@ -155,7 +157,7 @@ def _natural(block: Block, g: Matrix, times: int) -> Tensor:
 def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
     """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
     still = norms == 0
-    whole = [k for k, g in enumerate(gs) if isinstance(g, Tensor)]  # a thin one is not zero
+    whole = [k for k, g in enumerate(gs) if not isinstance(g, Thin)]  # a thin one is not zero
     if whole:
         still[whole] |= torch.stack([is_zero(dense(gs[k])).to(norms.device) for k in whole])
     sizes = norms.new_tensor([RMS * nat.numel() ** 0.5 for nat in nats])

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..blocks import Block
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +88,35 @@ class Sum:
         return self if dtype is None else Sum(self.whole.to(dtype), tuple(t.to(dtype) for t in self.terms))
 
 
-Matrix = Tensor | Thin
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A block's gradient (m, n) where its parameters hold it, in ``block.grads``: no copy until one is needed."""
+
+    block: Block
+    scale: Tensor | None = None  # a factor: a scalar
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        return self.block.shape
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """(m, n) in λ's dtype: a view of the gradient where that is possible. Not to be written to."""
+        whole = self.block.matrix(self.block.grads)
+        return whole if self.scale is None else whole * self.scale.to(whole)
+
+    def scaled(self, c: Tensor) -> Split:
+        """c times this."""
+        return Split(self.block, c if self.scale is None else self.scale * c)
+
+
+Matrix = Tensor | Thin | Split
 
 
 def dense(x: Matrix) -> Tensor:
     """(m, n)"""
-    return x.dense if isinstance(x, Thin) else x
+    return x if isinstance(x, Tensor) else x.dense
 
 
 def dot(x: Matrix, y: Matrix) -> Tensor:
@@ -97,11 +124,14 @@ def dot(x: Matrix, y: Matrix) -> Tensor:
     if isinstance(x, Thin) and isinstance(y, Thin):
         y = y.to(x.E.dtype)
         return torch.sum((x.E @ y.E.T) * (x.H @ y.H.T))
-    if isinstance(x, Thin) and isinstance(y, Tensor):
+    if isinstance(x, Thin):
+        y = dense(y)
         x = x.to(y.dtype)
         return torch.sum(x.E * (x.H @ y.T))
-    if x is y:
-        return torch.linalg.vector_norm(dense(x)).square()  # torch's dot products do not use all threads
+    if x is y:  # torch's dot products do not use all threads
+        whole = dense(x)
+        wide = torch.float64 if whole.dtype == torch.float64 else torch.float32
+        return torch.linalg.vector_norm(whole, dtype=wide).square()
     return torch.dot(dense(x).reshape(-1), dense(y).reshape(-1))
 
 
