@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
-#include "device_status.h"
+#include "cuda/device_status.h"
 
 namespace py = pybind11;
 

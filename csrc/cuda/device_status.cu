@@ -1,5 +1,5 @@
 // device_status() of a build with CUDA. Loads and answers on a machine with neither GPU nor driver.
-#include "device_status.h"
+#include "cuda/device_status.h"
 
 #include <cuda_runtime_api.h>
 

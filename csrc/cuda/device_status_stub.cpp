@@ -1,6 +1,6 @@
 // device_status() of a build without CUDA.
 #include "build_info.h"
-#include "device_status.h"
+#include "cuda/device_status.h"
 
 namespace fishleg {
 
