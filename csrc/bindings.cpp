@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
+#include "cpu/bindings.h"
 #include "cuda/device_status.h"
 
 namespace py = pybind11;
@@ -22,4 +23,6 @@ PYBIND11_MODULE(_native, m) {
         const fishleg::DeviceStatus status = fishleg::device_status();
         return py::make_tuple(status.devices > 0, status.detail);
     }, "(whether a CUDA device can be used, what was found or why not).");
+
+    fishleg::cpu::bind(m);
 }

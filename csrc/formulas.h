@@ -15,6 +15,9 @@
 
 namespace fishleg {
 
+using std::pow;
+using std::sqrt;
+
 constexpr double rms = 0.2;  // of a normalised update
 
 // --- 16-bit numbers, as bits ----------------------------------------------------------------------------------------

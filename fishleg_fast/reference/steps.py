@@ -46,9 +46,14 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     return _stack([dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
+def common_dtype(things: Sequence[Tensor | Block]) -> torch.dtype:
+    """float64 where anything is, float32 otherwise."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in things) else torch.float32
+
+
 def _stack(scalars: Sequence[Tensor]) -> Tensor:
     """Scalars of whatever dtype and device -> one vector on the first one's device."""
-    wide = torch.float64 if any(s.dtype == torch.float64 for s in scalars) else torch.float32
+    wide = common_dtype(scalars)
     return torch.stack([s.to(scalars[0].device, wide) for s in scalars])
 
 
@@ -145,13 +150,20 @@ def _natural(block: Block, g: Matrix, times: int) -> Tensor:
     """Q m̂, but for the bias correction. Of a thin g by products of g alone, once Q m is known."""
     if not isinstance(g, Thin):
         return block.structure.product(_averaged(block, g, times))
-    product, nat = block.buffers()
-    if not block.product_known:
-        product.copy_(block.structure.product(block.momentum))
-    block.structure.thin_product(g).into(nat)
+    nat, product = thin_image(block, g), block.buffers()[0]
     product.lerp_(nat, 1 - block.beta)
     block.product_version = block.structure.version
     return nat.lerp_(product, block.beta ** (times - 1))  # βQ m + (1−β)Q g, or Q m
+
+
+def thin_image(block: Block, g: Thin) -> Tensor:
+    """Q g of a thin g, (m, n), in the block's scratch memory; ``block.product`` is Q m then."""
+    product, image = block.buffers()
+    if not block.product_known:
+        product.copy_(block.structure.product(block.momentum))
+        block.product_version = block.structure.version
+    block.structure.thin_product(g).into(image)
+    return image
 
 
 def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
@@ -207,27 +219,43 @@ def lambda_step(
     to v, so that only Q's shape is learned. The 𝒜 returned is that of Q as it is.
     Where a gradient is not finite, or u is zero, nothing is written. Returns (𝒜, whether the step was taken), scalars.
     """
-    uQu = inner(us, vs)
+    loss, power, all_grads = aux_gradients(
+        blocks, us, vs, fvs, damping=damping, precondition=precondition, learn_scale=learn_scale
+    )
+    sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
+    ok = torch.isfinite(_stack([*sums, loss])).all() & (power != 0)
+    if not capturable and not ok:
+        return loss, ok
+    for block, grads in zip(blocks, all_grads, strict=True):
+        adam_step(block, grads, lr, betas, eps, ok)
+    return loss, ok
+
+
+def aux_gradients(
+    blocks: Sequence[Block],
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix],
+    fvs: Sequence[Tensor],
+    *,
+    damping: float,
+    precondition: bool,
+    learn_scale: bool,
+) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    """(𝒜, uᵀv, ∇λ𝒜 of every block), as ``lambda_step`` has them."""
+    power = inner(us, vs)
     vFv = inner(vs, fvs) + damping * inner(vs, vs)  # with γI
-    loss = 0.5 * vFv - uQu
     # Sampled Hessians may have negative curvature.
-    scale = None if learn_scale else torch.where(vFv > 0, uQu / vFv, 1)
+    scale = None if learn_scale else torch.where(vFv > 0, power / vFv, 1)
     ws = [_residual(u, v, fv, damping, scale) for u, v, fv in zip(us, vs, fvs, strict=True)]
     if precondition:
         ws = [b.structure.product(_whole(w)) for b, w in zip(blocks, ws, strict=True)]
-    all_grads = [
+    grads = [
         b.structure.thin_gradients(u, v, w)
         if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum)
         else b.structure.gradients(dense(u), _whole(w))
         for b, u, v, w in zip(blocks, us, vs, ws, strict=True)
     ]
-    sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
-    ok = torch.isfinite(_stack([*sums, loss])).all() & (uQu != 0)
-    if not capturable and not ok:
-        return loss, ok
-    for block, grads in zip(blocks, all_grads, strict=True):
-        _adam(block, grads, lr, betas, eps, ok)
-    return loss, ok
+    return 0.5 * vFv - power, power, grads
 
 
 def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
@@ -244,7 +272,7 @@ def _whole(w: Tensor | Sum) -> Tensor:
     return w if isinstance(w, Tensor) else sum((t.dense for t in w.terms), w.whole)
 
 
-def _adam(
+def adam_step(
     block: Block, grads: dict[str, Tensor], lr: float | Tensor, betas: tuple[float, float], eps: float, ok: Tensor
 ) -> None:
     """Adam on the block's λ where ``ok``, by torch's fused kernel: one pass over memory."""
