@@ -55,7 +55,12 @@ class Block:
     product_version: Version | None = None  # None: m has moved on
     scratch: Tensor | None = None  # (m, n)
     plan: Any = None  # what a backend keeps for a list of blocks that starts with this one
-    groups: list[dict] = field(default_factory=list)  # the parameter group of each part
+    groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
+
+    @cached_property
+    def params(self) -> list[nn.Parameter]:
+        """The parameter of each part."""
+        return [part.param for part in self.parts]
 
     @property
     def dtype(self) -> torch.dtype:

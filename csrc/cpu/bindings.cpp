@@ -68,6 +68,17 @@ void place(Plan& plan, size_t index, uintptr_t momentum, uintptr_t step, uintptr
     }
 }
 
+void point(Plan& plan, const std::vector<uintptr_t>& grads) {
+    size_t count = 0;
+    for (const Block& block : plan.blocks()) count += block.pieces.size();
+    if (grads.size() != count)
+        throw std::invalid_argument("grads should have " + std::to_string(count) + " addresses but have: " +
+                                    std::to_string(grads.size()));
+    size_t k = 0;
+    for (Block& block : plan.blocks())
+        for (Piece& piece : block.pieces) piece.grad.data = pointer(grads[k++]);
+}
+
 void give(Plan& plan, size_t index, int source, uintptr_t given, int dtype, uintptr_t product) {
     Block& block = plan.blocks().at(index);
     block.source = static_cast<Source>(source);
@@ -129,9 +140,13 @@ bool adam(const std::vector<AdamTuple>& rows, double lr, double beta1, double be
     return adam_step(tensors, {lr, beta1, beta2, eps, threads});
 }
 
-double inner_of(const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t, int>>& rows, int threads) {
+double inner_of(const std::vector<uintptr_t>& xs, const std::vector<uintptr_t>& ys, const std::vector<int64_t>& counts,
+                const std::vector<int>& dtypes, int threads) {
+    if (ys.size() != xs.size() || counts.size() != xs.size() || dtypes.size() != xs.size())
+        throw std::invalid_argument("xs, ys, counts and dtypes should be of one length");
     std::vector<Pair> pairs;
-    for (const auto& [x, y, count, dtype] : rows) pairs.push_back({pointer(x), pointer(y), count, dtype_of(dtype)});
+    for (size_t k = 0; k < xs.size(); ++k)
+        pairs.push_back({pointer(xs[k]), pointer(ys[k]), counts[k], dtype_of(dtypes[k])});
     py::gil_scoped_release released;
     return inner(pairs, threads);
 }
@@ -142,6 +157,7 @@ void bind(py::module_& m) {
     py::class_<Plan>(m, "Plan", "The θ step of a list of blocks on a CPU (csrc/cpu/plan.h).")
         .def(py::init(&make), "blocks: (name, dtype of λ, rows, columns, width of each parameter).")
         .def("place", &place, "Where a block's momentum, counter, d, parameters and gradients are.")
+        .def("point", &point, "Where all gradients are, in the layouts they had.")
         .def("give", &give, "What a block's natural gradient is made of in this step.")
         .def("set_rates", &set_rates, "lr and weight decay of each parameter, beta and base lr of each block.")
         .def("average", &average, "m̂ of the blocks that have a place, into it.")

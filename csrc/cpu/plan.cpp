@@ -74,8 +74,8 @@ void Plan::check() const {
 }
 
 Pass Plan::pass_of(const Block& block, int times) const {
-    const double kept = std::pow(block.beta, times);
-    return {1 - kept, 1 - block.beta, std::pow(block.beta, times - 1), 0};
+    const double before = times == 1 ? 1 : block.beta;  // β to the power of times − 1
+    return {1 - before * block.beta, 1 - block.beta, before, 0};
 }
 
 void Plan::average(const std::vector<void*>& outs, const ThetaOptions& options) {
@@ -102,12 +102,14 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     const std::vector<int> seen = gradient_seen_;
     gradient_seen_.assign(blocks_.size(), -1);
 
+    std::vector<Pass> passes(blocks_.size());
+    for (size_t b = 0; b < blocks_.size(); ++b) passes[b] = pass_of(blocks_[b], options.times);
     std::vector<Sums> parts(tasks_.size());
     parallel_for(static_cast<int64_t>(tasks_.size()), threads, [&](int64_t i) {
         const Block& block = blocks_[tasks_[i].block];
         const bool thin = block.source == Source::thin;  // such a gradient is not zero
         const bool look = options.normalize == Normalize::rms && !thin && seen[tasks_[i].block] < 0;
-        parts[i] = kernels(block.dtype).sums(block, tasks_[i], pass_of(block, options.times), look, trust);
+        parts[i] = kernels(block.dtype).sums(block, tasks_[i], passes[tasks_[i].block], look, trust);
     });
 
     std::vector<Sums> totals(blocks_.size());
@@ -117,14 +119,15 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
         total.power += parts[i].power;
         total.gradient = total.gradient || parts[i].gradient;
     }
-    std::vector<Pass> passes(blocks_.size());
-    double power = 0;
+    double power = 0, corrected = 1, last_count = 0;
     bool ok = true;
     for (size_t b = 0; b < blocks_.size(); ++b) {
         const Block& block = blocks_[b];
         const bool after = block.source == Source::after || block.source == Source::after_diagonal;
-        const double corrected = 1 - std::pow(block.beta, (block.step ? *block.step : 0) + options.times);
-        passes[b] = pass_of(block, options.times);
+        const double count = (block.step ? *block.step : 0) + options.times;
+        if (b == 0 || count != last_count || block.beta != blocks_[b - 1].beta)  // most blocks are alike
+            corrected = 1 - std::pow(block.beta, count);
+        last_count = count;
         passes[b].scale = 1 / corrected;
         norms[b] = std::sqrt(totals[b].square) / corrected;
         ok = ok && std::isfinite(norms[b]);

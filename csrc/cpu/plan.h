@@ -13,7 +13,7 @@ namespace fishleg::cpu {
 enum class Normalize : int { none, rms, trust };
 
 struct ThetaOptions {
-    int times = 1;  // how often g is averaged into m̂: 2 with nesterov
+    int times = 1;  // how often g is averaged into m̂: 1, or 2 with nesterov
     Normalize normalize = Normalize::rms;
     double kappa = 0;
     int threads = 1;

@@ -150,20 +150,19 @@ def _natural(block: Block, g: Matrix, times: int) -> Tensor:
     """Q m̂, but for the bias correction. Of a thin g by products of g alone, once Q m is known."""
     if not isinstance(g, Thin):
         return block.structure.product(_averaged(block, g, times))
-    nat, product = thin_image(block, g), block.buffers()[0]
+    know_product(block)
+    product, nat = block.buffers()
+    block.structure.thin_product(g).into(nat)
     product.lerp_(nat, 1 - block.beta)
     block.product_version = block.structure.version
     return nat.lerp_(product, block.beta ** (times - 1))  # βQ m + (1−β)Q g, or Q m
 
 
-def thin_image(block: Block, g: Thin) -> Tensor:
-    """Q g of a thin g, (m, n), in the block's scratch memory; ``block.product`` is Q m then."""
-    product, image = block.buffers()
+def know_product(block: Block) -> None:
+    """Make ``block.product`` Q m."""
     if not block.product_known:
-        product.copy_(block.structure.product(block.momentum))
+        block.buffers()[0].copy_(block.structure.product(block.momentum))
         block.product_version = block.structure.version
-    block.structure.thin_product(g).into(image)
-    return image
 
 
 def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
