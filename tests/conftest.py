@@ -1,4 +1,4 @@
-"""What every test has: torch's generator seeded, so that a failure repeats, whatever ran before."""
+"""What every test has: torch's generator seeded, so that a failure repeats, whatever ran before. And what some ask for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fishleg_fast import backends
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs with every backend for CPUs: with its ops as the test module's ``steps``."""
+    _, ops = backends.choose(request.param, torch.device("cpu"), torch.float64)
+    monkeypatch.setattr(request.module, "steps", ops)
+    return request.param
