@@ -1,4 +1,4 @@
-"""What every test has: torch's generator seeded, so that a failure repeats, whatever ran before. And what some ask for."""
+"""What every test has: torch's generator seeded, so that a failure repeats, whatever ran before."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import pytest
 import torch
 
 from fishleg_fast import backends
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=list(backends.BACKENDS), help="what backend=None takes: in tests, the best")
+
+
+@pytest.fixture(autouse=True)
+def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = request.config.getoption("--backend")
+    if name is not None:
+        monkeypatch.setattr(backends, "BACKENDS", {name: backends.BACKENDS[name], **backends.BACKENDS})
 
 
 @pytest.fixture(autouse=True)
