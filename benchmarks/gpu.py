@@ -23,14 +23,12 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the checkout itself, installed or not
 
 import gpu_build
 import gpu_document
 import gpu_report
+
+ROOT = gpu_build.ROOT
 
 BUDGET = 500.0  # seconds of the whole command: what is left of nine minutes is for the interpreter and the last task
 SHARES = {"build": 0.3, "test": 0.3}  # of the budget, at most
@@ -94,6 +92,7 @@ def supervise(worker: list[str], path: Path, deadline: float, environment: dict[
 
 def worker(path: Path, deadline: float, dry: bool, only: Sequence[str]) -> int:
     """Measure in this process."""
+    sys.path.insert(0, str(ROOT))  # the checkout itself, installed or not
     import gpu_plan
     import torch
     from gpu_measure import Clock

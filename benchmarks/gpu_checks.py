@@ -21,7 +21,7 @@ QUANTITIES = ("refresh", "qv", "lambda", "theta")
 
 
 class Odd(nn.Module):
-    """Layers whose blocks have odd sizes, no bias, a bias, one entry, kernels of a convolution, and no matrix at all."""
+    """Layers whose blocks have odd sizes, no bias, a bias, one entry, a convolution's, and no matrix at all."""
 
     def __init__(self, scale: int) -> None:
         super().__init__()
@@ -88,6 +88,9 @@ def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
         thetas = [part.param.detach().clone() for b in blocks for part in b.parts]
         for _ in range(2):
             ops.theta_step(blocks, gs, nesterov=True)
+            for block in blocks:  # else every average would be the gradient itself
+                for g in block.grads:
+                    g.copy_(g.flip(0)).mul_(-0.5)
         moved = [part.param.detach() for b in blocks for part in b.parts]
         found["theta"] = [b - a for a, b in zip(thetas, moved, strict=True)]
     return found

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_measure import describe
-
 SICK = 75  # a worker's exit status: the device is lost to its process, and another one should go on
 
 
@@ -23,6 +21,12 @@ class Task:
     key: str
     run: Callable[[], dict[str, Any]]
     needs: float = 3.0
+
+
+def describe(error: BaseException) -> str:
+    """An error's type and text, not too much of it."""
+    text = f"{type(error).__name__}: {error}".strip()
+    return text if len(text) <= 600 else text[:600] + " ..."
 
 
 def plain(x: Any) -> Any:

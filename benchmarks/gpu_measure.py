@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from gpu_document import describe
 
 Times = dict[str, Any]
 FEWEST, MOST = 5, 60  # samples of a measurement
@@ -25,12 +27,6 @@ def spread(ms: Sequence[float]) -> Times:
     low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
     found = {"median": statistics.median(ms), "low": low, "high": high, "least": min(ms)}
     return {name: rounded(x) for name, x in found.items()} | {"samples": len(ms)}
-
-
-def describe(error: BaseException) -> str:
-    """An error's type and text, not too much of it."""
-    text = f"{type(error).__name__}: {error}".strip()
-    return text if len(text) <= 600 else text[:600] + " ..."
 
 
 class Clock:
@@ -89,7 +85,7 @@ class Clock:
                 fn()
             marks.append(self.mark())
         self.wait()
-        return spread([self.between(a, b) / row for a, b in zip(marks, marks[1:], strict=False)])
+        return spread([self.between(a, b) / row for a, b in itertools.pairwise(marks)])
 
     def device_alone(self, fn: Callable[[], Any]) -> Times:
         """ms that the device takes for a call: replays of a CUDA graph, the L2 cache flushed before each.
@@ -173,9 +169,9 @@ class Clock:
         return {"kernels": len(names) - copies, "copies": copies}
 
     def clear(self) -> None:
-        """Give the device's memory back after a task."""
-        gc.collect()
-        if self.cuda:
+        """Give memory back where a third of the device's is held: optimizers are cycles of references."""
+        if self.cuda and torch.cuda.memory_reserved() > torch.cuda.get_device_properties(self.device).total_memory / 3:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def healthy(self) -> bool:

@@ -21,14 +21,13 @@ from gpu_shapes import TALLEST, WIDEST_TARGET
 
 from fishleg_fast import __version__, backends
 
-PRECISIONS = ("highest", "high", "medium", "tf32x3")
-MAIN = ("highest", "high")  # what comes first
-
 
 @dataclass(frozen=True)
 class Plan:
     """Sizes and patience; see ``FULL`` and ``REHEARSAL``."""
 
+    main: tuple[str, ...]  # precisions that come first
+    precisions: tuple[str, ...]
     squares: tuple[int, ...]
     lists: dict[str, list[gpu_shapes.Shape]]
     step_squares: tuple[int, ...]  # of the ops that hold the most state
@@ -43,11 +42,25 @@ class Plan:
 
 
 FULL = Plan(
+    ("highest", "high"),
+    ("highest", "high", "medium", "tf32x3"),
     gpu_shapes.SQUARES, gpu_shapes.LISTS, (256, 1024, 4096), gpu_models.CASES, 8, 1 << 28, (4096, 8192), 0.12, 3.0,
     "inductor", 1.0,
 )  # fmt: skip
 REHEARSAL = Plan(
-    gpu_shapes.TINY_SQUARES, gpu_shapes.TINY_LISTS, (4,), gpu_models.TINY, 1, 1 << 10, (8,), 0.0, 0.0, "eager", 0.1
+    ("highest",),
+    ("highest", "medium"),
+    gpu_shapes.TINY_SQUARES,
+    gpu_shapes.TINY_LISTS,
+    (4,),
+    gpu_models.TINY,
+    1,
+    1 << 10,
+    (8,),
+    0.0,
+    0.0,
+    "eager",
+    0.1,
 )
 
 
@@ -106,37 +119,37 @@ def _tasks(plan: Plan, clock: Clock, names: list[str]) -> Iterator[Task]:
     """The same, where a key may come again."""
     yield from _checks(plan, clock, names)
     yield Task("peak/copy", partial(gpu_ops.copy_task, clock, plan.copy))
-    for precision in PRECISIONS:
+    for precision in plan.precisions:
         yield Task(f"peak/gemm/{precision}", partial(gpu_ops.gemm_task, clock, plan.gemms, precision))
     squares = {str(d): [(d, d)] for d in plan.squares}
     small = {k: s for k, s in squares.items() if int(k) <= WIDEST_TARGET}
     large = {k: s for k, s in squares.items() if int(k) > WIDEST_TARGET}
     tall = {k: s for k, s in squares.items() if int(k) >= TALLEST} or dict(list(squares.items())[-1:])
     # the issue's targets
-    yield from _theta(plan, clock, names, "mnist", MAIN)
+    yield from _theta(plan, clock, names, "mnist", plan.main)
     for shapes in (small, tall, large):
-        yield from _op(plan, clock, names, "refresh" if shapes is tall else "qv", shapes, MAIN)
+        yield from _op(plan, clock, names, "refresh" if shapes is tall else "qv", shapes, plan.main)
     # whole steps
-    yield from _train(plan, clock, names, "mnist", MAIN)
+    yield from _train(plan, clock, names, "mnist", plan.main)
     for case in plan.cases:
-        yield from _theta(plan, clock, names, case, MAIN)
-        yield from _train(plan, clock, names, case, MAIN)
+        yield from _theta(plan, clock, names, case, plan.main)
+        yield from _train(plan, clock, names, case, plan.main)
     # everything else
-    yield from _op(plan, clock, names, "qv", squares, PRECISIONS)
-    yield from _op(plan, clock, names, "refresh", tall, PRECISIONS)
+    yield from _op(plan, clock, names, "qv", squares, plan.precisions)
+    yield from _op(plan, clock, names, "refresh", tall, plan.precisions)
     some = {str(d): [(d, d)] for d in plan.step_squares}
-    for precisions in (MAIN, PRECISIONS):
+    for precisions in (plan.main, plan.precisions):
         yield from _op(plan, clock, names, "qv", plan.lists, precisions)
         for op in ("theta_step", "lambda_step", "refresh"):
             yield from _op(plan, clock, names, op, {**plan.lists, **some}, precisions)
     for case in plan.cases:
-        yield from _theta(plan, clock, names, case, PRECISIONS)
+        yield from _theta(plan, clock, names, case, plan.precisions)
 
 
 def _checks(plan: Plan, clock: Clock, names: list[str]) -> Iterator[Task]:
     for backend in names:
         for structure in gpu_checks.STRUCTURES:
-            for precision in PRECISIONS:
+            for precision in plan.precisions:
                 run = partial(
                     gpu_checks.check_task, clock.device, backend, precision, structure, plan.check_scale
                 )  # fmt: skip

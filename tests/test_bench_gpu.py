@@ -1,0 +1,435 @@
+"""The command for a GPU: a rehearsal on the CPU end to end, and that its bookkeeping, floors and opponents are right.
+
+Nothing here is about how long anything takes.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from dense import randn, relative
+from torch.utils.flop_counter import FlopCounterMode
+
+from fishleg_fast import reference
+from fishleg_fast.structure import Structure
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = str(ROOT / "benchmarks")
+sys.path.insert(0, BENCHMARKS)  # they import each other by short names, as scripts do
+try:
+    import gpu
+    import gpu_build
+    import gpu_checks
+    import gpu_models
+    import gpu_ops
+    import gpu_plain
+    import gpu_report
+    import gpu_shapes
+    import gpu_steps
+    from gpu_document import SICK, Document, Task, work
+    from gpu_measure import Clock, spread
+finally:
+    sys.path.remove(BENCHMARKS)
+
+CPU = torch.device("cpu")
+
+
+# ---- the rehearsal
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """OUT of a rehearsal, and its process."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--budget", "200", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return out, done
+
+
+def test_a_rehearsal_measures_everything_and_says_what_it_is(rehearsal):
+    out, done = rehearsal
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(p.name for p in out.iterdir()) == ["gpu.json", "gpu.txt"]
+    data = json.loads((out / "gpu.json").read_text())
+    assert data["rehearsal"] and data["unmeasured"] == [] and data["running"] is None
+    assert [key for key, r in data["results"].items() if "error" in r] == []
+    kinds = {key.split("/")[0] for key in data["results"]}
+    assert kinds == {"check", "peak", "qv", "refresh", "theta_step", "lambda_step", "theta", "train"}
+    for by in ("reference", "compiled", "compiled-graphs"):
+        assert f"qv/4/{by}/highest" in data["results"]
+    assert {key.split("/")[2] for key in data["results"] if key.startswith("theta/mnist/")} >= {
+        "adamw", "published", "reference"
+    }  # fmt: skip
+    assert {key.split("/")[1] for key in data["results"] if key.startswith("train/")} == set(gpu_models.CASES)
+    times = data["results"]["lambda_step/4/reference/highest"]["call"]
+    assert 0 < times["least"] <= times["low"] <= times["median"] <= times["high"] and times["samples"] >= 5
+    for key in ("commit", "date", "command", "seconds", "targets"):
+        assert data[key]
+    assert {"device", "python", "torch", "triton", "backends"} <= set(data["environment"])
+    assert str(out) not in (out / "gpu.json").read_text()
+
+
+def test_the_tables_follow_from_the_json_alone(rehearsal):
+    out, _ = rehearsal
+    text = (out / "gpu.txt").read_text()
+    assert gpu_report.render(json.loads((out / "gpu.json").read_text())) == text
+    assert "REHEARSAL" in text.splitlines()[2]
+    for title in ("Targets", "Correctness", "θ step of whole models", "Training steps", *gpu_report.OPS.values()):
+        assert f"## {title}" in text
+    assert not re.search(r"\| +(yes|NO) \|$", text.split("## Correctness")[0], re.M)  # a rehearsal meets no target
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--render", str(out / "gpu.json")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == text + "\n"
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "x")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_the_make_target_takes_the_interpreter_as_it_is():
+    def says(*variables):
+        command = ["make", "-n", "bench-gpu", "PYTHON=python3", *variables]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+    assert says("OUT=x") == ["python3", "benchmarks/gpu.py", "--out", "x"]
+    assert says("OUT=x", "ARGS=--only qv")[-2:] == ["--only", "qv"]
+
+
+# ---- bookkeeping
+
+
+def fill(path, tasks, deadline=1e12, healthy=lambda: True):
+    """What a worker does; (exit status, the file's data)."""
+    status = work(Document(path, gpu_report.render), tasks, deadline, healthy, lambda: None)
+    return status, json.loads(path.read_text())
+
+
+def test_the_budget_stops_it_and_what_there_is_stays(tmp_path):
+    seen = []
+
+    def run(name):
+        seen.append(name)
+        return {"call": spread([1.0, 2.0])}
+
+    tasks = [
+        Task("qv/4/a/high", partial(run, "a"), 1),
+        Task("b", partial(run, "b"), 1e6),
+        Task("c", partial(run, "c"), 1),
+    ]
+    status, data = fill(tmp_path / "gpu.json", tasks, deadline=time.time() + 1000)
+    assert (status, seen) == (0, ["a", "c"])  # what is too long is left out, a shorter one after it is not
+    assert data["unmeasured"] == ["b"] and list(data["results"]) == ["qv/4/a/high", "c"]
+    text = (tmp_path / "gpu.txt").read_text()
+    assert "no time for\n\n- b\n" in text
+    _, data = fill(tmp_path / "gpu.json", tasks, deadline=0)
+    assert seen == ["a", "c"] and data["unmeasured"] == ["b"]
+
+
+def test_the_file_holds_every_result_before_the_next_is_measured(tmp_path):
+    path = tmp_path / "gpu.json"
+
+    def second():
+        data = json.loads(path.read_text())
+        assert data["running"] == "second" and data["results"]["first"]["x"] == 1 and data["unmeasured"] == ["second"]
+        return {"x": float("nan")}
+
+    _, data = fill(path, [Task("first", lambda: {"x": 1}), Task("second", second)])
+    assert data["results"]["second"]["x"] is None  # the assertions held, and JSON has no nan
+
+
+def test_a_failing_measurement_is_recorded_and_the_rest_goes_on(tmp_path):
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+
+    tasks = [Task("qv/64/triton/high", fails), Task("qv/64/cuda/high", lambda: {"call": spread([3.0])})]
+    status, data = fill(tmp_path / "gpu.json", tasks)
+    assert status == 0 and data["results"]["qv/64/cuda/high"]["call"]["median"] == 3
+    assert (
+        data["results"]["qv/64/triton/high"]["error"]
+        == "OutOfMemoryError: CUDA out of memory. Tried to allocate 99 GiB"
+    )
+    assert "- qv/64/triton/high: OutOfMemoryError" in (tmp_path / "gpu.txt").read_text()
+    # a device that is lost to the process: the next process goes on after it
+    tasks = [Task("a", fails), Task("b", lambda: {"x": 1})]
+    status, data = fill(tmp_path / "lost.json", tasks, healthy=lambda: False)
+    assert status == SICK and list(data["results"]) == ["a"]
+    status, data = fill(tmp_path / "lost.json", tasks)
+    assert status == 0 and list(data["results"]) == ["a", "b"]
+
+
+WORKER = f"""
+import os, sys, time
+sys.path.insert(0, {BENCHMARKS!r})
+from pathlib import Path
+from gpu_document import Document, Task, work
+def dies(): os.kill(os.getpid(), 9)
+def hangs(): time.sleep(100)
+tasks = [Task("a", dict), Task("b", dies), Task("c", dict), Task("d", hangs), Task("e", dict)]
+sys.exit(work(Document(Path(sys.argv[1])), tasks, 1e12, lambda: True, lambda: None))
+"""
+
+
+def test_a_worker_that_dies_or_hangs_is_followed_by_another(tmp_path):
+    path = tmp_path / "gpu.json"
+    Document(path).save()
+    command = [sys.executable, "-c", WORKER, str(path)]
+    troubles = gpu.supervise(command, path, time.time() + 60, dict(os.environ), hangs=1.0)
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["a", "b", "c", "d", "e"]
+    assert results["b"]["error"] == "the process died: SIGKILL" and "hung" in results["d"]["error"]
+    assert len(troubles) == 2 and not any("error" in results[k] for k in "ace")
+
+
+def test_a_worker_that_cannot_start_is_not_started_again(tmp_path):
+    path = tmp_path / "gpu.json"
+    Document(path).save()
+    os.utime(path, (1, 1))
+    troubles = gpu.supervise([sys.executable, "-c", "raise SystemExit(3)"], path, time.time() + 60, dict(os.environ), 9)
+    assert troubles == ["the process died: exit status 3, before it measured anything"]
+
+
+def test_missing_tools_and_a_missing_pytest_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_build, "_module", lambda name: False)
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: None)
+    record = gpu_build.build(tmp_path, 5)
+    assert not record["built"] and "pybind11" in record["why"] and "nvcc" not in record["why"]
+    tests = gpu_build.test(tmp_path, 5)
+    assert "pytest is missing" in tests["verdict"] and not tests["failed"]
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict", "failed"),
+    [("pass", "passed", False), ("assert 0", "FAILED", True), ("import time; time.sleep(60)", "cut off", False)],
+)
+def test_the_kernels_tests_are_run_and_judged(tmp_path, monkeypatch, body, verdict, failed):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_it():\n    {body}\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_build, "_module", lambda name: name == "pytest")
+    record = gpu_build.test(tmp_path, 1.5 if verdict == "cut off" else 60)
+    assert record["verdict"].startswith(verdict) and record["failed"] == failed
+    assert (record["failures"] != []) == failed
+
+
+# ---- targets
+
+
+def test_targets_are_judged_at_the_worst_size_and_only_where_measured():
+    one = lambda x: {"call": spread([x])}
+    results = {
+        "theta/mnist/adamw/highest": one(1.0), "theta/mnist/triton/high": one(2.5),
+        "theta/mnist/published/high": one(40.0),
+        "qv/256/triton/high": one(1.0), "qv/256/compiled/high": one(9.0), "qv/256/compiled-graphs/high": one(3.0),
+        "qv/512/triton/high": one(1.0), "qv/512/compiled/high": one(2.5),
+        "qv/1024/triton/high": one(1.0), "qv/1024/compiled/high": one(0.9),
+        "refresh/2048/triton/high": one(9.0), "refresh/2048/mm/high": one(1.0),
+        "refresh/4096/triton/high": one(1.0), "refresh/4096/mm/high": one(1.6),
+        "refresh/8192/triton/high": {"error": "out of memory"}, "refresh/8192/mm/high": one(10.0),
+    }  # fmt: skip
+    backends = {n: {"available": True, "why": ""} for n in ("triton", "reference")}
+    data = {"results": results, "environment": {"backends": backends}}
+    found = [t for t in gpu_report.targets(data) if t["timing"] == "call" and t["precision"] == "high"]
+    assert {t["backend"] for t in found} == {"triton"}
+    values = [(t["value"], t["at"], t["measured"], t["met"]) for t in found]
+    assert values == [
+        (2.5, "mnist", "1 of 1", True),
+        (16.0, "mnist", "1 of 1", False),
+        (2.5, "512", "2 of 2", True),  # the faster compiled one counts: 3 at 256
+        (0.9, "1024", "3 of 3", False),
+        (1.6, "4096", "1 of 2", None),  # good so far, but one size is missing
+    ]
+    assert all(t["met"] is None for t in gpu_report.targets(data) if t["timing"] == "device")
+    text = gpu_report.render(data)
+    assert re.search(r"0\.9 at 1024 .* NO \|", text) and "REHEARSAL" not in text
+
+
+def test_failed_is_a_wrong_check_a_failed_test_or_no_check():
+    check = lambda right: {"results": {"check/kron/a/high": {"right": right}}, "tests": {"failed": False}}
+    assert not gpu_report.failed(check(True)) and gpu_report.failed(check(False))
+    assert gpu_report.failed({"results": {"check/kron/a/high": {"error": "it raised"}}})
+    assert gpu_report.failed({"results": {}})
+    assert gpu_report.failed(check(True) | {"tests": {"failed": True}})
+
+
+# ---- floors and opponents
+
+SHAPES = [(2, 3), (5, 4)]
+ELEMENTWISE = {"qv": 0, "theta_step": 10 * (6 + 20), "lambda_step": 12 * (4 + 9 + 25 + 16)}
+
+
+@pytest.mark.parametrize("op", ELEMENTWISE)
+def test_flops_of_the_floor_are_those_of_the_plain_products(op):
+    function, arguments = gpu_ops.plain(op, SHAPES, CPU, "highest")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    assert gpu_shapes.cost(op, SHAPES)[0] == counter.get_total_flops() + ELEMENTWISE[op]
+
+
+def test_a_refresh_needs_half_of_two_products():
+    flops = 0
+    for k in (2, 3, 5, 4):  # an entry (i, j ≤ i) is k products and sums
+        flops += sum(2 * k for i in range(k) for j in range(i + 1))
+    assert gpu_shapes.cost("refresh", SHAPES) == (flops, 4 * 2 * (4 + 9 + 25 + 16))
+
+
+def test_bytes_of_the_floor():
+    factors, block = 4 + 9 + 25 + 16, 6 + 20
+    assert gpu_shapes.cost("qv", SHAPES)[1] == 4 * (factors + 2 * block)  # P, S, u; Q u
+    assert gpu_shapes.cost("theta_step", SHAPES)[1] == 4 * (factors + 3 * block + 2 * block)  # P, S, g, m, θ; m, θ
+    # P, S, u, v, F v, λ and its two moments; λ and its moments
+    assert gpu_shapes.cost("lambda_step", SHAPES)[1] == 4 * (factors + 3 * block + 3 * factors + 3 * factors)
+    with pytest.raises(ValueError, match="op should be"):
+        gpu_shapes.cost("sgd", SHAPES)
+
+
+def test_the_floor_in_ms_is_the_longer_one():
+    results = {"peak/copy": {"bytes/s": 1e3}, "peak/gemm/high": {"flop/s": 1e3}}
+    flops, bytes_ = gpu_shapes.cost("qv", [(64, 64)])
+    assert flops > bytes_ and gpu_report.floor({"results": results}, "qv", "64", "high") == pytest.approx(flops)
+    results["peak/copy"]["bytes/s"] = 1.0
+    assert gpu_report.floor({"results": results}, "qv", "64", "high") == pytest.approx(1000 * bytes_)
+    assert gpu_report.floor({"results": results}, "qv", "64", "tf32x3") is None
+
+
+def plain_arguments(bench):
+    """A bench's own tensors, copied, as the plain functions take them."""
+    aux = [{k: t.clone() for k, t in b.structure.fishleg_aux.items()} for b in bench.blocks]
+    cache = [{k: t.clone() for k, t in b.structure.cache.items()} for b in bench.blocks]
+    return [a["R"] for a in aux], [a["L"] for a in aux], [c["P"] for c in cache], [c["S"] for c in cache]
+
+
+@pytest.fixture
+def bench():
+    with gpu_ops.Bench(SHAPES, CPU, "reference", "highest") as made:
+        for group in made.opt.param_groups:
+            group["lr"] = 0.1
+        yield made
+
+
+def test_plain_qv_and_refresh_are_the_reference(bench):
+    Rs, Ls, Ps, Ss = plain_arguments(bench)
+    for got, want in zip(gpu_plain.qv(Ps, bench.us, Ss), bench.qv(), strict=True):
+        assert relative(got, want) < 1e-6
+    fresh = [[torch.full_like(t, float("nan")) for t in side] for side in (Ps, Ss)]
+    gpu_plain.refresh(Rs, Ls, *fresh)
+    assert all(relative(a, b) < 1e-6 for a, b in zip(fresh[0] + fresh[1], Ps + Ss, strict=True))
+
+
+def test_the_plain_theta_step_is_the_reference(bench):
+    _, _, Ps, Ss = plain_arguments(bench)
+    thetas = [[b.parts[0].param.detach().clone()] for b in bench.blocks]
+    grads = [[b.grads[0].clone()] for b in bench.blocks]
+    momenta = [torch.zeros(s) for s in SHAPES]
+    before = [t[0].clone() for t in thetas]
+    for step in (1, 2):
+        bench.theta_step()
+        correction = torch.tensor(1 - gpu_plain.BETA ** (step + 1))
+        gpu_plain.theta_step(thetas, grads, momenta, Ps, Ss, correction, 0.1)
+    for block, (theta,), old, m in zip(bench.blocks, thetas, before, momenta, strict=True):
+        assert relative(theta - old, block.parts[0].param.detach() - old) < 1e-5
+        assert relative(m, block.momentum) < 1e-6
+
+
+def test_the_plain_lambda_step_is_the_reference(bench, monkeypatch):
+    monkeypatch.setattr(gpu_ops, "LR", 0.1)
+    Rs, Ls, Ps, Ss = plain_arguments(bench)
+    before = [t.clone() for t in Rs + Ls]
+    moments = [[torch.zeros_like(x) for x in (R, R, L, L)] for R, L in zip(Rs, Ls, strict=True)]
+    for block in bench.blocks:
+        block.structure.refresh()
+    bench.lambda_step()
+    step = torch.zeros(())
+    gpu_plain.lambda_step(Rs, Ls, Ps, Ss, moments, bench.us, bench.vs, bench.fvs, step, gpu_ops.DAMPING, 0.1)
+    want = [b.structure.fishleg_aux[n] for n in "RL" for b in bench.blocks]
+    for got, end, old in zip(Rs + Ls, want, before, strict=True):
+        assert relative(got - old, end - old) < 1e-4
+    for mine, block in zip(moments, bench.blocks, strict=True):
+        assert relative(mine[1], block.exp_avg_sq["R"]) < 1e-4 and relative(mine[2], block.exp_avg["L"]) < 1e-4
+
+
+def test_a_refresh_that_is_timed_computes(bench, monkeypatch):
+    calls = []
+    real = Structure._factors_as_operands
+    monkeypatch.setattr(Structure, "_factors_as_operands", lambda self: calls.append(1) or real(self))
+    bench.refresh()
+    bench.refresh()
+    assert len(calls) == 2 * len(SHAPES)
+
+
+# ---- checks and steps
+
+
+def wrong(op, change):
+    """The reference with one op's results changed."""
+
+    class Wrong:
+        def __getattr__(self, name):
+            return getattr(reference, name)
+
+    ops = Wrong()
+    setattr(ops, op, change(getattr(reference, op)))
+    return ops
+
+
+def errors_of(ops):
+    make = partial(gpu_checks.optimizer, 1, CPU, structure="kron")
+    ours = make(torch.float32, backend="reference", precision="highest")
+    truth = make(torch.float64, backend="reference", precision="highest")
+    got, want = gpu_checks.run(ours, ops), gpu_checks.run(truth, reference)
+    return {q: gpu_checks.relative(got[q], want[q]) for q in gpu_checks.QUANTITIES}
+
+
+def test_the_check_finds_what_is_wrong():
+    limit = gpu_checks.LIMITS["highest"]
+    assert max(errors_of(reference).values()) < limit
+    off = errors_of(wrong("qv", lambda qv: lambda bs, us: [1.001 * v for v in qv(bs, us)]))
+    assert off["qv"] > limit > off["refresh"]
+    nan = errors_of(wrong("qv", lambda qv: lambda bs, us: [v / 0 * 0 for v in qv(bs, us)]))
+    assert nan["qv"] == float("inf")
+    half = errors_of(wrong("lambda_step", lambda f: lambda *a, damping, **o: f(*a, damping=2 * damping, **o)))
+    assert half["lambda"] > limit > half["qv"]
+    plain = errors_of(wrong("theta_step", lambda f: lambda *a, nesterov: f(*a, nesterov=False)))
+    assert plain["theta"] > limit > plain["lambda"]
+    lazy = errors_of(wrong("theta_step", lambda f: lambda *a, **o: None))
+    assert lazy["theta"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("case", gpu_models.TINY)
+def test_models_can_be_stepped_without_a_warning(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a ggn that forward mode fails
+        training = gpu_steps.Training(Clock(CPU, 0.0), gpu_models.TINY[case], "reference", "highest")
+        figures = training.cycle()
+    training.finish()
+    assert set(figures) == {"whole", "passes", "step", "ordinary", "aux", "anchor"}
+    assert training.opt.diagnostics()["aux_steps"] == 1 and training.opt.diagnostics()["anchors"] == 1
+
+
+def test_the_transformer_is_causal():
+    model = gpu_models.transformer(8, 2, 2, 5).double()
+    x = randn(1, 4, 8)
+    y = x.clone()
+    y[:, 3] = randn(8, seed=1)
+    a, b = model(x), model(y)
+    assert torch.equal(a[:, :3], b[:, :3]) and not torch.allclose(a[:, 3], b[:, 3])
+
+
+def test_the_published_way_is_timed_as_it_is():
+    """One θ step of it: its own function, with λ that is not the identity, and nothing else in the call."""
+    fn = gpu_steps._theta(gpu_models.TINY["mnist"], CPU, "published", "highest", False)
+    assert fn.__func__ is gpu_steps.Published.theta_step
+    layer = fn.__self__.layers[0]
+    assert not torch.equal(layer.R, torch.eye(len(layer.R)))
+    assert fn.__self__.steps == 0  # no λ update has run
