@@ -126,18 +126,16 @@ def measure(args: argparse.Namespace, command: str) -> int:
         "rehearsal": args.dry_run, "command": command, "commit": commit(), "budget": args.budget,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+    skipped = {"verdict": "not in a rehearsal" if args.dry_run else "not with --only", "failed": False}
     if args.dry_run:
-        skipped = "not in a rehearsal"
-        document.data |= {"build": {"built": False, "why": skipped}, "tests": {"verdict": skipped, "failed": False}}
-    elif args.only:
-        skipped = "not with --only"
-        document.data |= {"build": {"built": False, "why": skipped}, "tests": {"verdict": skipped, "failed": False}}
+        document.data["build"] = {"built": False, "why": skipped["verdict"]}
     else:
         document.data["build"] = gpu_build.build(args.out, args.budget * SHARES["build"])
         document.save()
         print(f"extension: {document.data['build'].get('why', 'built')}", flush=True)
-        document.data["tests"] = gpu_build.test(args.out, args.budget * SHARES["test"])
-        print(f"pytest -m gpu: {document.data['tests']['verdict']}", flush=True)
+    alone = args.dry_run or args.only
+    document.data["tests"] = skipped if alone else gpu_build.test(args.out, args.budget * SHARES["test"])
+    print(f"pytest -m gpu: {document.data['tests']['verdict']}", flush=True)
     document.save()
     process = [sys.executable, __file__, "--out", str(args.out), "--worker", str(deadline)]
     process += ["--dry-run"] * args.dry_run + (["--only", ",".join(args.only)] if args.only else [])

@@ -71,7 +71,7 @@ def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
     Adam's eps is large, so that a change of λ is about proportional to its gradient and not to the gradient's sign.
     """
     with opt._own_arithmetic():
-        blocks, gs = opt._gather()
+        blocks, _ = opt._gather()
         us = _vectors(blocks, 2)
         fvs = [u + 0.5 * x for u, x in zip(us, _vectors(blocks, 3), strict=True)]  # of positive curvature, as F v is
         ops.refresh(blocks)
@@ -87,6 +87,7 @@ def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
         ops.refresh(blocks)
         thetas = [part.param.detach().clone() for b in blocks for part in b.parts]
         for _ in range(2):
+            blocks, gs = opt._gather()
             ops.theta_step(blocks, gs, nesterov=True)
             for block in blocks:  # else every average would be the gradient itself
                 for g in block.grads:

@@ -24,9 +24,11 @@ class Task:
 
 
 def describe(error: BaseException) -> str:
-    """An error's type and text, not too much of it."""
+    """An error's type and text, and those of the one that it came out of; not too much of them."""
     text = f"{type(error).__name__}: {error}".strip()
-    return text if len(text) <= 600 else text[:600] + " ..."
+    text = text if len(text) <= 600 else text[:600] + " ..."
+    before = error.__cause__ or error.__context__
+    return text if before is None else f"{text} (after {describe(before)})"
 
 
 def plain(x: Any) -> Any:

@@ -123,21 +123,22 @@ class Clock:
         self.wait()
         return graph
 
-    def both(self, fn: Callable[[], Any], capturable: Callable[[], Any] | None = None) -> Times:
+    def both(self, fn: Callable[[], Any], capturable: Callable[[], Any] | None) -> Times:
         """{"call": as an eager program calls it, "device": the device alone}.
 
-        ``capturable``: the same without synchronisation, for the graph. Where it cannot be captured, single calls of
-        ``fn`` stand in for the graph, and "capture error" says why.
+        ``capturable``: the same without synchronisation, for the graph. Where it cannot be captured, or is None, single
+        calls of ``fn`` stand in for the graph; "capture error" says why.
         """
         result: Times = {"call": self.calls(fn)}
-        if self.cuda:
-            try:
-                result["device"] = self.device_alone(capturable or fn)
-            except Exception as error:
-                result["capture error"] = describe(error)
-                self.wait()  # a device that is lost cannot go on
-                result["device"] = self.flushed(fn) | {"how": "calls"}
-        return result
+        if not self.cuda:
+            return result
+        try:
+            if capturable is not None:
+                return result | {"device": self.device_alone(capturable)}
+        except Exception as error:
+            result["capture error"] = describe(error)
+            self.wait()  # a device that is lost cannot go on
+        return result | {"device": self.flushed(fn) | {"how": "calls"}}
 
     def launches(self, fn: Callable[[], Any]) -> Times:
         """{"kernels": how many one call runs, "copies": memcpy and memset besides}, or {"launches error"}.

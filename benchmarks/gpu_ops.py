@@ -100,7 +100,9 @@ def backend_task(clock: Clock, op: str, shapes: Sequence[Shape], backend: str, p
     with Bench(shapes, clock.device, backend, precision) as eager:
         fn = eager.function(op)
         if op in ("qv", "refresh"):
-            return clock.both(fn) | clock.launches(fn)
+            return clock.both(fn, fn) | clock.launches(fn)
+        if backend == "reference":  # makes tensors of host numbers, which no graph captures
+            return clock.both(fn, None) | clock.launches(fn)
         with Bench(shapes, clock.device, backend, precision, capturable=True) as captured:
             return clock.both(fn, captured.function(op)) | clock.launches(fn)
 
@@ -150,7 +152,7 @@ def compiled_task(
             for t in _leaves(arguments):
                 torch._dynamo.mark_static_address(t)  # else the graph copies every argument at every call
         fn = partial(gpu_plain.compiled(function, mode, compiler), *arguments)
-        return {"call": clock.calls(fn)} if mode is not None else clock.both(fn) | clock.launches(fn)
+        return {"call": clock.calls(fn)} if mode is not None else clock.both(fn, fn) | clock.launches(fn)
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def mm_task(clock: Clock, shape: Shape, precision: str) -> Times:
             torch.mm(R.T, R, out=P)
             torch.mm(L, L.T, out=S)
 
-        return clock.both(fn)
+        return clock.both(fn, fn)
 
 
 # ---- what the device can do

@@ -44,7 +44,7 @@ class Plan:
 FULL = Plan(
     ("highest", "high"),
     ("highest", "high", "medium", "tf32x3"),
-    gpu_shapes.SQUARES, gpu_shapes.LISTS, (256, 1024, 4096), gpu_models.CASES, 8, 1 << 28, (4096, 8192), 0.12, 3.0,
+    gpu_shapes.SQUARES, gpu_shapes.LISTS, (256, 1024, 4096), gpu_models.CASES, 8, 1 << 28, (4096, 8192), 0.12, 1.5,
     "inductor", 1.0,
 )  # fmt: skip
 REHEARSAL = Plan(
@@ -176,9 +176,12 @@ def _op(
             if op == "refresh" and len(shapes) == 1:
                 run = partial(gpu_ops.mm_task, clock, shapes[0], precision)
                 yield Task(f"{op}/{size}/mm/{precision}", run)
-            for name, mode in (("compiled", None), ("compiled-graphs", "reduce-overhead")):
+            modes = {"compiled": None, "compiled-graphs": "reduce-overhead"}
+            if op in ("theta_step", "lambda_step"):
+                del modes["compiled-graphs"]  # compiling these takes longest
+            for name, mode in modes.items():
                 run = partial(gpu_ops.compiled_task, clock, op, shapes, precision, mode, plan.compiler)
-                yield Task(f"{op}/{size}/{name}/{precision}", run, 20 if len(shapes) > 8 else 10)
+                yield Task(f"{op}/{size}/{name}/{precision}", run, 20 if len(shapes) > 1 else 8)
 
 
 def _contestants(names: list[str], precisions: tuple[str, ...], published: bool) -> Iterator[tuple[str, str]]:

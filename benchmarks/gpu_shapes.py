@@ -20,10 +20,10 @@ def layers(widths: Sequence[int]) -> list[Shape]:
 
 
 LISTS: dict[str, list[Shape]] = {
-    "50×(64, 65)": [(64, 65)] * 50,
+    "12×(64, 65)": [(64, 65)] * 12,
     "12×(256, 257)": [(256, 257)] * 12,
     "MNIST autoencoder": layers((784, 1000, 500, 250, 30)),
-    "transformer": [(2304, 769), (768, 769), (3072, 769), (768, 3073)] * 12,
+    "3 transformer layers": [(2304, 769), (768, 769), (3072, 769), (768, 3073)] * 3,
 }
 SQUARES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TINY_LISTS: dict[str, list[Shape]] = {"MNIST autoencoder": layers((6, 5, 3))}
