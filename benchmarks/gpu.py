@@ -57,6 +57,7 @@ def supervise(worker: list[str], path: Path, deadline: float, environment: dict[
     while len(troubles) <= RESTARTS:
         process = subprocess.Popen(worker, cwd=ROOT, env=environment, start_new_session=True)
         started, why = time.time(), ""
+        before = len(gpu_document.Document(path).results)
         while process.poll() is None:
             time.sleep(0.1)
             last = max(started, path.stat().st_mtime)
@@ -77,7 +78,7 @@ def supervise(worker: list[str], path: Path, deadline: float, environment: dict[
         if running is not None:
             document.results.setdefault(running, {"error": why})
             document.data["running"] = None
-        elif status != gpu_document.SICK and path.stat().st_mtime < started:
+        elif len(document.results) == before:
             troubles.append(f"{why}, before it measured anything")
             document.data["troubles"] = troubles
             document.save()
@@ -90,21 +91,21 @@ def supervise(worker: list[str], path: Path, deadline: float, environment: dict[
     return troubles
 
 
-def worker(path: Path, deadline: float, dry: bool, only: Sequence[str]) -> int:
+def worker(path: Path, deadline: float, dry: bool, only: Sequence[str], backends: Sequence[str]) -> int:
     """Measure in this process."""
     sys.path.insert(0, str(ROOT))  # the checkout itself, installed or not
     import gpu_plan
     import torch
     from gpu_measure import Clock
 
-    device = torch.device("cpu" if dry else "cuda")
+    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
     plan = gpu_plan.REHEARSAL if dry else gpu_plan.FULL
     document = gpu_document.Document(path, gpu_report.render)
     if "environment" not in document.data:
         document.data["environment"] = gpu_plan.environment(device)
         document.save()
     clock = Clock(device, plan.seconds)
-    chosen = [t for t in gpu_plan.tasks(plan, clock) if not only or t.key.startswith(tuple(only))]
+    chosen = [t for t in gpu_plan.tasks(plan, clock, backends) if not only or t.key.startswith(tuple(only))]
     return gpu_document.work(document, chosen, deadline, clock.healthy, clock.clear)
 
 
@@ -138,7 +139,9 @@ def measure(args: argparse.Namespace, command: str) -> int:
     print(f"pytest -m gpu: {document.data['tests']['verdict']}", flush=True)
     document.save()
     process = [sys.executable, __file__, "--out", str(args.out), "--worker", str(deadline)]
-    process += ["--dry-run"] * args.dry_run + (["--only", ",".join(args.only)] if args.only else [])
+    process += ["--dry-run"] * args.dry_run
+    for flag in ("only", "backends"):
+        process += [f"--{flag}", ",".join(getattr(args, flag))] if getattr(args, flag) else []
     environment = dict(os.environ)
     if args.dry_run:
         environment["TRITON_INTERPRET"] = "1"  # Triton's own CPU test mode
@@ -159,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:.0f}")
     parser.add_argument("--dry-run", action="store_true", help="a rehearsal on the CPU; no figure of it counts")
     parser.add_argument("--only", type=lambda t: t.split(","), default=[], help="what begins so: check,qv/512,theta")
+    parser.add_argument("--backends", type=lambda t: t.split(","), default=[], help="these alone: reference,triton")
     parser.add_argument("--hangs", type=float, default=HANGS, metavar="SECONDS", help=argparse.SUPPRESS)
     parser.add_argument("--render", type=Path, metavar="JSON", help="print the tables of this file, measure nothing")
     parser.add_argument("--worker", type=float, metavar="DEADLINE", help=argparse.SUPPRESS)
@@ -167,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(gpu_report.render(gpu_document.Document(args.render).data))
         return 0
     if args.worker is not None:
-        return worker(args.out / "gpu.json", args.worker, args.dry_run, args.only)
+        return worker(args.out / "gpu.json", args.worker, args.dry_run, args.only, args.backends)
     where = arguments.index("--out") if "--out" in arguments else None  # a folder's name says nothing
     said = arguments if where is None else arguments[:where] + arguments[where + 2 :]
     return measure(args, shlex.join(["python", "benchmarks/gpu.py", *said]))

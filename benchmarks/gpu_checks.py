@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,11 +11,19 @@ from torch import Tensor, nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood, reference
 from fishleg_fast.blocks import Block
+from fishleg_fast.structures import Kron
 
 # precision -> the largest relative error that is right. TF32 cuts operands at 2⁻¹⁰, bfloat16 rounds them to 2⁻⁹; a θ
 # step is two products with products, a λ gradient three or four of them.
 LIMITS = {"highest": 1e-4, "tf32x3": 1e-4, "high": 1e-2, "medium": 4e-2}
 EPS = 1000.0  # Adam's, and its lr
+STRUCTURES: dict[str, Any] = {
+    "kron": "kron",
+    "kron-scaled": partial(Kron, scale=True),
+    "diagkron": "diagkron",
+    "sumkron": "sumkron",
+    "diagonal": "diagonal",
+}
 QUANTITIES = ("refresh", "qv", "lambda", "theta")
 
 
@@ -111,7 +118,7 @@ def relative(got: list[Tensor], want: list[Tensor]) -> float:
 
 def check_task(device: torch.device, backend: str, precision: str, structure: str, scale: int) -> dict[str, Any]:
     """Relative errors of one backend, and whether all are within the precision's limit."""
-    make = partial(optimizer, scale, device, structure=structure)
+    make = partial(optimizer, scale, device, structure=STRUCTURES[structure])
     ours = make(torch.float32, backend=backend, precision=precision)
     truth = make(torch.float64, backend="reference", precision="highest")
     got, want = run(ours, ours._ops), run(truth, reference)
@@ -123,7 +130,3 @@ def check_task(device: torch.device, backend: str, precision: str, structure: st
         "limit": limit,
         "right": all(e <= limit for e in errors.values()),
     }
-
-
-Check = Callable[[], dict[str, Any]]
-STRUCTURES = ("kron", "diagkron", "sumkron", "diagonal")

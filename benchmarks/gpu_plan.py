@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,25 +42,34 @@ class Plan:
 
 
 FULL = Plan(
-    ("highest", "high"),
-    ("highest", "high", "medium", "tf32x3"),
-    gpu_shapes.SQUARES, gpu_shapes.LISTS, (256, 1024, 4096), gpu_models.CASES, 8, 1 << 28, (4096, 8192), 0.12, 1.5,
-    "inductor", 1.0,
-)  # fmt: skip
+    main=("highest", "high"),
+    precisions=("highest", "high", "medium", "tf32x3"),
+    squares=gpu_shapes.SQUARES,
+    lists=gpu_shapes.LISTS,
+    step_squares=(256, 1024, 4096),
+    cases=gpu_models.CASES,
+    check_scale=8,
+    copy=1 << 28,
+    gemms=(4096, 8192),
+    seconds=0.12,
+    train_seconds=1.5,
+    compiler="inductor",
+    patience=1.0,
+)
 REHEARSAL = Plan(
-    ("highest",),
-    ("highest", "medium"),
-    gpu_shapes.TINY_SQUARES,
-    gpu_shapes.TINY_LISTS,
-    (4,),
-    gpu_models.TINY,
-    1,
-    1 << 10,
-    (8,),
-    0.0,
-    0.0,
-    "eager",
-    0.1,
+    main=("highest",),
+    precisions=("highest", "medium"),
+    squares=gpu_shapes.TINY_SQUARES,
+    lists=gpu_shapes.TINY_LISTS,
+    step_squares=(4,),
+    cases=gpu_models.TINY,
+    check_scale=1,
+    copy=1 << 10,
+    gemms=(8,),
+    seconds=0.0,
+    train_seconds=0.0,
+    compiler="eager",
+    patience=0.1,
 )
 
 
@@ -106,9 +115,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def tasks(plan: Plan, clock: Clock) -> list[Task]:
-    """Everything, the most important first. Keys: kind/size or model/contestant/precision."""
+def tasks(plan: Plan, clock: Clock, only: Sequence[str] = ()) -> list[Task]:
+    """Everything, the most important first; of the backends ``only`` these, where it names any.
+
+    Keys: kind/size or model/contestant/precision.
+    """
     names = [n for n in backends.BACKENDS if backends.available(n, clock.device, torch.float32)[0]]
+    names = [n for n in names if n in only or not only]
     found: dict[str, Task] = {}
     for task in _tasks(plan, clock, names):
         found.setdefault(task.key, task)

@@ -164,12 +164,12 @@ class Training:
 
 
 def train_task(clock: Clock, case: Case, name: str, precision: str, seconds: float) -> Times:
-    """A training step and its shares: medians over cycles, after two that do not count."""
+    """A training step and its shares: medians over cycles, after two that do not count. No seconds: one cycle."""
     training = Training(clock, case, name, precision)
     training.cycle()
     start = time.perf_counter()
     training.cycle()
     each = max(time.perf_counter() - start, 1e-6)
-    cycles = [training.cycle() for _ in range(int(max(3, min(MOST_CYCLES, seconds / each))))]
+    cycles = [training.cycle() for _ in range(int(max(3 if seconds else 1, min(MOST_CYCLES, seconds / each))))]
     training.finish()
     return {name: spread([c[name] for c in cycles]) for name in cycles[0]} | {"cycle": EVERY}

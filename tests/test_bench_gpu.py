@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ try:
     import gpu_report
     import gpu_shapes
     import gpu_steps
-    from gpu_document import SICK, Document, Task, work
+    from gpu_document import SICK, Document, Task, describe, work
     from gpu_measure import Clock, spread
 finally:
     sys.path.remove(BENCHMARKS)
@@ -51,6 +52,7 @@ def rehearsal(tmp_path_factory):
     """OUT of a rehearsal, and its process."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--budget", "200", "--out", str(out)]
+    command += ["--backends", "reference"]  # the kernels' interpreters are slow, and have tests of their own
     done = subprocess.run(command, capture_output=True, text=True, cwd=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return out, done
 
@@ -172,7 +174,7 @@ WORKER = f"""
 import os, sys, time
 sys.path.insert(0, {BENCHMARKS!r})
 from pathlib import Path
-from gpu_document import Document, Task, work
+from gpu_document import Document, Task, describe, work
 def dies(): os.kill(os.getpid(), 9)
 def hangs(): time.sleep(100)
 tasks = [Task("a", dict), Task("b", dies), Task("c", dict), Task("d", hangs), Task("e", dict)]
@@ -194,7 +196,6 @@ def test_a_worker_that_dies_or_hangs_is_followed_by_another(tmp_path):
 def test_a_worker_that_cannot_start_is_not_started_again(tmp_path):
     path = tmp_path / "gpu.json"
     Document(path).save()
-    os.utime(path, (1, 1))
     troubles = gpu.supervise([sys.executable, "-c", "raise SystemExit(3)"], path, time.time() + 60, dict(os.environ), 9)
     assert troubles == ["the process died: exit status 3, before it measured anything"]
 
@@ -221,6 +222,96 @@ def test_the_kernels_tests_are_run_and_judged(tmp_path, monkeypatch, body, verdi
     record = gpu_build.test(tmp_path, 1.5 if verdict == "cut off" else 60)
     assert record["verdict"].startswith(verdict) and record["failed"] == failed
     assert (record["failures"] != []) == failed
+
+
+# ---- the clock, with a device that is made up
+
+
+class Event:
+    """Time passes by one ms with every call of the function measured."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+class Stream:
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
+class Graph:
+    def replay(self):
+        Event.now += 0.25
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A Clock of a device whose calls take 1 ms and whose graphs take 0.25 ms; `clock.flushes` counts."""
+    made = Clock(CPU, 0.01)
+    made.cuda, made.flushes = True, 0
+    properties = type("Properties", (), {"L2_cache_size": 1 << 10, "total_memory": 1 << 30})
+
+    class Trash:
+        def zero_(self):
+            made.flushes += 1
+
+    for name, value in {
+        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "current_stream": Stream, "stream": nullcontext,
+        "graph": nullcontext, "synchronize": lambda device=None: None,
+        "get_device_properties": lambda device: properties,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Trash())
+    return made
+
+
+def one_call():
+    Event.now += 1
+
+
+def test_eager_calls_and_graphs_are_timed_apart(clock):
+    times = clock.both(one_call, one_call)
+    assert times["call"]["median"] == 1 and clock.flushes == times["device"]["samples"] >= 5
+    assert times["device"]["median"] == 0.25 and times["device"]["how"] == "graph"
+
+
+def test_what_cannot_be_captured_is_timed_by_single_calls_and_says_why(clock):
+    def synchronises():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    times = clock.both(one_call, synchronises)
+    assert "not permitted" in times["capture error"]
+    assert times["device"]["median"] == 1 and times["device"]["how"] == "calls"
+    assert gpu_report.cell(times, "device") == "1 (1 to 1)*"
+    times = clock.both(one_call, None)
+    assert times["device"]["how"] == "calls" and "capture error" not in times
+
+
+def test_an_error_tells_what_it_came_out_of():
+    try:
+        try:
+            raise ValueError("first")
+        finally:
+            raise RuntimeError("second" * 200)
+    except RuntimeError as error:
+        text = describe(error)
+    assert text.endswith("(after ValueError: first)") and len(text) < 700
+
+
+def test_spread_is_median_and_quartiles():
+    assert spread([1, 2, 3, 4, 100]) == {"median": 3, "low": 2, "high": 4, "least": 1, "samples": 5}
+    assert spread([0.0123456789])["high"] == 0.012346
 
 
 # ---- targets
