@@ -85,9 +85,9 @@ def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
         found = {"refresh": [t.clone() for b in blocks for t in b.structure.cache.values()]}
         vs = ops.qv(blocks, us)
         found["qv"] = [v.clone() for v in vs]
-        aux = [t for b in blocks for t in b.structure.fishleg_aux.values()]
-        before = [t.clone() for t in aux]
+        before = [t.clone() for b in blocks for t in b.structure.fishleg_aux.values()]
         ops.lambda_step(blocks, us, vs, fvs, damping=DAMPING, lr=EPS, eps=EPS, learn_scale=False)
+        aux = [t for b in blocks for t in b.structure.fishleg_aux.values()]
         found["lambda"] = [t - old for t, old in zip(aux, before, strict=True)]
         for t, old, change in zip(aux, before, found["lambda"], strict=True):  # change it less: by 0.3 of its norm
             t.copy_(old).add_(change * (0.3 * old.norm() / change.norm().clamp_min(1e-30)))

@@ -15,7 +15,7 @@ import gpu_ops
 import gpu_shapes
 import gpu_steps
 import torch
-from gpu_document import Task
+from gpu_document import Task, describe
 from gpu_measure import Clock
 from gpu_shapes import TALLEST, WIDEST_TARGET
 
@@ -73,6 +73,17 @@ REHEARSAL = Plan(
 )
 
 
+def usable(device: torch.device) -> dict[str, tuple[bool, str]]:
+    """Backend -> whether it can run on the device, and why not; a backend that breaks when asked cannot."""
+    found = {}
+    for name in backends.BACKENDS:
+        try:
+            found[name] = backends.available(name, device, torch.float32)
+        except Exception as error:
+            found[name] = (False, f"it broke when asked: {describe(error)}")
+    return found
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver and versions, and every backend with the reason where it cannot be used."""
     try:
@@ -88,11 +99,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": triton_version,
         "fishleg_fast": __version__,
         "system": platform.platform(),
-        "backends": {
-            name: {"available": ok, "why": why}
-            for name in backends.BACKENDS
-            for ok, why in [backends.available(name, device, torch.float32)]
-        },
+        "backends": {name: {"available": ok, "why": why} for name, (ok, why) in usable(device).items()},
     }
     if device.type != "cuda":
         return found
@@ -120,8 +127,7 @@ def tasks(plan: Plan, clock: Clock, only: Sequence[str] = ()) -> list[Task]:
 
     Keys: kind/size or model/contestant/precision.
     """
-    names = [n for n in backends.BACKENDS if backends.available(n, clock.device, torch.float32)[0]]
-    names = [n for n in names if n in only or not only]
+    names = [n for n, (ok, _) in usable(clock.device).items() if ok and (n in only or not only)]
     found: dict[str, Task] = {}
     for task in _tasks(plan, clock, names):
         found.setdefault(task.key, task)
@@ -147,16 +153,18 @@ def _tasks(plan: Plan, clock: Clock, names: list[str]) -> Iterator[Task]:
     for case in plan.cases:
         yield from _theta(plan, clock, names, case, plan.main)
         yield from _train(plan, clock, names, case, plan.main)
-    # everything else
+    # the ops on the models' blocks, then the other precisions, then squares for the other ops
+    ops = ("qv", "theta_step", "lambda_step", "refresh")
+    for op in ops:
+        yield from _op(plan, clock, names, op, plan.lists, plan.main)
     yield from _op(plan, clock, names, "qv", squares, plan.precisions)
     yield from _op(plan, clock, names, "refresh", tall, plan.precisions)
-    some = {str(d): [(d, d)] for d in plan.step_squares}
-    for precisions in (plan.main, plan.precisions):
-        yield from _op(plan, clock, names, "qv", plan.lists, precisions)
-        for op in ("theta_step", "lambda_step", "refresh"):
-            yield from _op(plan, clock, names, op, {**plan.lists, **some}, precisions)
     for case in plan.cases:
         yield from _theta(plan, clock, names, case, plan.precisions)
+    for op in ops:
+        some = squares if op == "refresh" else {str(d): [(d, d)] for d in plan.step_squares}
+        yield from _op(plan, clock, names, op, some, plan.main)
+        yield from _op(plan, clock, names, op, {**plan.lists, **some}, plan.precisions)
 
 
 def _checks(plan: Plan, clock: Clock, names: list[str]) -> Iterator[Task]:

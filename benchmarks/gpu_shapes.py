@@ -19,11 +19,23 @@ def layers(widths: Sequence[int]) -> list[Shape]:
     return [(m, n + 1) for n, m in itertools.pairwise(sizes)]
 
 
+def resnet18(width: int = 64, classes: int = 10) -> list[Shape]:
+    """The convolutions' and the head's blocks; see models.ResNet18."""
+    shapes, last = [(width, 27)], width
+    for stage in range(4):
+        out = width * 2**stage
+        shapes += [(out, 9 * last), (out, 9 * out), *[(out, last)] * (out != last), (out, 9 * out), (out, 9 * out)]
+        last = out
+    return [*shapes, (classes, last + 1)]
+
+
 LISTS: dict[str, list[Shape]] = {
+    "MNIST autoencoder": layers((784, 1000, 500, 250, 30)),
+    "FACES autoencoder": layers((625, 2000, 1000, 500, 30)),
+    "ResNet18": resnet18(),
+    "3 transformer layers": [(2304, 769), (768, 769), (3072, 769), (768, 3073)] * 3,
     "12×(64, 65)": [(64, 65)] * 12,
     "12×(256, 257)": [(256, 257)] * 12,
-    "MNIST autoencoder": layers((784, 1000, 500, 250, 30)),
-    "3 transformer layers": [(2304, 769), (768, 769), (3072, 769), (768, 3073)] * 3,
 }
 SQUARES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TINY_LISTS: dict[str, list[Shape]] = {"MNIST autoencoder": layers((6, 5, 3))}

@@ -219,7 +219,7 @@ def test_the_kernels_tests_are_run_and_judged(tmp_path, monkeypatch, body, verdi
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
     monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_build, "_module", lambda name: name == "pytest")
-    record = gpu_build.test(tmp_path, 1.5 if verdict == "cut off" else 60)
+    record = gpu_build.test(tmp_path, 0.7 if verdict == "cut off" else 60)
     assert record["verdict"].startswith(verdict) and record["failed"] == failed
     assert (record["failures"] != []) == failed
 
@@ -355,6 +355,21 @@ def test_failed_is_a_wrong_check_a_failed_test_or_no_check():
 
 
 # ---- floors and opponents
+
+
+def test_the_lists_are_the_models_blocks():
+    def blocks(case):
+        opt = gpu_steps.FishLeg(case.make_model(), likelihood=case.make_likelihood())
+        return [b.shape for b in opt.blocks if "R" in b.structure.fishleg_aux]
+
+    small = gpu_models.resnet_case(4, 1, 8)
+    assert sorted(gpu_shapes.resnet18(4)) == sorted(blocks(small))
+    assert gpu_shapes.layers((6, 5, 3)) == blocks(gpu_models.TINY["mnist"])
+    layer = blocks(gpu_models.transformer_case(8, 1, 2, 5, 1, 1))[:4]
+    assert [(m // 8, n) for m, n in layer] == [
+        (m // 768, (n - 1) // 96 + 1) for m, n in gpu_shapes.LISTS["3 transformer layers"][:4]
+    ]
+
 
 SHAPES = [(2, 3), (5, 4)]
 ELEMENTWISE = {"qv": 0, "theta_step": 10 * (6 + 20), "lambda_step": 12 * (4 + 9 + 25 + 16)}
