@@ -106,8 +106,12 @@ def targets(data: Data) -> list[Data]:
                 theirs = lambda peer, p=p, timing=timing: ms(data, "theta", "mnist", peer, p, timing)
                 judge("θ step of the MNIST autoencoder over fused AdamW's: at most 3", False, 3.0,
                       {"mnist": over(mine, theirs("adamw"))}, how)  # fmt: skip
-                judge("published per-layer way's θ step over it: at least 20", True, 20.0,
+                judge("published per-layer way's θ step over it, at its precision: at least 20", True, 20.0,
                       {"mnist": over(theirs("published"), mine)}, how)  # fmt: skip
+                if p not in ("highest", "tf32x3"):
+                    float32 = ms(data, "theta", "mnist", "published", "highest", timing)
+                    judge("published per-layer way's θ step, in float32 as it comes, over it: at least 20", True, 20.0,
+                          {"mnist": over(float32, mine)}, how)  # fmt: skip
             for p in planned(name, "qv"):
                 how = (name, p, timing)
                 ratio = {

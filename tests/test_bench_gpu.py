@@ -321,7 +321,7 @@ def test_targets_are_judged_at_the_worst_size_and_only_where_measured():
     one = lambda x: {"call": spread([x])}
     results = {
         "theta/mnist/adamw/highest": one(1.0), "theta/mnist/triton/high": one(2.5),
-        "theta/mnist/published/high": one(40.0),
+        "theta/mnist/published/high": one(40.0), "theta/mnist/published/highest": one(60.0),
         "qv/256/triton/high": one(1.0), "qv/256/compiled/high": one(9.0), "qv/256/compiled-graphs/high": one(3.0),
         "qv/512/triton/high": one(1.0), "qv/512/compiled/high": one(2.5),
         "qv/1024/triton/high": one(1.0), "qv/1024/compiled/high": one(0.9),
@@ -337,6 +337,7 @@ def test_targets_are_judged_at_the_worst_size_and_only_where_measured():
     assert values == [
         (2.5, "mnist", "1 of 1", True),
         (16.0, "mnist", "1 of 1", False),
+        (24.0, "mnist", "1 of 1", True),  # in float32
         (2.5, "512", "2 of 2", True),  # the faster compiled one counts: 3 at 256
         (0.9, "1024", "3 of 3", False),
         (1.6, "4096", "1 of 2", None),  # good so far, but one size is missing
