@@ -100,6 +100,8 @@ def worker(path: Path, deadline: float, dry: bool, only: Sequence[str], backends
 
     device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
     plan = gpu_plan.REHEARSAL if dry else gpu_plan.FULL
+    if dry:
+        gpu_plan.mend_interpreter()
     document = gpu_document.Document(path, gpu_report.render)
     if "environment" not in document.data:
         document.data["environment"] = gpu_plan.environment(device)

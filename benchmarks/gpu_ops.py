@@ -60,12 +60,13 @@ class Bench:
         with torch.no_grad():
             norm = sum(m * n for m, n in shapes) ** 0.5
             self.us, self.vs, self.fvs = ([torch.randn(s, device=device) / norm for s in shapes] for _ in range(3))
-        self._stack = ExitStack()
 
     def __enter__(self) -> Bench:
-        self._stack.enter_context(torch.no_grad())
-        self._stack.enter_context(self.opt._own_arithmetic())
-        self.ops.refresh(self.blocks)
+        with ExitStack() as stack:  # left again where the refresh raises
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.opt._own_arithmetic())
+            self.ops.refresh(self.blocks)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -122,6 +122,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def mend_interpreter() -> None:
+    """For a rehearsal: Triton 3.6's interpreter asks NumPy for int(array of one element), which 2.4 refuses."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 def tasks(plan: Plan, clock: Clock, only: Sequence[str] = ()) -> list[Task]:
     """Everything, the most important first; of the backends ``only`` these, where it names any.
 

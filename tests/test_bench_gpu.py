@@ -475,6 +475,17 @@ def test_a_refresh_that_is_timed_computes(bench, monkeypatch):
     assert len(calls) == 2 * len(SHAPES)
 
 
+def test_an_op_that_raises_leaves_nothing_switched_behind(monkeypatch):
+    def raises(*args):
+        raise RuntimeError("no kernel image")
+
+    settings = torch.is_grad_enabled(), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(reference, "refresh", raises)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        gpu_ops.backend_task(Clock(CPU, 0.0), "qv", SHAPES, "reference", "high")
+    assert (torch.is_grad_enabled(), torch.get_float32_matmul_precision()) == settings
+
+
 # ---- checks and steps
 
 
