@@ -434,6 +434,23 @@ def test_plain_qv_and_refresh_are_the_reference(bench):
     assert all(relative(a, b) < 1e-6 for a, b in zip(fresh[0] + fresh[1], Ps + Ss, strict=True))
 
 
+@pytest.mark.parametrize("op", [*ELEMENTWISE, "refresh"])
+def test_opponents_of_medium_have_bfloat16_operands_and_float32_results(op):
+    function, arguments = gpu_ops.plain(op, SHAPES, CPU, "medium")
+    before = [t.clone() for t in gpu_ops._leaves(arguments)]
+    with torch.no_grad():
+        outputs = function(*arguments)
+    assert any(t.dtype == torch.bfloat16 for t in before)
+    if op == "qv":
+        Ps, us, Ss = arguments
+        for got, P, u, S in zip(outputs, Ps, us, Ss, strict=True):
+            assert got.dtype == torch.float32
+            assert 1e-5 < relative(got, P.double() @ u.double() @ S.double()) < 2e-2
+    elif op != "refresh":
+        assert any(not torch.equal(a, b) for a, b in zip(before, gpu_ops._leaves(arguments), strict=True))
+    assert all(t.isfinite().all() for t in gpu_ops._leaves(arguments))
+
+
 def test_the_plain_theta_step_is_the_reference(bench):
     _, _, Ps, Ss = plain_arguments(bench)
     thetas = [[b.parts[0].param.detach().clone()] for b in bench.blocks]
