@@ -33,6 +33,7 @@ ROOT = gpu_build.ROOT
 BUDGET = 500.0  # seconds of the whole command: what is left of nine minutes is for the interpreter and the last task
 SHARES = {"build": 0.3, "test": 0.3}  # of the budget, at most
 HANGS = 100.0  # seconds without a result after which a measurement counts as hung
+GRACE = 15.0  # seconds that the last measurement may take beyond the budget
 RESTARTS = 25
 
 
@@ -58,15 +59,18 @@ def supervise(worker: list[str], path: Path, deadline: float, environment: dict[
         process = subprocess.Popen(worker, cwd=ROOT, env=environment, start_new_session=True)
         started, why = time.time(), ""
         before = len(gpu_document.Document(path).results)
-        while process.poll() is None:
-            time.sleep(0.1)
-            last = max(started, path.stat().st_mtime)
-            late = time.time() > deadline + 15
-            if late or time.time() - last > hangs:
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                last = max(started, path.stat().st_mtime)
+                late = time.time() > deadline + GRACE
+                if late or time.time() - last > hangs:
+                    why = "killed when the time was up" if late else f"hung: killed after {hangs:.0f} s"
+                    break
+        finally:  # also where this process is told to end
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                why = "killed when the time was up" if late else f"hung: killed after {hangs:.0f} s"
-                break
         status = process.returncode
         if status == 0:
             return troubles
@@ -121,12 +125,14 @@ def measure(args: argparse.Namespace, command: str) -> int:
         if not torch.cuda.is_available():
             print("no CUDA device: --dry-run rehearses on the CPU", file=sys.stderr)
             return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a worker is ended too
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gpu.json"
     path.unlink(missing_ok=True)
     document = gpu_document.Document(path, gpu_report.render)
     document.data |= {
         "rehearsal": args.dry_run, "command": command, "commit": commit(), "budget": args.budget,
+        "only": args.only,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     skipped = {"verdict": "not in a rehearsal" if args.dry_run else "not with --only", "failed": False}

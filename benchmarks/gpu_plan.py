@@ -229,15 +229,18 @@ def _contestants(names: list[str], precisions: tuple[str, ...], published: bool)
                 yield name, precision
 
 
+def _able(clock: Clock, names: list[str], case: str) -> list[str]:
+    """The backends that can step the model in time: interpreted kernels take a minute and more for the larger ones."""
+    return names if clock.device.type == "cuda" or case == "mnist" else ["reference"] * ("reference" in names)
+
+
 def _theta(plan: Plan, clock: Clock, names: list[str], case: str, precisions: tuple[str, ...]) -> Iterator[Task]:
-    for name, precision in _contestants(names, precisions, plan.cases[case].published):
+    for name, precision in _contestants(_able(clock, names, case), precisions, plan.cases[case].published):
         run = partial(gpu_steps.theta_task, clock, plan.cases[case], name, precision)
         yield Task(f"theta/{case}/{name}/{precision}", run, 8)
 
 
 def _train(plan: Plan, clock: Clock, names: list[str], case: str, precisions: tuple[str, ...]) -> Iterator[Task]:
-    if clock.device.type == "cpu" and case != "mnist":
-        names = ["reference"]  # interpreted kernels take a minute and more for the larger models
-    for name, precision in _contestants(names, precisions, plan.cases[case].published):
+    for name, precision in _contestants(_able(clock, names, case), precisions, plan.cases[case].published):
         run = partial(gpu_steps.train_task, clock, plan.cases[case], name, precision, plan.train_seconds)
         yield Task(f"train/{case}/{name}/{precision}", run, 15)

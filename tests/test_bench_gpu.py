@@ -193,6 +193,26 @@ def test_a_worker_that_dies_or_hangs_is_followed_by_another(tmp_path):
     assert len(troubles) == 2 and not any("error" in results[k] for k in "ace")
 
 
+def test_a_worker_ends_with_its_supervisor(tmp_path, monkeypatch):
+    path, pid = tmp_path / "gpu.json", tmp_path / "pid"
+    Document(path).save()
+    script = f"import os, time, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(100)"
+    calls = []
+
+    def interrupted(seconds):
+        calls.append(seconds)
+        if pid.exists() and pid.read_text():
+            raise KeyboardInterrupt
+        real(seconds)
+
+    real = time.sleep
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.supervise([sys.executable, "-c", script], path, time.time() + 60, dict(os.environ), 50)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 def test_a_worker_that_cannot_start_is_not_started_again(tmp_path):
     path = tmp_path / "gpu.json"
     Document(path).save()
@@ -351,7 +371,7 @@ def test_failed_is_a_wrong_check_a_failed_test_or_no_check():
     check = lambda right: {"results": {"check/kron/a/high": {"right": right}}, "tests": {"failed": False}}
     assert not gpu_report.failed(check(True)) and gpu_report.failed(check(False))
     assert gpu_report.failed({"results": {"check/kron/a/high": {"error": "it raised"}}})
-    assert gpu_report.failed({"results": {}})
+    assert gpu_report.failed({"results": {}}) and not gpu_report.failed({"results": {}, "only": ["qv"]})
     assert gpu_report.failed(check(True) | {"tests": {"failed": True}})
 
 
