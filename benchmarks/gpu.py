@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace, command: str) -> int:
     document.data["tests"] = skipped if alone else gpu_build.test(args.out, args.budget * SHARES["test"])
     print(f"pytest -m gpu: {document.data['tests']['verdict']}", flush=True)
     document.save()
-    process = [sys.executable, __file__, "--out", str(args.out), "--worker", str(deadline)]
+    process = [sys.executable, __file__, "--out", str(args.out.resolve()), "--worker", str(deadline)]
     process += ["--dry-run"] * args.dry_run
     for flag in ("only", "backends"):
         process += [f"--{flag}", ",".join(getattr(args, flag))] if getattr(args, flag) else []
