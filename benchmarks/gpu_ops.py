@@ -6,8 +6,8 @@ torch has for the backend's (bfloat16 operands for "medium", float32 for "tf32x3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -142,12 +142,23 @@ def _leaves(x: Any) -> list[Tensor]:
     return [t for y in x for t in _leaves(y)] if isinstance(x, (list, tuple)) else []
 
 
+@contextmanager
+def users_precision(precision: str) -> Iterator[None]:
+    """float32 products as a user sets them: Inductor refuses the settings of single backends, which FishLeg has."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")  # medium has its own operands
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def compiled_task(
     clock: Clock, op: str, shapes: Sequence[Shape], precision: str, mode: str | None, compiler: str
 ) -> Times:
     """Times of the compiled plain function. With mode "reduce-overhead" torch's own CUDA graphs are in the call."""
-    with precision_scope(precision):
+    with users_precision(precision):
         function, arguments = plain(op, shapes, clock.device, precision)
         if mode is not None:
             for t in _leaves(arguments):

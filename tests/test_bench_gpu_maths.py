@@ -181,6 +181,20 @@ def test_an_op_that_raises_leaves_nothing_switched_behind(monkeypatch):
     assert (torch.is_grad_enabled(), torch.get_float32_matmul_precision()) == settings
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_an_opponent_is_compiled_at_a_precision_that_inductor_can_read(monkeypatch, precision):
+    seen = []
+
+    def compiled(function, mode, compiler):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
+        return function
+
+    monkeypatch.setattr(gpu_plain, "compiled", compiled)
+    gpu_ops.compiled_task(Clock(CPU, 0.0), "qv", SHAPES, precision, None, "inductor")
+    assert seen == [("highest", False) if precision == "highest" else ("high", True)]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---- checks and steps
 
 
