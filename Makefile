@@ -1,7 +1,9 @@
 # make help lists the targets. Everything happens in .venv; PYTHON chooses the Python that it is made with.
 PYTHON ?= python3
 ARGS ?=
+OUT ?= outputs/gpu
 PYTEST_ARGS ?=
+OUT ?= outputs/gpu
 # One process per core with one thread each is faster, and steadier, than torch's threads in one process.
 JOBS ?= auto
 
@@ -16,7 +18,7 @@ NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint train train-resnet convergence bench bench-passes wallclock clean
+.PHONY: help setup test lint train train-resnet convergence bench bench-passes bench-gpu wallclock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -62,6 +64,9 @@ bench: setup  ## what a step costs beside AdamW and the published way (minutes);
 
 bench-passes: setup  ## what the C++ backend for CPUs does, beside the reference
 	$(BIN)/python benchmarks/passes.py $(ARGS)
+
+bench-gpu:  ## on a GPU: check and time every kernel and whole steps, results to OUT; PYTHON is used as it is (9 minutes)
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(ARGS)
 
 wallclock: setup  ## seconds until the other optimizers' training NLL on CURVES (long)
 	$(BIN)/python benchmarks/wallclock.py $(ARGS)
