@@ -165,13 +165,20 @@ def know_product(block: Block) -> None:
         block.product_version = block.structure.version
 
 
+def _constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers of ``like``'s kind. A CUDA graph cannot capture their copy from the host."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.stack([like.new_full((), value) for value in values])
+    return like.new_tensor(values)
+
+
 def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
     """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
-    still = norms == 0
-    whole = [k for k, g in enumerate(gs) if not isinstance(g, Thin)]  # a thin one is not zero
-    if whole:
-        still[whole] |= torch.stack([is_zero(dense(gs[k])).to(norms.device) for k in whole])
-    sizes = norms.new_tensor([RMS * nat.numel() ** 0.5 for nat in nats])
+    zeros = [  # a thin one is not zero
+        norms.new_zeros((), dtype=torch.bool) if isinstance(g, Thin) else is_zero(dense(g)).to(norms.device) for g in gs
+    ]
+    still = torch.stack(zeros) | (norms == 0)
+    sizes = _constants([RMS * nat.numel() ** 0.5 for nat in nats], norms)
     return torch.where(still, 0, sizes / norms)
 
 
@@ -180,7 +187,7 @@ def _trust_scale(
 ) -> Tensor:
     """c of all blocks, (len(blocks),), from m and nat before their bias correction, ``powers`` of it."""
     dots = _stack([dot(m, nat) for m, nat in zip(averages, nats, strict=True)]) / powers
-    base = dots.new_tensor([b.groups[0]["base_lr"] ** 2 for b in blocks])
+    base = _constants([b.groups[0]["base_lr"] ** 2 for b in blocks], dots)
     length = (dots * base).sum().clamp_min(torch.finfo(dots.dtype).tiny)
     return (kappa / length).sqrt().clamp_max(1).expand_as(dots)
 
