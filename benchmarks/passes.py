@@ -66,7 +66,7 @@ class _Ready:
 
 
 @contextmanager
-def products_left_out(gradients: tuple[Tensor, Tensor, list[dict[str, Tensor]]]) -> Iterator[None]:
+def products_left_out(loss: tuple[Tensor, Tensor, None], gradients: dict[int, dict[str, Tensor]]) -> Iterator[None]:
     """Both backends' θ and λ steps without matrix products: what they would compute stays as it was."""
 
     def image(block: Block, g: Thin) -> Tensor:  # cpp's: in the type that it would have
@@ -78,7 +78,8 @@ def products_left_out(gradients: tuple[Tensor, Tensor, list[dict[str, Tensor]]])
     with (
         mock.patch.object(Structure, "thin_product", lambda structure, g: _Ready()),
         mock.patch.object(cpp, "_image", image),
-        mock.patch.object(steps, "aux_gradients", lambda *args, **kwargs: gradients),
+        mock.patch.object(steps, "aux_loss", lambda *args: loss),
+        mock.patch.object(steps, "aux_gradients", lambda block, *args: gradients[id(block)]),
     ):
         yield
 
@@ -99,10 +100,12 @@ def passes(rounds: int, precision: str) -> dict[str, Any]:
         us = optimizer._aux.directions(blocks, gs)
         vs = steps.qv(blocks, us)
         fvs = [torch.randn_like(b.momentum) for b in blocks]
-        gradients = steps.aux_gradients(blocks, us, vs, fvs, damping=0.1, precondition=False, learn_scale=True)
+        loss, power, _ = steps.aux_loss(us, vs, fvs, 0.1, True)
+        found = zip(blocks, us, vs, fvs, strict=True)
+        gradients = {id(b): steps.aux_gradients(b, u, v, fv, 0.1, None, False) for b, u, v, fv in found}
         chosen = [(b, g) for b, g in zip(blocks, gs, strict=True) if isinstance(g, Thin)]  # the others are tiny
         times: dict[str, list[float]] = {f"{kind} {name}": [] for kind in ("θ", "λ") for name in BACKENDS}
-        with products_left_out(gradients):
+        with products_left_out((loss, power, None), gradients):
             for turn in range(rounds + 2):
                 for name in BACKENDS if turn % 2 else BACKENDS[::-1]:
                     theta, aux = one_round(ops_of(name), chosen, blocks, us, vs, fvs)

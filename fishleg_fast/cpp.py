@@ -134,9 +134,11 @@ def lambda_step(
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.steps.lambda_step``."""
-    loss, power, all_grads = steps.aux_gradients(
-        blocks, us, vs, fvs, damping=damping, precondition=precondition, learn_scale=learn_scale
-    )
+    loss, power, scale = steps.aux_loss(us, vs, fvs, damping, learn_scale)
+    all_grads = [
+        steps.aux_gradients(b, u, v, fv, damping, scale, precondition)
+        for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)
+    ]
     mine = [(b, grads) for b, grads in zip(blocks, all_grads, strict=True) if _native(b)]
     others = [(b, grads) for b, grads in zip(blocks, all_grads, strict=True) if not _native(b)]
     ok = bool(torch.isfinite(loss)) and bool(power != 0)
