@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,21 +156,23 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def host(rounds: int, layer: str) -> dict[str, Any]:
     """µs of a θ step, and of a whole optimizer.step(), of 100 layers."""
     inputs = torch.randn(4, 8)
-    found: dict[str, Any] = {}
     runs = {}
     for name in BACKENDS:
         net = nn.Sequential(*(LAYERS[layer]() for _ in range(100)))
         optimizer = trained(net, inputs, torch.rand(4, 8).round(), backend=name, update_aux_every=0, anchor_every=0)
         runs[name] = optimizer, optimizer._gather()
     times: dict[str, list[float]] = {f"{what} {name}": [] for name in BACKENDS for what in ("θ step", "whole step")}
-    for _ in range(rounds * 10):
+    for _ in range(rounds):
         for name, (optimizer, (blocks, gs)) in runs.items():
             with torch.no_grad():
-                call = lambda: optimizer._ops.theta_step(blocks, gs, nesterov=True)  # noqa: B023
-                times[f"θ step {name}"].append(seconds(call) * 1e6)
-            times[f"whole step {name}"].append(seconds(optimizer.step) * 1e6)
-    found |= {key: spread(values[rounds:]) for key, values in times.items()}
-    return found
+                times[f"θ step {name}"].append(in_a_row(partial(optimizer._ops.theta_step, blocks, gs, nesterov=True)))
+            times[f"whole step {name}"].append(in_a_row(optimizer.step))
+    return {key: spread(values) for key, values in times.items()}
+
+
+def in_a_row(call: Callable[[], Any], count: int = 20) -> float:
+    """µs of a call: the median of so many."""
+    return 1e6 * sorted(seconds(call) for _ in range(count))[count // 2]
 
 
 def text_of(record: dict[str, Any]) -> str:
@@ -204,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "about": [
             "Matrix products are left out of the former: both backends find the same results of them in memory. In",
             "medium precision the C++ backend takes Q g in bfloat16. Medians; quartiles of ratios in brackets.",
-            "A θ step is the op with all blocks' gradients at hand; the whole step is optimizer.step() with its hooks,",
-            "gathering of gradients and norm, without updates of λ. Made by `make bench-passes`.",
+            "A θ step is the op with all blocks' gradients at hand; the whole step is optimizer.step(), with gathering of",
+            "gradients and their norm, without updates of λ; both the median of 20 in a row. Made by `make bench-passes`.",
         ],
         "made": f"{cpu_name()}, {torch.get_num_threads()} threads, {cpp.available()[1]}. python "
         f"{platform.python_version()}, torch {torch.__version__}, fishleg_fast {__version__}. "

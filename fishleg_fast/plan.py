@@ -7,6 +7,7 @@ the gradients' addresses. Anything else, a gradient in another layout for one, i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ View = tuple[int, int, int, int]  # address, row stride, column stride, dtype
 _NOWHERE: View = (0, 0, 0, 0)
 _NOTHING = torch.empty(0)  # in the place of a gradient that is None
 
+_grads: Callable[[Block], list[Tensor | None]] = attrgetter("grads")
 _dtype: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 
 
@@ -56,13 +58,14 @@ class Plan:
         self._copied: list[Any] = []  # what the addresses of this step need
         self._back: list[tuple[Tensor, Tensor]] = []  # parameters, and their copies that the plan writes to
         self._layouts: Any = None
-        self._groups: Any = None
+        self._groups: Any = None  # kept, so that the ids in the next are theirs alone
+        self._known: Any = None
         self._rates: Any = None
         self._mode: Any = None
 
     def place(self, gs: Sequence[Matrix]) -> None:
         """Tell the plan where parameters and gradients are."""
-        grads: list[Any] = [grad for block in self.blocks for grad in block.grads]
+        grads: list[Any] = [*chain.from_iterable(map(_grads, self.blocks))]
         self.moved = self.params
         try:
             addresses = [*map(Tensor.data_ptr, grads)]
@@ -114,8 +117,9 @@ class Plan:
     def set_rates(self) -> None:
         """lr, weight decay, momentum and lr before any schedule, where they have changed."""
         lists = [block.groups for block in self.blocks]
-        if self._groups is None or any(a is not b for a, b in zip(lists, self._groups, strict=True)):
-            self._groups, self._rates = lists, None
+        known = [*map(id, lists)]
+        if known != self._known:
+            self._known, self._groups, self._rates = known, lists, None
             self._distinct = list({id(group): group for groups in lists for group in groups}.values())
         distinct = [
             (float(group["lr"]), group["weight_decay"], group["beta"], group["base_lr"]) for group in self._distinct
