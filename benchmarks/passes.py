@@ -207,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "about": [
             "Matrix products are left out of the former: both backends find the same results of them in memory. In",
             "medium precision the C++ backend takes Q g in bfloat16. Medians; quartiles of ratios in brackets.",
-            "A θ step is the op with all blocks' gradients at hand; the whole step is optimizer.step(), with gathering of",
-            "gradients and their norm, without updates of λ; both the median of 20 in a row. Made by `make bench-passes`.",
+            "A θ step is the op with all blocks' gradients at hand; the whole step is optimizer.step(), which gathers",
+            "them and takes their norm, without updates of λ; both of 20 in a row. Made by `make bench-passes`.",
         ],
         "made": f"{cpu_name()}, {torch.get_num_threads()} threads, {cpp.available()[1]}. python "
         f"{platform.python_version()}, torch {torch.__version__}, fishleg_fast {__version__}. "

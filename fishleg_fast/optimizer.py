@@ -225,9 +225,12 @@ class FishLeg(Optimizer):
     def _own_arithmetic(self) -> ExitStack:
         """The optimizer's own products: at its precision, and out of the user's autocast."""
         precision = self.settings["precision"]
+        kernels, operands = kernel_precision(precision), {}
         for block in self.blocks:
-            block.structure.precision = kernel_precision(precision)
-            block.structure.operands = operand_dtype(precision, block.momentum.device, block.dtype)
+            where = block.momentum.device, block.momentum.dtype
+            if where not in operands:
+                operands[where] = operand_dtype(precision, *where)
+            block.structure.precision, block.structure.operands = kernels, operands[where]
         stack = ExitStack()
         kind = self.blocks[0].parts[0].param.device.type
         if torch.is_autocast_enabled(kind):
