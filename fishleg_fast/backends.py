@@ -1,7 +1,7 @@
 """The table of backends. No other file knows which exist.
 
 A backend is a module with the ops of ``fishleg_fast.reference.steps`` (same signatures) and ``available(device,
-dtype)``. Best first.
+dtype)``; it may say NAMED_ONLY, the types of devices on which it is never chosen by itself. Best first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = {
+    "triton": "fishleg_fast.kernels.backend",
     "reference": "fishleg_fast.reference",
 }
 
@@ -39,6 +40,10 @@ def report() -> list[tuple[str, bool, str]]:
     return [(name, *available(name)) for name in BACKENDS]
 
 
+def _named_only(name: str, device: torch.device) -> bool:
+    return device.type in getattr(importlib.import_module(BACKENDS[name]), "NAMED_ONLY", ())
+
+
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType]:
     """The backend's name and module. None takes the best available one and logs which, once.
 
@@ -52,7 +57,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[
                 f"the best available one"
             )
         return name, importlib.import_module(BACKENDS[name])
-    best = next(n for n in BACKENDS if available(n, device, dtype)[0])
+    best = next(n for n in BACKENDS if available(n, device, dtype)[0] and not _named_only(n, device))
     if (best, device.type) not in _told:
         _told.add((best, device.type))
         _log.info("backend %r on %s (python -m fishleg_fast says why others are unavailable)", best, device.type)

@@ -78,9 +78,9 @@ def theta_step(
     times = 2 if nesterov else 1  # how often g is averaged into m̂
     xs, nats, corrections = [], [], []
     for block, g in zip(blocks, gs, strict=True):
-        x = g if momentum == "before" else dense(qv([block], [g])[0]).to(block.dtype)  # what m averages
+        x, nat = direction(block, g, momentum, times)
         xs.append(x)
-        nats.append(_averaged(block, x, times) if momentum == "after" else _natural(block, x, times))
+        nats.append(nat)
         corrections.append(1 - block.beta ** _number(block.step + times, capturable))
     norms = _stack([torch.linalg.vector_norm(nat) for nat in nats])
     corrected = _stack(corrections).to(norms) if capturable else norms.new_tensor(corrections)
@@ -91,23 +91,35 @@ def theta_step(
             block.product_version = None  # it is ahead of m
         return norms, ok
     if normalize == "rms":
-        scales = _rms_scales(gs, nats, norms)
+        scales = rms_scales(gs, nats, norms)
     elif normalize == "trust":
-        before = momentum == "before"
-        paired = [_averaged(b, g, times) for b, g in zip(blocks, gs, strict=True)] if before else gs
-        powers = corrected**2 if before else corrected
-        scales = _trust_scale(blocks, paired, nats, powers, kappa)
+        lengths = [trust_length(b, g, nat, momentum, times) for b, g, nat in zip(blocks, gs, nats, strict=True)]
+        lengths = _stack(lengths) / (corrected**2 if momentum == "before" else corrected)
+        scales = trust_scale(lengths.sum(), kappa).expand_as(lengths)
     else:
         scales = torch.ones_like(norms)
     scales = scales / corrected
     for block, x, nat, c in zip(blocks, xs, nats, scales if capturable else scales.tolist(), strict=True):
-        _average(block, x, ok if capturable else None)
-        block.step.add_(ok.to(block.step.device))
-        pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
-        for part, piece, grad, group in pieces:
-            if grad is not None:
-                _move(part.of(part.param), piece, c, group, ok)
+        move(block, x, nat, c, ok, capturable)
     return norms, ok
+
+
+def direction(block: Block, g: Matrix, momentum: str, times: int) -> tuple[Matrix, Tensor]:
+    """What m averages, and nat before its bias correction."""
+    if momentum == "before":
+        return g, _natural(block, g, times)
+    x = dense(qv([block], [g])[0]).to(block.dtype)
+    return x, _averaged(block, x, times)
+
+
+def move(block: Block, x: Matrix, nat: Tensor, c: Tensor | float, ok: Tensor, capturable: bool) -> None:
+    """Average x into m, count the step and move θ along nat times c, where ``ok``; a float c tells that it is."""
+    _average(block, x, ok if capturable else None)
+    block.step.add_(ok.to(block.step.device))
+    pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
+    for part, piece, grad, group in pieces:
+        if grad is not None:
+            _move(part.of(part.param), piece, c, group, ok)
 
 
 def _number(t: Tensor, capturable: bool) -> Tensor | float:
@@ -154,7 +166,7 @@ def _natural(block: Block, g: Matrix, times: int) -> Tensor:
     return nat.lerp_(product, block.beta ** (times - 1))  # βQ m + (1−β)Q g, or Q m
 
 
-def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
+def rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
     """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
     still = norms == 0
     whole = [k for k, g in enumerate(gs) if not isinstance(g, Thin)]  # a thin one is not zero
@@ -164,14 +176,15 @@ def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> 
     return torch.where(still, 0, sizes / norms)
 
 
-def _trust_scale(
-    blocks: Sequence[Block], averages: Sequence[Matrix], nats: Sequence[Tensor], powers: Tensor, kappa: float
-) -> Tensor:
-    """c of all blocks, (len(blocks),), from m and nat before their bias correction, ``powers`` of it."""
-    dots = _stack([dot(m, nat) for m, nat in zip(averages, nats, strict=True)]) / powers
-    base = dots.new_tensor([b.groups[0]["base_lr"] ** 2 for b in blocks])
-    length = (dots * base).sum().clamp_min(torch.finfo(dots.dtype).tiny)
-    return (kappa / length).sqrt().clamp_max(1).expand_as(dots)
+def trust_length(block: Block, g: Matrix, nat: Tensor, momentum: str, times: int) -> Tensor:
+    """lr₀² m̂ᵀnat (gᵀnat with momentum "after") before the bias correction: a scalar."""
+    paired = _averaged(block, g, times) if momentum == "before" else g
+    return dot(paired, nat) * block.groups[0]["base_lr"] ** 2
+
+
+def trust_scale(length: Tensor, kappa: float) -> Tensor:
+    """c of all blocks, from the sum of their lengths: a scalar."""
+    return (kappa / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1)
 
 
 def _move(theta: Tensor, nat: Tensor, c: Tensor | float, group: dict, ok: Tensor) -> None:
@@ -212,22 +225,29 @@ def lambda_step(
     loss = 0.5 * vFv - uQu
     # Sampled Hessians may have negative curvature.
     scale = None if learn_scale else torch.where(vFv > 0, uQu / vFv, 1)
-    ws = [_residual(u, v, fv, damping, scale) for u, v, fv in zip(us, vs, fvs, strict=True)]
-    if precondition:
-        ws = [b.structure.product(_whole(w)) for b, w in zip(blocks, ws, strict=True)]
     all_grads = [
-        b.structure.thin_gradients(u, v, w)
-        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum)
-        else b.structure.gradients(dense(u), _whole(w))
-        for b, u, v, w in zip(blocks, us, vs, ws, strict=True)
+        aux_gradients(b, u, v, fv, damping, scale, precondition)
+        for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)
     ]
     sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
     ok = torch.isfinite(_stack([*sums, loss])).all() & (uQu != 0)
     if not capturable and not ok:
         return loss, ok
     for block, grads in zip(blocks, all_grads, strict=True):
-        _adam(block, grads, lr, betas, eps, ok)
+        adam_step(block, grads, lr, betas, eps, ok)
     return loss, ok
+
+
+def aux_gradients(
+    block: Block, u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None, precondition: bool
+) -> dict[str, Tensor]:
+    """∂⟨w, Q u⟩/∂λ of one block, with w as ``lambda_step`` says and ``scale`` its α, None for 1."""
+    w = _residual(u, v, fv, damping, scale)
+    if precondition:
+        w = block.structure.product(_whole(w))
+    if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
+        return block.structure.thin_gradients(u, v, w)
+    return block.structure.gradients(dense(u), _whole(w))
 
 
 def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
@@ -244,7 +264,7 @@ def _whole(w: Tensor | Sum) -> Tensor:
     return w if isinstance(w, Tensor) else sum((t.dense for t in w.terms), w.whole)
 
 
-def _adam(
+def adam_step(
     block: Block, grads: dict[str, Tensor], lr: float | Tensor, betas: tuple[float, float], eps: float, ok: Tensor
 ) -> None:
     """Adam on the block's λ where ``ok``, by torch's fused kernel: one pass over memory."""

@@ -1,0 +1,63 @@
+"""Tile sizes, pinned: the choice fixes the order of summation, and so is part of reproducibility. No autotuning.
+
+Not yet measured on a GPU: chosen for registers and shared memory, which the tests check for every row on every
+architecture. ``benchmarks/pin_configurations.py`` derives the table anew on a given GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """C (BM, BN) += A (BM, BK) B (BN, BK)ᵀ."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+# Shape class -> what operands are multiplied in -> architecture (the nearest one below counts) -> tile.
+# "small": where large tiles would not fill the chip.
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "small": {
+        "ieee": {80: Tile(32, 32, 32, 4, 3)},
+        "tf32": {80: Tile(64, 64, 32, 4, 3)},
+        "tf32x3": {80: Tile(64, 64, 32, 4, 2)},
+        "bf16": {80: Tile(64, 64, 32, 4, 3)},
+    },
+    "large": {
+        "ieee": {80: Tile(64, 64, 16, 8, 3)},
+        "tf32": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
+        "tf32x3": {80: Tile(64, 64, 32, 4, 2), 90: Tile(128, 64, 32, 8, 2)},
+        "bf16": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
+    },
+}
+
+# Elementwise kernels: (rows, columns, warps), wide for matrices and a single row for vectors.
+ELEMENTWISE = (16, 128, 4)
+VECTOR = (1, 2048, 4)
+
+
+def tile(precision: str, capability: int, large: bool) -> Tile:
+    """The pinned tile for compute capability 80, 86, 90, 100, ...; what is older counts as 80."""
+    rows = TILES["large" if large else "small"][precision]
+    return rows[max((arch for arch in rows if arch <= capability), default=min(rows))]
+
+
+def fills(shapes: list[tuple[int, int]], precision: str, capability: int, processors: int) -> bool:
+    """Whether large tiles over matrices of these shapes give every processor one."""
+    t = tile(precision, capability, True)
+    return sum(-(-m // t.BM) * -(-n // t.BN) for m, n in shapes) >= processors
+
+
+def library_product(size: int, symmetric: bool) -> bool:
+    """Whether a square product of this size goes to torch.mm.
+
+    cuBLAS wins large square products, from about 1024 up, but not where symmetry halves the work. Not yet measured
+    on a GPU. Every product of a θ step has its own prologue and epilogue and is grouped with others, so that only a
+    lone large one would gain: the threshold is the size from which one block's products fill the chip by themselves.
+    """
+    return not symmetric and size >= 4096

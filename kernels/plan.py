@@ -1,0 +1,215 @@
+"""What the host does for a θ step: rows, hyperparameters and partial sums of all blocks, and its launches in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block
+from ..reference import steps
+from ..reference.thin import Matrix, Split, Thin, dense
+from .configurations import ELEMENTWISE, Tile, fills, tile
+from .launch import capability, processors
+from .rows import DTYPES, Rows, hypers, pieces
+from .table import schedule, tiles, workspace
+
+
+def counts_on_device(block: Block, capturable: bool) -> bool:
+    """Whether the block's step counter is where its kernels can read and write it."""
+    return block.step.device == block.momentum.device and (capturable or block.step.device.type == "cuda")
+
+
+@dataclass
+class Group:
+    """Blocks that share launches: gradients of one dtype, parameters of one dtype, one precision."""
+
+    precision: str
+    scaled: bool  # whether any has an outer diagonal A
+    rows: Rows
+    config: Tile
+    hypers: list[tuple[float, ...]] = field(default_factory=list)  # of each row
+    kron: list[int] = field(default_factory=list)  # row numbers
+    diagonal: list[tuple[int, int]] = field(default_factory=list)  # (row, its first tile's number in the block)
+
+    def constants(self) -> dict:
+        return self.rows.constants()
+
+    def right(self, device: torch.device) -> tuple[Tensor, int]:
+        """(row, tile of n, tile of m, term)"""
+        shapes = self.rows.shapes
+        entries = [(k, shapes[k][1], shapes[k][0], term) for k in self.kron for term in range(shapes[k][2])]
+        return schedule(tiles(entries, self.config.BM, self.config.BN), device)
+
+    def left(self, device: torch.device) -> tuple[Tensor, int]:
+        """(row, tile of m, tile of n, its number)"""
+        entries = [(k, *self.rows.shapes[k][:2], 0) for k in self.kron]
+        return schedule(tiles(entries, self.config.BM, self.config.BN, numbered=True), device)
+
+    def sums(self, device: torch.device) -> tuple[Tensor, int]:
+        """(row, tile of rows, tile of columns, its number) of Diagonal blocks."""
+        entries = [(k, *self.rows.shapes[k][:2], number) for k, number in self.diagonal]
+        return schedule(tiles(entries, *ELEMENTWISE[:2], numbered=True), device)
+
+    def update(self, device: torch.device, fused: bool = False) -> tuple[Tensor, int]:
+        """(row, tile of rows, tile of columns, unused); ``fused``: of Diagonal blocks alone."""
+        rows = [k for k, _ in self.diagonal] if fused else range(len(self.rows))
+        return schedule(tiles([(k, *self.rows.shapes[k][:2], 0) for k in rows], *ELEMENTWISE[:2]), device)
+
+
+class Plan:
+    """One θ step."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        gs: Sequence[Matrix],
+        kinds: Sequence[str | None],
+        momentum: str,
+        times: int,
+        normalize: str | None,
+        capturable: bool,
+    ) -> None:
+        self.blocks, self.gs, self.kinds, self.momentum, self.times = blocks, gs, kinds, momentum, times
+        self.after, self.normalize, self.capturable = momentum == "after", normalize, capturable
+        self.device = next(b for b, k in zip(blocks, kinds, strict=True) if k).momentum.device
+        self.slots = 0  # partial sums of all blocks together
+        self.slot_of: dict[int, int] = {}  # of the reference's blocks
+        self.groups: list[Group] = []
+        self._group()
+        for index, k in enumerate(kinds):
+            if k is None:
+                self.slot_of[index] = self._take(1)
+        self.partials = torch.empty(2, self.slots, dtype=torch.float32, device=self.device)
+        self.corrections = torch.empty(len(blocks), dtype=torch.float32, device=self.device)
+        self.norms = torch.empty(len(blocks), dtype=torch.float32, device=self.device)
+        self.ok = torch.empty((), dtype=torch.bool, device=self.device)
+
+    def _take(self, count: int) -> int:
+        start, self.slots = self.slots, self.slots + count
+        return start
+
+    def _hyper(self, block: Block, groups: Sequence[dict]) -> tuple[float, ...]:
+        """``groups``: the weight's and the bias's."""
+        beta, times, first, last = block.beta, self.times, groups[0], groups[-1]
+        host = not counts_on_device(block, self.capturable)
+        correction = 1 - beta ** (block.step.item() + times) if host else 1.0
+        rates = [0.0 if self._on_device(g["lr"]) else float(g["lr"]) for g in (first, last)]
+        m, n = block.shape
+        log2beta = math.log2(beta) if beta > 0 else -math.inf
+        return (
+            beta**times, 1 - beta**times, 1 - beta, correction, log2beta, times,
+            rates[0], first["weight_decay"], rates[1], last["weight_decay"], block.groups[0]["base_lr"] ** 2, steps.RMS * (m * n) ** 0.5,
+        )  # fmt: skip
+
+    def _on_device(self, lr: object) -> bool:
+        return isinstance(lr, Tensor) and lr.device == self.device and lr.dtype == torch.float32
+
+    def _group(self) -> None:
+        grads, members = {}, {}
+        for kind in ("kron", "diagonal"):  # Diagonal blocks join a group of their dtypes
+            for index, (block, g) in enumerate(zip(self.blocks, self.gs, strict=True)):
+                if self.kinds[index] != kind:
+                    continue
+                g = dense(g) if isinstance(g, Split) and g.scale is not None else g
+                found, _ = pieces(block, g)
+                dtype = next((t.dtype for t in found if t is not None), torch.float32)
+                dtype = dtype if dtype in DTYPES else torch.float32
+                grads[index] = [None if t is None else t.to(dtype) for t in found]
+                dtypes = (dtype, block.parts[0].param.dtype)
+                key = (*dtypes, block.structure.precision)
+                if kind == "diagonal":
+                    key = next((k for k in members if k[:2] == dtypes), (*dtypes, "ieee"))
+                members.setdefault(key, []).append(index)
+        for (G, W, precision), indices in members.items():
+            shapes = [self.blocks[i].shape for i in indices if self.kinds[i] == "kron"]
+            arch = capability(self.device)
+            config = tile(precision, arch, fills(shapes, precision, arch, processors(self.device)))
+            scaled = any("A" in self.blocks[i].structure.fishleg_aux for i in indices)
+            group = Group(precision, scaled, Rows(G, W), config)
+            self.groups.append(group)
+            for i in indices:
+                add = self._add_kron if self.kinds[i] == "kron" else self._add_diagonal
+                add(group, i, grads[i])
+
+    def _common(self, block: Block, index: int) -> dict:
+        step = block.step if counts_on_device(block, self.capturable) else None
+        return {"index": index, "step": step, "v": None}
+
+    def _add_kron(self, group: Group, index: int, grads: list[Tensor | None]) -> None:
+        block, config = self.blocks[index], group.config
+        m, n = block.shape
+        slots = -(-m // config.BM) * -(-n // config.BN)
+        own, views = workspace(block), self._moving(block)
+        group.hypers.append(self._hyper(block, block.groups))
+        group.kron.append(len(group.rows))
+        group.rows.add(
+            shape=(m, n), own=own, A=block.structure.fishleg_aux.get("A"), x=block.momentum, grads=grads, params=views,
+            cols=self._cols(block), rates=self._rates(block), slot=self._take(slots), slots=slots,
+            **self._common(block, index),
+        )  # fmt: skip
+
+    def _add_diagonal(self, group: Group, index: int, grads: list[Tensor | None]) -> None:
+        """One row; one a part where they are below each other."""
+        block, d = self.blocks[index], self.blocks[index].structure.fishleg_aux["d"]
+        views, rates = self._moving(block), self._rates(block)
+        if block.axis == 1:
+            rows = [(block.shape, grads, views, self._cols(block), d, block.momentum, rates, block.groups, False)]
+        else:
+            rows, start = [], 0
+            for g, view, part, rate, of in zip(grads, views, block.parts, rates, block.groups, strict=True):
+                count = part.of(part.param).numel()
+                piece = slice(start, start + count)
+                rows.append(((1, count), [g], [view], count, d[piece], block.momentum[piece], [rate], [of], True))
+                start += count
+        counts = [-(-r[0][0] // ELEMENTWISE[0]) * -(-r[0][1] // ELEMENTWISE[1]) for r in rows]
+        slot, slots, number = self._take(sum(counts)), sum(counts), 0
+        for k, (shape, gs, params, cols, A, x, rate, groups, vector) in enumerate(rows):
+            group.hypers.append(self._hyper(block, groups))
+            group.diagonal.append((len(group.rows), number))
+            group.rows.add(
+                shape=shape, own=None, A=A, x=x, grads=gs, params=params, cols=cols, rates=rate, slot=slot, slots=slots,
+                first=k == 0, vector=vector, **self._common(block, index),
+            )  # fmt: skip
+            number += counts[k]
+
+    def _cols(self, block: Block) -> int:
+        """Columns of the weight."""
+        return block.shape[1] - (len(block.parts) > 1)
+
+    def _moving(self, block: Block) -> list[Tensor | None]:
+        """The parameters that have a gradient."""
+        return [
+            None if g is None else part.of(part.param.detach())
+            for part, g in zip(block.parts, block.grads, strict=True)
+        ]
+
+    def _rates(self, block: Block) -> list[Tensor | None]:
+        return [g["lr"] if self._on_device(g["lr"]) else None for g in block.groups]
+
+    def add_reference(self) -> None:
+        """What blocks that the kernels do not cover contribute to the sums."""
+        self.directions = {}
+        for index, slot in self.slot_of.items():
+            block, g = self.blocks[index], self.gs[index]
+            x, nat = steps.direction(block, g, self.momentum, self.times)
+            correction = 1 - block.beta ** (block.step.to(self.device) + self.times)
+            norm = torch.linalg.vector_norm(nat).to(self.device, torch.float32)
+            self.directions[index] = x, nat, correction, norm / correction
+            self.partials[0, slot] = norm.square()
+            self.partials[1, slot] = 0
+            if self.normalize == "trust":
+                length = steps.trust_length(block, g, nat, self.momentum, self.times).to(self.device)
+                self.partials[1, slot] = length / (correction if self.after else correction**2)
+
+    def finish_reference(self, kappa: float) -> None:
+        """Move those blocks as the sums of all say."""
+        scale = steps.trust_scale(self.partials[1].sum(), kappa) if self.normalize == "trust" else None
+        for index, (x, nat, correction, norm) in self.directions.items():
+            self.norms[index] = norm
+            c = steps.rms_scales([self.gs[index]], [nat], norm[None])[0] if self.normalize == "rms" else scale
+            c = 1 / correction if c is None else c / correction
+            steps.move(self.blocks[index], x, nat, c, self.ok, True)
