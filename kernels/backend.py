@@ -57,7 +57,7 @@ def available(device: torch.device | None = None, dtype: torch.dtype | None = No
 
 def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
     """As ``reference.refresh``, but P and S of the blocks that the kernels cover are always formed."""
-    from . import refresh as op
+    from . import symmetric as op
 
     op.refresh(blocks, vectors)
 

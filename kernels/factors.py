@@ -33,7 +33,7 @@ K_SLOT = tl.constexpr(15)  # first partial sum
 K_STEP = tl.constexpr(16)  # Adam's counter on the device; 0: the host counts
 K_INDEX = tl.constexpr(17)  # the block's number
 K_FIRST = tl.constexpr(18)  # 1 in one row of each block
-FACTOR_FIELDS = 19
+FACTOR_FIELDS = tl.constexpr(19)
 
 
 @dataclass
@@ -78,6 +78,6 @@ class Factors:
         ints = [k, padded(k), aux.data_ptr(), aux.stride(0), at(avg), at(avg_sq), at(left), at(right)]
         ints += [0 if left is None else left.stride(0), at(sym), at(new), at(grad), square.data_ptr()]
         ints += [square.stride(0), int(transposed), slot, at(step), index, int(first)]
-        assert len(ints) == FACTOR_FIELDS
+        assert len(ints) == FACTOR_FIELDS.value
         self.ints += ints
         self.sizes.append(k)

@@ -36,6 +36,8 @@ from .shared import (
     F_X,
     F_XCOLS,
     F_XT,
+    FIELDS,
+    HYPERS,
     H_BASE,
     H_KEEP,
     H_TAKE,
@@ -47,8 +49,6 @@ from .shared import (
     leading,
 )
 
-FIELDS = tl.constexpr(41)
-HYPERS = tl.constexpr(12)
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def operand(
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots"])
 def right_kernel(
     rows, hypers, schedule, corrections, tiles,
     SOURCE: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
@@ -149,7 +149,7 @@ def left_tile(row, i, j, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.const
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots"])
 def left_kernel(
     rows, hypers, schedule, corrections, partials, slots, tiles,
     SUMS: tl.constexpr,  # "none"; or ‖nat‖² and, per tile, "rms": whether g is zero, "trust": ⟨m̂, nat⟩, "norm": no more
@@ -194,12 +194,12 @@ def sums(
     nat = q
     if AFTER:
         nat = keep * m + take * q
-    tl.store(slot, tl.sum(tl.sum(nat * nat, 1), 0))
+    tl.store(slot, tl.sum(nat * nat))
     if SUMS == "rms":
-        tl.store(slot + slots, tl.max(tl.max(tl.where(g == 0, 0.0, 1.0), 1), 0))
+        tl.store(slot + slots, tl.max(tl.where(g == 0, 0.0, 1.0)))
     if SUMS == "trust":
         if AFTER:
             paired, power = g, corrected
         else:
             paired, power = keep * m + take * g, corrected * corrected
-        tl.store(slot + slots, tl.sum(tl.sum(paired * nat, 1), 0) * tl.load(hyper + H_BASE) / power)
+        tl.store(slot + slots, tl.sum(paired * nat) * tl.load(hyper + H_BASE) / power)

@@ -108,11 +108,16 @@ class Rows:
         index: int = 0,
         first: bool = True,
         vector: bool = False,
+        moments: tuple[Tensor, Tensor] | None = None,  # of d
+        scratch: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         """One row."""
         m, n = shape
         ints = [m, n, padded(m), padded(n), 1 if own is None else own.terms]
-        ints += [0] * 4 if own is None else [own.S.data_ptr(), own.P.data_ptr(), own.XT.data_ptr(), own.out.data_ptr()]
+        if moments is not None:
+            ints += [moments[0].data_ptr(), moments[1].data_ptr(), 0, 0]
+        else:
+            ints += [0] * 4 if own is None else [own.S.data_ptr(), own.P.data_ptr(), own.XT.data_ptr(), own.out.data_ptr()]
         ints += [0, 0] if A is None else [A.data_ptr(), 0 if vector else A.stride(0)]
         ints += self._momentum(x, m, n, vector)
         ints += [0, 0] if v is None else [v.data_ptr(), v.stride(0)]
@@ -142,7 +147,8 @@ class Rows:
         pointers = [r.data_ptr() if isinstance(r, Tensor) else 0 for r in rates]
         ints += [*pointers, 0, 0][:2]
         ints += [slot, slots, index, int(first), int(own is None)]
-        assert len(ints) == FIELDS
+        ints += [0, 0, 0] if scratch is None else [t.data_ptr() for t in scratch]
+        assert len(ints) == FIELDS.value
         self.ints += ints
         self.shapes.append((m, n, 1 if own is None else own.terms))
 
@@ -172,5 +178,5 @@ def pieces(block: Block, g: Tensor | Thin | Split) -> tuple[list[Tensor | None],
 def hypers(values: Sequence[Sequence[float]], device: torch.device) -> Tensor:
     """(blocks, HYPERS) float32."""
     flat = tuple(x for row in values for x in row)
-    assert len(flat) == HYPERS * len(values)
+    assert len(flat) == HYPERS.value * len(values)
     return upload(flat, torch.float32, device)

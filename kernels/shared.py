@@ -57,7 +57,11 @@ F_SLOTS = tl.constexpr(37)
 F_INDEX = tl.constexpr(38)  # the block's number
 F_FIRST = tl.constexpr(39)  # 1 in one row of each block: the one that writes the block's scalars
 F_DIAGONAL = tl.constexpr(40)  # 1: Q u = d²∘u, computed where it is used
-FIELDS = 41
+# scratch of a λ step
+F_U = tl.constexpr(41)  # (m, np): u
+F_UT = tl.constexpr(42)  # (n, mp): uᵀ
+F_WS = tl.constexpr(43)  # (terms, m, np): w S
+FIELDS = tl.constexpr(44)
 
 # hyperparameters of a block, float32
 H_KEEP = tl.constexpr(0)  # m̂ = keep·m + take·g before the bias correction
@@ -72,7 +76,7 @@ H_LRB = tl.constexpr(8)
 H_DECAYB = tl.constexpr(9)
 H_BASE = tl.constexpr(10)  # lr₀²
 H_SIZE = tl.constexpr(11)  # 0.2·√(mn)
-HYPERS = 12
+HYPERS = tl.constexpr(12)
 
 
 @triton.jit
@@ -117,16 +121,20 @@ def parameter(row, r, c, GENERAL: tl.constexpr, W: tl.constexpr, ALIGN: tl.const
     start = address(row, F_W, W, ALIGN) + r * leading(row, F_WROW, ALIGN)
     if GENERAL:
         inner = field(row, F_WINNER).to(tl.int32)
-        return start + (c // inner) * field(row, F_WOUTER) + (c % inner) * field(row, F_WSTEP)
-    return start + c
+        at = start + (c // inner) * field(row, F_WOUTER) + (c % inner) * field(row, F_WSTEP)
+    else:
+        at = start + c
+    return at
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a bᵀ for a (M, K), b (N, K), float32: the layout of operands that every tensor core takes as it is."""
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), tl.trans(b.to(tl.bfloat16)), acc)
-    return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(tl.bfloat16), tl.trans(b.to(tl.bfloat16)), acc)
+    else:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -157,12 +165,30 @@ def all_finite(partials, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def one_minus_power(log2beta, t):
+    """1 − β^t, whose leading digits cancel in float32 where β is near 1."""
+    return (1 - tl.exp2((log2beta * t).to(tl.float64))).to(tl.float32)
+
+
+@triton.jit
+def counter(row, F: tl.constexpr):
+    """A step counter on the device, 0 where the host counts."""
+    at = tl.load(row + F)
+    return tl.load(at.to(tl.pointer_type(tl.float32)), mask=at != 0, other=0)
+
+
+@triton.jit
 def correction(row, hyper):
-    """1 − β^(t + times): 1 where nothing is to be corrected."""
-    step = tl.load(row + F_STEP)
-    counted = tl.load(step.to(tl.pointer_type(tl.float32)), mask=step != 0, other=0)
-    power = tl.exp2(tl.load(hyper + H_LOG2BETA) * (counted + tl.load(hyper + H_TIMES)))
-    return tl.where(step != 0, 1 - power, tl.load(hyper + H_CORRECTION))
+    """1 − β^(t + times)."""
+    counted = one_minus_power(tl.load(hyper + H_LOG2BETA), counter(row, F_STEP) + tl.load(hyper + H_TIMES))
+    return tl.where(tl.load(row + F_STEP) != 0, counted, tl.load(hyper + H_CORRECTION))
+
+
+@triton.jit
+def count(row, F: tl.constexpr, ok):
+    """Raise a step counter where ``ok``, if the device counts."""
+    at = tl.load(row + F)
+    tl.store(at.to(tl.pointer_type(tl.float32)), counter(row, F) + 1, mask=(at != 0) & ok)
 
 
 @triton.jit

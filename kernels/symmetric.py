@@ -14,6 +14,11 @@ import triton.language as tl
 
 from .configurations import fills, tile
 from .factors import (
+    FACTOR_FIELDS,
+    K_DEPTH,
+    K_LEFT,
+    K_RIGHT,
+    K_SYM,
     K_LAMBDA,
     K_LD,
     K_LDSQUARE,
@@ -23,14 +28,14 @@ from .factors import (
     K_TRANSPOSED,
     Factors,
 )
+from ..reference.products import Vectors
 from .launch import capability, launch, processors
 from .shared import address, dot, field, leading
+from .rows import kind
 from .table import schedule, tiles, workspace
 
 if TYPE_CHECKING:
     from ..blocks import Block
-
-FACTOR_FIELDS = tl.constexpr(19)
 
 
 @triton.jit
@@ -70,7 +75,7 @@ def store_symmetric(start, ld, acc, rm, rn, i, j, size, limit, ok):
         tl.store(start + rn[:, None] * ld + rm[None, :], tl.trans(acc), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots"])
 def refresh_kernel(
     rows, schedule, tiles,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -89,10 +94,38 @@ def refresh_kernel(
         store_symmetric(start, ld, acc, rm, rn, i, j, field(row, K_SIZE), leading(row, K_PADDED, 16), i >= 0)
 
 
+@triton.jit(do_not_specialize=["tiles", "slots"])
+def pair_kernel(
+    rows, schedule, tiles, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """M + Mᵀ with M = left rightᵀ, (k, depth) each. Schedule: (row, i, j ≤ i, unused)."""
+    for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        entry = schedule + t * 4
+        row = rows + tl.load(entry) * FACTOR_FIELDS
+        i, j = tl.load(entry + 1), tl.load(entry + 2)
+        rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
+        size, depth = field(row, K_SIZE), leading(row, K_DEPTH, 16)
+        left, right = address(row, K_LEFT, tl.float32, 16), address(row, K_RIGHT, tl.float32, 16)
+        at_m, at_n = rm[:, None] * depth, rn[:, None] * depth
+        acc = tl.zeros([BM, BN], tl.float32)
+        for start in range(0, depth.to(tl.int32), BK):
+            kk = (start + tl.arange(0, BK))[None, :]
+            inside = kk < depth
+            in_m, in_n = (rm < size)[:, None] & inside, (rn < size)[:, None] & inside
+            a = tl.load(left + at_m + kk, mask=in_m, other=0)
+            b = tl.load(right + at_n + kk, mask=in_n, other=0)
+            acc = dot(a, b, acc, PRECISION)
+            a = tl.load(right + at_m + kk, mask=in_m, other=0)
+            b = tl.load(left + at_n + kk, mask=in_n, other=0)
+            acc = dot(a, b, acc, PRECISION)
+        limit = leading(row, K_PADDED, 16)
+        store_symmetric(address(row, K_SYM, tl.float32, 16), limit, acc, rm, rn, i, j, size, limit, i >= 0)
+
+
 def square_tile(precision: str, sizes: Sequence[int], device: torch.device) -> dict:
-    """Square tiles: what is stored transposed has the same shape."""
-    chosen = tile(precision, capability(device), fills([(k, k // 2) for k in sizes], precision, capability(device),
-                                                       processors(device)))
+    """Square tiles, since each is also stored transposed."""
+    arch = capability(device)
+    chosen = tile(precision, arch, fills([(k, k // 2) for k in sizes], precision, arch, processors(device)))
     side = min(chosen.BM, chosen.BN)
     return {**chosen._asdict(), "BM": side, "BN": side}
 
@@ -138,3 +171,11 @@ def refresh_all(blocks: Sequence[Block]) -> None:
         )  # fmt: skip
     for block in stale:
         adopt(block)
+
+
+def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
+    """As ``reference.refresh``; P and S of the blocks that the kernels cover are always formed."""
+    refresh_all([b for b in blocks if kind(b) == "kron"])
+    for block, uses in zip(blocks, vectors or [None] * len(blocks), strict=True):
+        if kind(block) is None:
+            block.structure.refresh(uses)

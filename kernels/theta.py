@@ -28,6 +28,8 @@ from .products import left_kernel, matrix, right_kernel, sums
 from .rows import DTYPES, hypers, kind
 from .shared import (
     F_A,
+    FIELDS,
+    HYPERS,
     F_COLS,
     F_DIAGONAL,
     F_FIRST,
@@ -59,6 +61,7 @@ from .shared import (
     address,
     all_finite,
     correction,
+    count,
     field,
     finite,
     gradient,
@@ -73,8 +76,6 @@ from .symmetric import refresh_all
 if TYPE_CHECKING:
     from ..blocks import Block
 
-FIELDS = tl.constexpr(41)
-HYPERS = tl.constexpr(12)
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def diagonal_product(
     return d * d * x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots"])
 def diagonal_kernel(
     rows, hypers, schedule, corrections, partials, slots, tiles,
     SUMS: tl.constexpr, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr,
@@ -141,15 +142,7 @@ def move(
     tl.store(b_at, (b - lr * (nat + tl.load(hyper + H_DECAYB) * b)).to(W), mask=bias)
 
 
-@triton.jit
-def count(row, ok):
-    """step ← step + 1 where ``ok``, if the device counts."""
-    at = field(row, F_STEP)
-    pointer = at.to(tl.pointer_type(tl.float32))
-    tl.store(pointer, tl.load(pointer, mask=at != 0, other=0) + 1, mask=(at != 0) & ok)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots"])
 def update_kernel(
     rows, hypers, schedule, corrections, partials, slots, kappa, norms, taken, tiles,
     RULE: tl.constexpr,  # "rms", "trust" or "none"
@@ -183,7 +176,7 @@ def update_kernel(
             factor = tl.where(moving, tl.load(hyper + H_SIZE) / tl.where(moving, norm, 1.0), 0.0) / corrected
         if (i == 0) & (j == 0) & (field(row, F_FIRST) != 0):
             tl.store(norms + field(row, F_INDEX), norm)
-            count(row, ok)
+            count(row, F_STEP, ok)
         if DIAGONAL:
             if field(row, F_DIAGONAL) != 0:
                 q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
