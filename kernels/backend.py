@@ -109,7 +109,7 @@ def lambda_step(
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.lambda_step``."""
-    from . import aux as op
+    from . import learn as op
 
     return op.lambda_step(
         blocks, us, vs, fvs, damping=damping, lr=lr, betas=betas, eps=eps, precondition=precondition,

@@ -20,7 +20,7 @@ K_LAMBDA = tl.constexpr(2)  # L or R as λ holds it
 K_LD = tl.constexpr(3)
 K_AVG = tl.constexpr(4)  # Adam's moments, laid out as λ
 K_AVG_SQ = tl.constexpr(5)
-K_LEFT = tl.constexpr(6)  # (k, depth): M = left rightᵀ
+K_LEFT = tl.constexpr(6)  # (k, depth): M = left rightᵀ; contiguous
 K_RIGHT = tl.constexpr(7)
 K_DEPTH = tl.constexpr(8)
 K_SYM = tl.constexpr(9)  # (k, k padded): M + Mᵀ
@@ -33,7 +33,8 @@ K_SLOT = tl.constexpr(15)  # first partial sum
 K_STEP = tl.constexpr(16)  # Adam's counter on the device; 0: the host counts
 K_INDEX = tl.constexpr(17)  # the block's number
 K_FIRST = tl.constexpr(18)  # 1 in one row of each block
-FACTOR_FIELDS = tl.constexpr(19)
+K_LDRIGHT = tl.constexpr(19)
+FACTOR_FIELDS = tl.constexpr(20)
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Factors:
         avg, avg_sq = moments or (None, None)
         ints = [k, padded(k), aux.data_ptr(), aux.stride(0), at(avg), at(avg_sq), at(left), at(right)]
         ints += [0 if left is None else left.stride(0), at(sym), at(new), at(grad), square.data_ptr()]
-        ints += [square.stride(0), int(transposed), slot, at(step), index, int(first)]
+        ints += [square.stride(0), int(transposed), slot, at(step), index, int(first), 0 if right is None else right.stride(0)]
         assert len(ints) == FACTOR_FIELDS.value
         self.ints += ints
         self.sizes.append(k)

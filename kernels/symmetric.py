@@ -16,6 +16,7 @@ from .configurations import fills, tile
 from .factors import (
     FACTOR_FIELDS,
     K_DEPTH,
+    K_LDRIGHT,
     K_LEFT,
     K_RIGHT,
     K_SYM,
@@ -106,17 +107,17 @@ def pair_kernel(
         rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
         size, depth = field(row, K_SIZE), leading(row, K_DEPTH, 16)
         left, right = address(row, K_LEFT, tl.float32, 16), address(row, K_RIGHT, tl.float32, 16)
-        at_m, at_n = rm[:, None] * depth, rn[:, None] * depth
+        ld = leading(row, K_LDRIGHT, 16)
         acc = tl.zeros([BM, BN], tl.float32)
         for start in range(0, depth.to(tl.int32), BK):
             kk = (start + tl.arange(0, BK))[None, :]
             inside = kk < depth
             in_m, in_n = (rm < size)[:, None] & inside, (rn < size)[:, None] & inside
-            a = tl.load(left + at_m + kk, mask=in_m, other=0)
-            b = tl.load(right + at_n + kk, mask=in_n, other=0)
+            a = tl.load(left + rm[:, None] * depth + kk, mask=in_m, other=0)
+            b = tl.load(right + rn[:, None] * ld + kk, mask=in_n, other=0)
             acc = dot(a, b, acc, PRECISION)
-            a = tl.load(right + at_m + kk, mask=in_m, other=0)
-            b = tl.load(left + at_n + kk, mask=in_n, other=0)
+            a = tl.load(right + rm[:, None] * ld + kk, mask=in_m, other=0)
+            b = tl.load(left + rn[:, None] * depth + kk, mask=in_n, other=0)
             acc = dot(a, b, acc, PRECISION)
         limit = leading(row, K_PADDED, 16)
         store_symmetric(address(row, K_SYM, tl.float32, 16), limit, acc, rm, rn, i, j, size, limit, i >= 0)
