@@ -109,6 +109,7 @@ class Rows:
         first: bool = True,
         vector: bool = False,
         moments: tuple[Tensor, Tensor] | None = None,  # of d
+        out: Tensor | None = None,  # for the workspace's
         scratch: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         """One row."""
@@ -117,7 +118,8 @@ class Rows:
         if moments is not None:
             ints += [moments[0].data_ptr(), moments[1].data_ptr(), 0, 0]
         else:
-            ints += [0] * 4 if own is None else [own.S.data_ptr(), own.P.data_ptr(), own.XT.data_ptr(), own.out.data_ptr()]
+            products = () if own is None else (own.S, own.P, own.XT, own.out if out is None else out)
+            ints += [t.data_ptr() for t in products] or [0] * 4
         ints += [0, 0] if A is None else [A.data_ptr(), 0 if vector else A.stride(0)]
         ints += self._momentum(x, m, n, vector)
         ints += [0, 0] if v is None else [v.data_ptr(), v.stride(0)]

@@ -202,7 +202,7 @@ def run(plan: Plan, kappa: float) -> None:
         entries, count = group.right(device)
         launch(
             right_kernel, count, rows, values, entries, plan.corrections, device=device,
-            SOURCE="g" if plan.after else "mg", **constants, **shared,
+            SOURCE="g" if plan.after else "mg", COUNT=True, **constants, **shared,
         )  # fmt: skip
         entries, count = group.left(device)
         launch(
