@@ -33,6 +33,7 @@ class Group:
     config: Tile
     hypers: list[tuple[float, ...]] = field(default_factory=list)  # of each row
     kron: list[int] = field(default_factory=list)  # row numbers
+    ranges: list[tuple[int, int]] = field(default_factory=list)  # (first slot, slots) of each
     diagonal: list[tuple[int, int]] = field(default_factory=list)  # (row, its first tile's number in the block)
 
     def constants(self) -> dict:
@@ -87,6 +88,11 @@ class Plan:
         self.corrections = torch.empty(len(blocks), dtype=torch.float32, device=self.device)
         self.norms = torch.empty(len(blocks), dtype=torch.float32, device=self.device)
         self.ok = torch.empty((), dtype=torch.bool, device=self.device)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the update goes into the second product: it needs no norm, and there is nothing else to wait for."""
+        return self.normalize is None and len(self.groups) == 1 and set(self.kinds) == {"kron"}
 
     def _take(self, count: int) -> int:
         start, self.slots = self.slots, self.slots + count
@@ -146,9 +152,10 @@ class Plan:
         own, views = workspace(block), self._moving(block)
         group.hypers.append(self._hyper(block, block.groups))
         group.kron.append(len(group.rows))
+        group.ranges.append((self._take(slots), slots))
         group.rows.add(
             shape=(m, n), own=own, A=block.structure.fishleg_aux.get("A"), x=block.momentum, grads=grads, params=views,
-            cols=self._cols(block), rates=self._rates(block), slot=self._take(slots), slots=slots,
+            cols=self._cols(block), rates=self._rates(block), slot=group.ranges[-1][0], slots=slots,
             **self._common(block, index),
         )  # fmt: skip
 

@@ -94,12 +94,15 @@ def operand(
 
 @triton.jit(do_not_specialize=["tiles", "slots"])
 def right_kernel(
-    rows, hypers, schedule, corrections, tiles,
-    SOURCE: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
+    rows, hypers, schedule, corrections, checks, tiles,
+    SOURCE: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, CHECK: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Xᵀ = S uᵀ of each term. Schedule: (row, tile of n, tile of m, term). COUNT: write each block's correction."""
+    """Xᵀ = S uᵀ of each term. Schedule: (row, tile of n, tile of m, term). COUNT: write each block's correction.
+
+    CHECK: write each tile's Σ|Xᵀ|, not finite where any entry is not.
+    """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry = schedule + t * 4
         row = rows + tl.load(entry) * FIELDS
@@ -124,6 +127,8 @@ def right_kernel(
         mp = leading(row, F_MP, 16)
         c_start = address(row, F_XT, tl.float32, 16) + term * mp + rm[:, None] * (field(row, F_TERMS) * mp)
         tl.store(c_start + rn[None, :], acc, mask=(rm < n)[:, None] & (rn < mp)[None, :])
+        if CHECK:
+            tl.store(checks + t, tl.sum(tl.abs(acc)))
         if COUNT:
             if (i == 0) & (j == 0) & (term == 0):
                 tl.store(corrections + field(row, F_INDEX), correction(row, hyper))

@@ -89,7 +89,10 @@ def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: 
     none = workspace(blocks[0]).out  # stands for what is not read
     entries = tiles([(i, n, m, t) for i, (m, n, terms) in enumerate(shapes) for t in range(terms)], config.BM, config.BN)
     entries, count = schedule(entries, device)
-    launch(right_kernel, count, table, none, entries, none, device=device, SOURCE="g", COUNT=False, **shared)
+    launch(
+        right_kernel, count, table, none, entries, none, none, device=device, SOURCE="g", COUNT=False, CHECK=False,
+        **shared,
+    )  # fmt: skip
     entries, count = schedule(tiles([(i, m, n, 0) for i, (m, n, _) in enumerate(shapes)], config.BM, config.BN), device)
     launch(
         left_kernel, count, table, none, entries, none, none, 0, device=device, SUMS="none", AFTER=False, **shared

@@ -24,7 +24,7 @@ from ..reference.thin import Matrix
 from .configurations import ELEMENTWISE
 from .launch import launch
 from .plan import Plan, counts_on_device
-from .products import left_kernel, matrix, right_kernel, sums
+from .products import left_kernel, left_tile, matrix, outer, right_kernel, sums
 from .rows import DTYPES, hypers, kind
 from .shared import (
     F_A,
@@ -72,6 +72,7 @@ from .shared import (
 )
 
 from .symmetric import refresh_all
+from .table import upload, workspace
 
 if TYPE_CHECKING:
     from ..blocks import Block
@@ -190,6 +191,80 @@ def update_kernel(
 
 
 
+@triton.jit
+def finish(partials, slots, ranges, blocks, most, corrections, norms, taken):
+    """‖nat‖ of each block and whether all are finite. ``ranges`` (blocks, 2): first slot, slots; ``most`` of them."""
+    tl.store(taken, all_finite(partials, slots, 1024))
+    for first in range(0, blocks, 32):
+        b = first + tl.arange(0, 32)
+        start = tl.load(ranges + 2 * b, mask=b < blocks, other=0)
+        own = tl.load(ranges + 2 * b + 1, mask=b < blocks, other=0)
+        acc = tl.zeros([32], tl.float32)
+        for slot in range(0, most, 32):
+            at = (slot + tl.arange(0, 32))[None, :]
+            acc += tl.sum(tl.load(partials + start[:, None] + at, mask=at < own[:, None], other=0), 1)
+        corrected = tl.load(corrections + b, mask=b < blocks, other=1)
+        tl.store(norms + b, tl.sqrt(acc) / corrected, mask=b < blocks)
+
+
+@triton.jit(do_not_specialize=["tiles", "slots", "checked", "blocks", "most"])
+def fused_kernel(
+    rows, hypers, schedule, corrections, checks, checked, partials, slots, ranges, blocks, most, norms, taken, arrived,
+    tiles,
+    AFTER: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """nat = P X, and m and θ moved in the epilogue. Schedule: (row, tile of m, tile of n, number of the tile).
+
+    Nothing is written where the first product is not finite. The program that comes last adds up the norms, in the
+    same order whichever it is; ``arrived`` counts them and is 0 again after it.
+    """
+    ok = all_finite(checks, checked, 1024)
+    for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        entry = schedule + t * 4
+        row = rows + tl.load(entry) * FIELDS
+        hyper = hypers + tl.load(entry) * HYPERS
+        i, j = tl.load(entry + 1), tl.load(entry + 2)
+        q = left_tile(row, i, j, PRECISION, BM, BN, BK)
+        r, c = (i * BM + tl.arange(0, BM))[:, None], (j * BN + tl.arange(0, BN))[None, :]
+        inside = r < field(row, F_M)
+        if SCALED:
+            q = q * outer(row, r, c, inside)
+        corrected = tl.load(corrections + field(row, F_INDEX))
+        slot = partials + field(row, F_SLOT) + tl.load(entry + 3)
+        sums(row, hyper, r, c, inside, q, corrected, slot, slots, "norm", AFTER, G, GENERAL, ALIGN, ALIGN_X)
+        move(row, hyper, r, c, inside & finite(q), q, 1 / corrected, ok, AFTER, G, W, GENERAL, ALIGN, ALIGN_X)
+        if (i == 0) & (j == 0):
+            count(row, F_STEP, ok)
+    tl.debug_barrier()  # all of this program's sums are written before it counts as arrived
+    before = tl.atomic_add(arrived, 1, sem="acq_rel")
+    if before == tl.num_programs(0) - 1:
+        finish(partials, slots, ranges, blocks, most, corrections, norms, taken)
+        tl.store(arrived, 0)
+
+
+def run_fused(plan: Plan) -> None:
+    """The launches with normalize=None, of Kron's kind alone: what would be a third is in the second's epilogue."""
+    device, group = plan.device, plan.groups[0]
+    rows, values = group.rows.device(device), hypers(group.hypers, device)
+    shared = {"PRECISION": group.precision, "SCALED": group.scaled, **group.constants(), **group.config._asdict()}
+    entries, checked = group.right(device)
+    checks = torch.empty(checked, dtype=torch.float32, device=device)
+    launch(
+        right_kernel, checked, rows, values, entries, plan.corrections, checks, device=device,
+        SOURCE="g" if plan.after else "mg", COUNT=True, CHECK=True, **shared,
+    )  # fmt: skip
+    entries, tiles = group.left(device)
+    ranges = tuple(x for pair in group.ranges for x in pair)
+    arrived = workspace(plan.blocks[0]).scratch("arrived", 1).view(torch.int32)
+    launch(
+        fused_kernel, tiles, rows, values, entries, plan.corrections, checks, checked, plan.partials, plan.slots,
+        upload(ranges, torch.int32, device), len(group.ranges), max(n for _, n in group.ranges), plan.norms, plan.ok,
+        arrived, device=device, AFTER=plan.after, W=DTYPES[group.rows.W], **shared,
+    )  # fmt: skip
+
+
 def run(plan: Plan, kappa: float) -> None:
     """The launches."""
     device, rule = plan.device, plan.normalize or "none"
@@ -201,8 +276,8 @@ def run(plan: Plan, kappa: float) -> None:
         shared = {"PRECISION": group.precision, "SCALED": group.scaled, **group.config._asdict()}
         entries, count = group.right(device)
         launch(
-            right_kernel, count, rows, values, entries, plan.corrections, device=device,
-            SOURCE="g" if plan.after else "mg", COUNT=True, **constants, **shared,
+            right_kernel, count, rows, values, entries, plan.corrections, plan.corrections, device=device,
+            SOURCE="g" if plan.after else "mg", COUNT=True, CHECK=False, **constants, **shared,
         )  # fmt: skip
         entries, count = group.left(device)
         launch(
@@ -250,7 +325,10 @@ def theta_step(
     refresh_all([b for b, k in zip(blocks, kinds, strict=True) if k == "kron"])
     plan = Plan(blocks, gs, kinds, momentum, 2 if nesterov else 1, normalize, capturable)
     plan.add_reference()
-    run(plan, kappa)
+    if plan.fuses:
+        run_fused(plan)
+    else:
+        run(plan, kappa)
     plan.finish_reference(kappa)
     ok = plan.ok
     for block, k in zip(blocks, kinds, strict=True):
