@@ -1,11 +1,13 @@
 """Q u over all blocks: 2 launches for all of Kron, Kron(scale=True) and SumKron, 1 for all Diagonal blocks.
 
-v is (m, n) with rows that begin at multiples of 16 elements.
+v is (m, n) with rows that begin at multiples of 16 elements. ``torch.ops.fishleg_fast.kron_qv`` is the same of tensors,
+for torch.compile: P u S of a list of matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,13 +17,13 @@ from torch import Tensor
 from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Thin
-from .configurations import ELEMENTWISE, fills, tile
+from .configurations import ELEMENTWISE, Tile, fills, tile
 from .launch import capability, launch, processors
 from .products import left_kernel, matrix, right_kernel, scale
 from .rows import DTYPES, Rows, kind, pieces
 from .shared import F_A, F_LDA, F_LDV, F_M, F_N, F_V, FIELDS, address, field, gradient
 from .symmetric import refresh_all
-from .table import padded, schedule, tiles, workspace
+from .table import padded, schedule, tiles, upload, workspace
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -69,8 +71,8 @@ def _common(block: Block, u: Matrix, dtype: torch.dtype) -> dict:
 
 
 def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: str) -> list[Tensor]:
-    device, arch = blocks[0].momentum.device, capability(blocks[0].momentum.device)
-    config = tile(precision, arch, fills([b.shape for b in blocks], precision, arch, processors(device)))
+    device = blocks[0].momentum.device
+    config = _config([b.shape for b in blocks], precision, device)
     rows, outs, alive = Rows(G=dtype if dtype in DTYPES else torch.float32), [], []
     for block, u in zip(blocks, us, strict=True):
         m, n = block.shape
@@ -81,12 +83,15 @@ def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: 
             shape=(m, n), own=workspace(block), A=A, v=None, cols=n - (len(block.parts) > 1), out=out, **common
         )  # fmt: skip
         outs.append(out[:, :n])
+    scaled = any("A" in b.structure.fishleg_aux for b in blocks)
+    _two_products(rows, config, scaled, precision, device)
+    return outs
+
+
+def _two_products(rows: Rows, config: Tile, scaled: bool, precision: str, device: torch.device) -> None:
     shapes, table = rows.shapes, rows.device(device)
-    shared = {
-        "SCALED": any("A" in b.structure.fishleg_aux for b in blocks), "PRECISION": precision,
-        **rows.constants(), **config._asdict(),
-    }  # fmt: skip
-    none = workspace(blocks[0]).out  # stands for what is not read
+    shared = {"SCALED": scaled, "PRECISION": precision, **rows.constants(), **config._asdict()}
+    none = upload((0.0,), torch.float32, device)  # stands for what is not read
     entries = tiles([(i, n, m, t) for i, (m, n, terms) in enumerate(shapes) for t in range(terms)], config.BM, config.BN)
     entries, count = schedule(entries, device)
     launch(
@@ -97,7 +102,55 @@ def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: 
     launch(
         left_kernel, count, table, none, entries, none, none, 0, device=device, SUMS="none", AFTER=False, **shared
     )  # fmt: skip
-    return outs
+
+
+class _Memory(NamedTuple):
+    """What ``Workspace`` has, of one call."""
+
+    terms: int
+    S: Tensor
+    P: Tensor
+    XT: Tensor
+    out: Tensor
+
+
+@torch.library.custom_op("fishleg_fast::kron_qv", mutates_args=())
+def kron_qv(us: list[Tensor], Ps: list[Tensor], Ss: list[Tensor], precision: str) -> list[Tensor]:
+    """P u S of each u (m, n), for P (m, m) and S (n, n) symmetric.
+
+    P and S are copied with padding, which blocks' own P and S have already. Returns new tensors (m, n), float32.
+    """
+    device = us[0].device
+    config = _config([tuple(u.shape) for u in us], precision, device)
+    rows, memory = Rows(), []
+    for u, P, S in zip(us, Ps, Ss, strict=True):
+        m, n = u.shape
+        if P.shape != (m, m) or S.shape != (n, n):
+            raise ValueError(f"P and S should be ({m}, {m}) and ({n}, {n}) but are: {tuple(P.shape)}, {tuple(S.shape)}")
+        XT = torch.empty(n, padded(m), dtype=torch.float32, device=device)
+        out = torch.empty(m, padded(n), dtype=torch.float32, device=device)
+        memory.append(_Memory(1, _with_padding(S), _with_padding(P), XT, out))
+        u = u.to(torch.float32)
+        rows.add(shape=(m, n), own=memory[-1], A=None, x=None, v=None, grads=[u], params=(), cols=n)
+    _two_products(rows, config, False, precision, device)
+    return [x.out[:, : u.shape[1]].contiguous() for x, u in zip(memory, us, strict=True)]
+
+
+@kron_qv.register_fake
+def _(us: list[Tensor], Ps: list[Tensor], Ss: list[Tensor], precision: str) -> list[Tensor]:
+    return [torch.empty(u.shape, dtype=torch.float32, device=u.device) for u in us]
+
+
+def _with_padding(square: Tensor) -> Tensor:
+    k = square.shape[0]
+    out = torch.zeros(k, padded(k), dtype=torch.float32, device=square.device)
+    out[:, :k] = square
+    return out
+
+
+def _config(shapes: list[tuple[int, int]], precision: str, device: torch.device) -> Tile:
+    arch = capability(device)
+    return tile(precision, arch, fills(shapes, precision, arch, processors(device)))
 
 
 def _diagonal(blocks: list[Block], us: list[Matrix], dtype: torch.dtype) -> list[Tensor]:
