@@ -155,10 +155,11 @@ def products_kernel(
     RESCALE: tl.constexpr, PRECONDITION: tl.constexpr, SOURCE: tl.constexpr,
     G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """wS, (Pw)ᵀ and sums; for a PRECONDITION S wᵀ and sums.
 
-    Schedule: (row, i, j, kind·KIND + term), kind 0: wS, 1: Pw, 2: sums of tile (i, j) of (m, n).
+    Schedule: (row, i, j, kind·KIND + term), kind 0: wS, 1: Pw, 2: sums of an elementwise tile.
     """
     alpha = multiple(dots, dot_slots, RESCALE)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -178,7 +179,7 @@ def products_kernel(
                     SOURCE, G, GENERAL, ALIGN, ALIGN_X, PRECISION, BM, BN, BK,
                 )  # fmt: skip
         else:
-            r, c = (i * BM + tl.arange(0, BM))[:, None], (j * BN + tl.arange(0, BN))[None, :]
+            r, c = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLS + tl.arange(0, COLS))[None, :]
             slot = dots + field(row, F_SLOT) + term
             dots_tile(row, r, c, r < field(row, F_M), slot, dot_slots, damping, True, G, GENERAL, ALIGN)
 
@@ -290,8 +291,9 @@ def commit_tile(row, r, c, beta1, beta2, ok, TRANSPOSED: tl.constexpr):
 def commit_kernel(
     rows, schedule, dots, dot_slots, squares, square_slots, loss, taken, beta1, beta2, tiles,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """S, P, λ and its moments. Schedule: (row, i, j, 0: tile of F Fᵀ with j ≤ i; 1: tile of F)."""
+    """S, P, λ and its moments. Schedule: (row, i, j, 0: tile of F Fᵀ with j ≤ i; 1: elementwise tile of F)."""
     aux_loss, ok = decision(dots, dot_slots, squares, square_slots)
     if tl.program_id(0) == 0:
         tl.store(loss, aux_loss)
@@ -300,8 +302,8 @@ def commit_kernel(
         entry = schedule + t * 4
         row = rows + tl.load(entry) * FACTOR_FIELDS
         i, j = tl.load(entry + 1), tl.load(entry + 2)
-        rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
         if tl.load(entry + 3) == 0:
+            rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
             size, depth = field(row, K_SIZE), leading(row, K_PADDED, 16)
             start = address(row, K_NEW, tl.float32, 16)
             acc = tl.zeros([BM, BN], tl.float32)
@@ -313,9 +315,10 @@ def commit_kernel(
             square, ld = address(row, K_SQUARE, tl.float32, 16), leading(row, K_LDSQUARE, 16)
             store_symmetric(square, ld, acc, rm, rn, i, j, size, depth, ok)
         else:
+            r, c = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLS + tl.arange(0, COLS))[None, :]
             if field(row, K_TRANSPOSED) != 0:
-                commit_tile(row, rm[:, None], rn[None, :], beta1, beta2, ok, True)
+                commit_tile(row, r, c, beta1, beta2, ok, True)
             else:
-                commit_tile(row, rm[:, None], rn[None, :], beta1, beta2, ok, False)
+                commit_tile(row, r, c, beta1, beta2, ok, False)
             if (i == 0) & (j == 0) & (field(row, K_FIRST) != 0):
                 count(row, K_STEP, ok)

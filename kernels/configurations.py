@@ -20,37 +20,43 @@ class Tile(NamedTuple):
 
 
 # Shape class -> what operands are multiplied in -> architecture (the nearest one below counts) -> tile.
-# "small": where large tiles would not fill the chip.
+# "small": where large tiles would not fill the chip. "epilogue": for products whose epilogue needs the registers.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "small": {
         "ieee": {80: Tile(32, 32, 32, 4, 3)},
         "tf32": {80: Tile(64, 64, 32, 4, 3)},
-        "tf32x3": {80: Tile(64, 64, 32, 4, 2)},
+        "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 4, 2)},
         "bf16": {80: Tile(64, 64, 32, 4, 3)},
     },
     "large": {
         "ieee": {80: Tile(64, 64, 16, 8, 3)},
         "tf32": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
-        "tf32x3": {80: Tile(64, 64, 32, 4, 2), 90: Tile(128, 64, 32, 8, 2)},
+        "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(128, 64, 32, 8, 2)},
         "bf16": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
+    },
+    "epilogue": {
+        "ieee": {80: Tile(32, 32, 32, 4, 3)},
+        "tf32": {80: Tile(64, 64, 32, 8, 3)},
+        "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 8, 2)},
+        "bf16": {80: Tile(64, 64, 32, 8, 3)},
     },
 }
 
-# Elementwise kernels: (rows, columns, warps), wide for matrices and a single row for vectors.
+# Elementwise kernels: (rows, columns, warps).
 ELEMENTWISE = (16, 128, 4)
-VECTOR = (1, 2048, 4)
+INNER = (16, 64)  # elementwise tiles between a product's, whose warps they have
 
 
-def tile(precision: str, capability: int, large: bool) -> Tile:
-    """The pinned tile for compute capability 80, 86, 90, 100, ...; what is older counts as 80."""
-    rows = TILES["large" if large else "small"][precision]
+def tile(shape: str, precision: str, capability: int) -> Tile:
+    """The pinned tile of a shape class for compute capability 80, 86, 90, 100, ...; what is older counts as 80."""
+    rows = TILES[shape][precision]
     return rows[max((arch for arch in rows if arch <= capability), default=min(rows))]
 
 
-def fills(shapes: list[tuple[int, int]], precision: str, capability: int, processors: int) -> bool:
-    """Whether large tiles over matrices of these shapes give every processor one."""
-    t = tile(precision, capability, True)
-    return sum(-(-m // t.BM) * -(-n // t.BN) for m, n in shapes) >= processors
+def shape_class(shapes: list[tuple[int, int]], precision: str, capability: int, processors: int) -> str:
+    """"large" where large tiles over matrices of these shapes give every processor one, else "small"."""
+    t = tile("large", precision, capability)
+    return "large" if sum(-(-m // t.BM) * -(-n // t.BN) for m, n in shapes) >= processors else "small"
 
 
 def library_product(size: int, symmetric: bool) -> bool:

@@ -14,7 +14,7 @@ from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Thin, dense
 from .aux import KIND, commit_kernel, gradients_kernel, products_kernel
-from .configurations import ELEMENTWISE, fills, tile
+from .configurations import ELEMENTWISE, INNER, shape_class, tile
 from .diagonal import diagonal_adam_kernel, diagonal_sums_kernel
 from .factors import Factors
 from .launch import capability, launch, processors
@@ -149,15 +149,15 @@ class Plan:
     def _add_group(self, dtype: torch.dtype, precision: str, indices: list[int]) -> None:
         arch = capability(self.device)
         shapes = [self.blocks[i].shape for i in indices for _ in range(2)]
-        config = tile(precision, arch, fills(shapes, precision, arch, processors(self.device)))
+        config = tile(shape_class(shapes, precision, arch, processors(self.device)), precision, arch)
         group = Group(precision, Rows(G=dtype), Rows(G=dtype), config._asdict())
         sizes = [k for i in indices for k in self.blocks[i].shape]
-        side = square_tile(precision, sizes, self.device)["BM"]
+        side = square_tile(precision, sizes, self.device, epilogue=True)["BM"]
         self.groups.append(group)
         for index in indices:
             block, own = self.blocks[index], workspace(self.blocks[index])
             m, n = block.shape
-            slots = -(-m // config.BM) * -(-n // config.BN)
+            slots = -(-m // INNER[0]) * -(-n // INNER[1])
             scratch = (
                 own.scratch("U", m, padded(n)), own.scratch("UT", n, padded(m)),
                 own.scratch("WS", own.terms, m, padded(n)),
@@ -189,6 +189,9 @@ class Plan:
             self.square_slots += (-(-k // side)) ** 2
 
 
+_INNER = dict(zip(("ROWS", "COLS"), INNER, strict=True))
+
+
 def _floats(values: Sequence[Sequence[float]], device: torch.device) -> Tensor:
     return upload(tuple(x for pair in values for x in pair), torch.float32, device)
 
@@ -201,7 +204,7 @@ def _products(plan: Plan, damping: float, rescale: bool) -> None:
         bm, bn = group.config["BM"], group.config["BN"]
         right = tiles([(k, n, m, t) for k, (m, n, terms) in enumerate(shapes) for t in range(terms)], bm, bn)
         left = tiles([(k, m, n, KIND.value + t) for k, (m, n, terms) in enumerate(shapes) for t in range(terms)], bm, bn)
-        dots = tiles([(k, m, n, sums) for k, (m, n, _) in enumerate(shapes)], bm, bn, numbered=True)
+        dots = tiles([(k, m, n, sums) for k, (m, n, _) in enumerate(shapes)], *INNER, numbered=True)
         todo = [(dots, False, False), ((), rescale, plan.precondition)] if rescale else [(dots, False, plan.precondition)]
         for entries, scaled, first in todo:
             if not (rescale and entries is dots):
@@ -210,7 +213,7 @@ def _products(plan: Plan, damping: float, rescale: bool) -> None:
             launch(
                 products_kernel, count, rows, entries, plan.dots, plan.dot_slots, damping, device=device,
                 RESCALE=scaled, PRECONDITION=first, SOURCE="residual", PRECISION=group.precision,
-                **group.rows.constants(), **group.config,
+                **_INNER, **group.rows.constants(), **group.config,
             )  # fmt: skip
         if not plan.precondition:
             continue
@@ -223,7 +226,7 @@ def _products(plan: Plan, damping: float, rescale: bool) -> None:
         launch(
             products_kernel, count, group.again.device(device), entries, plan.dots, plan.dot_slots, damping,
             device=device, RESCALE=False, PRECONDITION=False, SOURCE="x", PRECISION=group.precision,
-            **group.again.constants(), **group.config,
+            **_INNER, **group.again.constants(), **group.config,
         )  # fmt: skip
 
 
@@ -250,13 +253,12 @@ def _factors(plan: Plan, lr: Tensor, eps: float) -> None:
     device, (beta1, beta2) = plan.device, plan.betas
     for group in plan.groups:
         rows, sizes = group.factors.device(device), group.factors.sizes
-        square = square_tile(group.precision, sizes, device)
-        side = square["BM"]
         shapes = [(k, size, size, 0) for k, size in enumerate(sizes)]
-        half, whole = tiles(shapes, side, side, half=True), tiles(shapes, side, side, numbered=True)
-        entries, count = schedule(half, device)
+        square = square_tile(group.precision, sizes, device)
+        entries, count = schedule(tiles(shapes, square["BM"], square["BN"], half=True), device)
         launch(pair_kernel, count, rows, entries, device=device, PRECISION=group.precision, **square)
-        entries, count = schedule(whole, device)
+        square = square_tile(group.precision, sizes, device, epilogue=True)
+        entries, count = schedule(tiles(shapes, square["BM"], square["BN"], numbered=True), device)
         launch(
             gradients_kernel, count, rows, entries, _floats(group.biases, device), plan.squares, lr, beta1, beta2, eps,
             *map(math.log2, plan.betas), device=device, ALIGN=group.factors.align, PRECISION=group.precision, **square,
@@ -264,13 +266,11 @@ def _factors(plan: Plan, lr: Tensor, eps: float) -> None:
     for group in plan.groups:  # once all gradients are known to be finite
         rows, sizes = group.factors.device(device), group.factors.sizes
         square = square_tile(group.precision, sizes, device)
-        side = square["BM"]
-        half = tiles([(k, size, size, 0) for k, size in enumerate(sizes)], side, side, half=True)
-        writes = tiles([(k, size, size, 1) for k, size in enumerate(sizes)], side, side)
-        entries, count = schedule(half + writes, device)
+        half = tiles([(k, size, size, 0) for k, size in enumerate(sizes)], square["BM"], square["BN"], half=True)
+        entries, count = schedule(half + tiles([(k, s, s, 1) for k, s in enumerate(sizes)], *INNER), device)
         launch(
             commit_kernel, count, rows, entries, plan.dots, plan.dot_slots, plan.squares, plan.square_slots, plan.loss,
-            plan.ok, beta1, beta2, device=device, PRECISION=group.precision, **square,
+            plan.ok, beta1, beta2, device=device, PRECISION=group.precision, **_INNER, **square,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Split, Thin, dense
-from .configurations import ELEMENTWISE, Tile, fills, tile
+from .configurations import ELEMENTWISE, Tile, shape_class, tile
 from .launch import capability, processors
 from .rows import DTYPES, Rows, hypers, pieces
 from .table import schedule, tiles, workspace
@@ -130,10 +130,12 @@ class Plan:
                 if kind == "diagonal":
                     key = next((k for k in members if k[:2] == dtypes), (*dtypes, "ieee"))
                 members.setdefault(key, []).append(index)
+        fuses = self.normalize is None and len(members) == 1 and set(self.kinds) == {"kron"}
         for (G, W, precision), indices in members.items():
             shapes = [self.blocks[i].shape for i in indices if self.kinds[i] == "kron"]
             arch = capability(self.device)
-            config = tile(precision, arch, fills(shapes, precision, arch, processors(self.device)))
+            found = "epilogue" if fuses else shape_class(shapes, precision, arch, processors(self.device))
+            config = tile(found, precision, arch)
             scaled = any("A" in self.blocks[i].structure.fishleg_aux for i in indices)
             group = Group(precision, scaled, Rows(G, W), config)
             self.groups.append(group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Thin
-from .configurations import ELEMENTWISE, Tile, fills, tile
+from .configurations import ELEMENTWISE, Tile, shape_class, tile
 from .launch import capability, launch, processors
 from .products import left_kernel, matrix, right_kernel, scale
 from .rows import DTYPES, Rows, kind, pieces
@@ -150,7 +150,7 @@ def _with_padding(square: Tensor) -> Tensor:
 
 def _config(shapes: list[tuple[int, int]], precision: str, device: torch.device) -> Tile:
     arch = capability(device)
-    return tile(precision, arch, fills(shapes, precision, arch, processors(device)))
+    return tile(shape_class(shapes, precision, arch, processors(device)), precision, arch)
 
 
 def _diagonal(blocks: list[Block], us: list[Matrix], dtype: torch.dtype) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import fills, tile
+from .configurations import shape_class, tile
 from .factors import (
     FACTOR_FIELDS,
     K_DEPTH,
@@ -123,10 +123,12 @@ def pair_kernel(
         store_symmetric(address(row, K_SYM, tl.float32, 16), limit, acc, rm, rn, i, j, size, limit, i >= 0)
 
 
-def square_tile(precision: str, sizes: Sequence[int], device: torch.device) -> dict:
-    """Square tiles, since each is also stored transposed."""
+def square_tile(precision: str, sizes: Sequence[int], device: torch.device, epilogue: bool = False) -> dict:
+    """Square tiles, since each is also stored transposed; ``epilogue``: it needs the registers."""
     arch = capability(device)
-    chosen = tile(precision, arch, fills([(k, k // 2) for k in sizes], precision, arch, processors(device)))
+    halves = [(k, k // 2) for k in sizes]
+    found = "epilogue" if epilogue else shape_class(halves, precision, arch, processors(device))
+    chosen = tile(found, precision, arch)
     side = min(chosen.BM, chosen.BN)
     return {**chosen._asdict(), "BM": side, "BN": side}
 
