@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 # "small": where large tiles would not fill the chip. "epilogue": for products whose epilogue needs the registers.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "small": {
-        "ieee": {80: Tile(32, 32, 32, 4, 3)},
+        "ieee": {80: Tile(32, 32, 16, 4, 3)},
         "tf32": {80: Tile(64, 64, 32, 4, 3)},
         "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 4, 2)},
         "bf16": {80: Tile(64, 64, 32, 4, 3)},
@@ -35,7 +35,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "bf16": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
     },
     "epilogue": {
-        "ieee": {80: Tile(32, 32, 32, 4, 3)},
+        "ieee": {80: Tile(32, 32, 16, 4, 3)},
         "tf32": {80: Tile(64, 64, 32, 8, 3)},
         "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 8, 2)},
         "bf16": {80: Tile(64, 64, 32, 8, 3)},

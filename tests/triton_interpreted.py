@@ -101,7 +101,7 @@ def kron_blocks(dtype: torch.dtype = torch.float64, scaled: bool = True, **group
 def sized_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Block]:
     """1, 63 and 257 on either side; of 257, nine tiles, the last of one row."""
     f = {"dtype": dtype}
-    shapes = [(257, 63), (63, 257), (63, 1), (1, 63), (1, 1)]
+    shapes = [(257, 63), (63, 1), (1, 63), (1, 1)]
     return [
         tamed(make_block(Kron(m, n, **f), [randn(m, n - 1, **f), randn(m, **f)] if n > 1 else [randn(m, 1, **f)], **group))
         for m, n in shapes
@@ -189,13 +189,11 @@ def test_sizes() -> None:
     us, vs, fvs = aux_inputs(exact, 1)
     for b, u, v in zip(ours, us, backend.qv(ours, us), strict=True):
         assert relative(v, dense_qv(b, u)) <= CLOSE, b.shape
-    options = {"damping": 0.1, "lr": 0.01, "eps": 1.0}  # Adam is nearly linear then
-    before = [{k: t.clone() for k, t in b.structure.fishleg_aux.items()} for b in ours]
+    options = {"damping": 0.1, "lr": 0.01, "eps": 1e-4}
     steps.lambda_step(exact, *[[x.double() for x in xs] for xs in (us, vs, fvs)], **options)
+    before = [{k: t.clone() for k, t in b.structure.fishleg_aux.items()} for b in ours]
     backend.lambda_step(ours, us, vs, fvs, **options)
-    for a, b, old in zip(exact, ours, before, strict=True):
-        for name, t in b.structure.fishleg_aux.items():
-            assert relative(t - old[name], a.structure.fishleg_aux[name] - old[name]) <= 1e-3, (b.shape, name)
+    assert_learned(exact, ours, before)
     old = [theta(b) for b in exact]
     norms, _ = steps.theta_step(exact, [u.double() for u in us])
     got, _ = backend.theta_step(ours, us)
@@ -273,12 +271,12 @@ THETA_LAUNCHES = {"rms": 3, "trust": 3, None: 2}
 def test_theta_step(
     make: Maker, nesterov: bool, capturable: bool, momentum: str, normalize: str | None, launches: list[str]
 ) -> None:
-    """Three steps against float64; λ changes before the last."""
+    """Two steps against float64; λ changes before the last."""
     exact, ours = pair(make, weight_decay=0.1, beta=0.8, lr=0.05)
     options = {"momentum": momentum, "normalize": normalize, "nesterov": nesterov, "kappa": 1e-2}
     before = [theta(b) for b in exact]
-    for step in (1, 2, 3):
-        if step == 3:
+    for step in (1, 2):
+        if step == 2:
             for a, b in zip(exact, ours, strict=True):
                 next(iter(a.structure.fishleg_aux.values())).mul_(2)
                 next(iter(b.structure.fishleg_aux.values())).mul_(2)
@@ -294,7 +292,7 @@ def test_theta_step(
     assert len(launches) == (THETA_LAUNCHES[normalize] if not diagonal else 4), launches
     for a, b, old in zip(exact, ours, before, strict=True):
         assert relative(theta(b) - old, theta(a) - old) <= CLOSE, b.shape
-        assert relative(b.momentum, a.momentum) <= CLOSE and b.step == 3
+        assert relative(b.momentum, a.momentum) <= CLOSE and b.step == 2
 
 
 @pytest.mark.parametrize(
@@ -400,9 +398,22 @@ def aux_inputs(exact: list[Block], step: int) -> tuple[list[Tensor], list[Tensor
     return us, vs, [0.5 * v + 0.1 * randn(*v.shape, seed=step).float() for v in vs]
 
 
-@pytest.mark.parametrize("precondition", [False, True])
-@pytest.mark.parametrize("learn_scale", [True, False])
-@pytest.mark.parametrize(("capturable", "whole"), [(False, True), (True, False)])
+def assert_learned(exact: list[Block], ours: list[Block], before: list[dict[str, Tensor]]) -> None:
+    """λ moved as the reference's, its moments are the same; then the reference gets ours, to go on from there."""
+    for a, b, old in zip(exact, ours, before, strict=True):
+        for name, t in b.structure.fishleg_aux.items():
+            target, case = a.structure.fishleg_aux[name], (b.shape, name)
+            assert relative(b.exp_avg[name], a.exp_avg[name]) <= CLOSE * 10, case
+            assert relative(b.exp_avg_sq[name], a.exp_avg_sq[name]) <= CLOSE * 10, case
+            moved = (target - old[name]).norm()
+            assert (t - target).norm() <= 1e-3 * moved + 1e-7 * target.norm() < 0.1 * moved, case
+            target.copy_(t), a.exp_avg[name].copy_(b.exp_avg[name]), a.exp_avg_sq[name].copy_(b.exp_avg_sq[name])
+
+
+@pytest.mark.parametrize(
+    ("whole", "capturable", "learn_scale", "precondition"),
+    [(True, False, True, False), (False, True, False, False), (True, True, False, True), (False, False, True, True)],
+)
 def test_lambda_step(whole: bool, capturable: bool, learn_scale: bool, precondition: bool, launches: list[str]) -> None:
     """Two steps against float64, whose λ is set to ours in between: Adam amplifies what differs where ∂λ vanishes."""
     exact, ours = pair(all_blocks if whole else lambda dtype, **o: kron_blocks(dtype, scaled=False, **o))
@@ -418,15 +429,8 @@ def test_lambda_step(whole: bool, capturable: bool, learn_scale: bool, precondit
         versions = [b.structure.version for b in ours]
         loss, ok = backend.lambda_step(ours, us, vs, fvs, **options)
         assert ok and relative(loss, want) <= CLOSE
-        for a, b, old, version in zip(exact, ours, before, versions, strict=True):
-            assert b.aux_step == step and b.structure.version != version
-            for name, t in b.structure.fishleg_aux.items():
-                target = a.structure.fishleg_aux[name]
-                assert relative(t - old[name], target - old[name]) <= 1e-3, (b.shape, name)
-                assert relative(b.exp_avg[name], a.exp_avg[name]) <= CLOSE * 10, (b.shape, name)
-                assert relative(b.exp_avg_sq[name], a.exp_avg_sq[name]) <= CLOSE * 10, (b.shape, name)
-                target.copy_(t)
-                a.exp_avg[name].copy_(b.exp_avg[name]), a.exp_avg_sq[name].copy_(b.exp_avg_sq[name])
+        assert all(b.aux_step == step and b.structure.version != v for b, v in zip(ours, versions, strict=True))
+        assert_learned(exact, ours, before)
     assert len(launches) == 4 + 2 * whole + 2 * precondition + (not learn_scale), launches
     launches.clear()
     for b in (b for b in ours if backend_kind(b) == "kron"):  # P and S are those of the new λ, and known to be
@@ -435,8 +439,9 @@ def test_lambda_step(whole: bool, capturable: bool, learn_scale: bool, precondit
     assert launches == []
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("where", ["u", "fv", "reference", "overflow", "zero"])
+@pytest.mark.parametrize(
+    ("where", "capturable"), [("u", False), ("fv", True), ("reference", False), ("overflow", True), ("zero", False)]
+)
 def test_lambda_step_refuses(where: str, capturable: bool) -> None:
     """What is not finite, or a zero direction, writes nothing, P and S included."""
     exact, blocks = pair(all_blocks)
@@ -480,10 +485,7 @@ def trained(name: str | None, structure: str, count: int, **options: object) -> 
     """Parameters after ``count`` steps of a small convolutional net with norms."""
     torch.manual_seed(0)
     conv = nn.Conv2d(1, 6, 3).to(memory_format=torch.channels_last)
-    net = nn.Sequential(
-        nn.Unflatten(1, (1, 4, 5)), conv, nn.ReLU(), nn.Flatten(), nn.Linear(36, 19), nn.Tanh(), nn.LayerNorm(19),
-        nn.Linear(19, 5),
-    )  # fmt: skip
+    net = nn.Sequential(nn.Unflatten(1, (1, 4, 5)), conv, nn.Tanh(), nn.Flatten(), nn.LayerNorm(36), nn.Linear(36, 5))
     x, y = torch.randn(24, 20), torch.randint(0, 5, (24,))
     likelihood = CategoricalLikelihood()
     opt = FishLeg(
@@ -500,7 +502,7 @@ def trained(name: str | None, structure: str, count: int, **options: object) -> 
 
 @pytest.mark.parametrize(
     ("structure", "options"),
-    [("kron", {}), ("kron", {"thin_gradients": False, "normalize": None, "lr": 1e-3}), ("sumkron", {"capturable": True})],
+    [("kron", {}), ("kron", {"thin_gradients": False, "normalize": None, "lr": 1e-3}), ("sumkron", {"capturable": True, "momentum": "after"})],
 )
 def test_trajectory(structure: str, options: dict) -> None:
     """20 steps, 10 updates of λ and 3 anchorings: θ within 1e-5 of the reference's distance from the start."""
