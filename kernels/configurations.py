@@ -20,7 +20,8 @@ class Tile(NamedTuple):
 
 
 # Shape class -> what operands are multiplied in -> architecture (the nearest one below counts) -> tile.
-# "small": where large tiles would not fill the chip. "epilogue": for products whose epilogue needs the registers.
+# "small": where large tiles would not fill the chip. "epilogue": for products whose epilogue, or
+# general strides, need the registers.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "small": {
         "ieee": {80: Tile(32, 32, 16, 4, 3)},
@@ -35,7 +36,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "bf16": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
     },
     "epilogue": {
-        "ieee": {80: Tile(32, 32, 16, 4, 3)},
+        "ieee": {80: Tile(32, 32, 16, 8, 3)},
         "tf32": {80: Tile(64, 64, 32, 8, 3)},
         "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 8, 2)},
         "bf16": {80: Tile(64, 64, 32, 8, 3)},
@@ -53,8 +54,15 @@ def tile(shape: str, precision: str, capability: int) -> Tile:
     return rows[max((arch for arch in rows if arch <= capability), default=min(rows))]
 
 
-def shape_class(shapes: list[tuple[int, int]], precision: str, capability: int, processors: int) -> str:
-    """"large" where large tiles over matrices of these shapes give every processor one, else "small"."""
+def shape_class(
+    shapes: list[tuple[int, int]], precision: str, capability: int, processors: int, demanding: bool = False
+) -> str:
+    """ "large" where large tiles over matrices of these shapes give every processor one, else "small".
+
+    demanding: "epilogue" in any case.
+    """
+    if demanding:
+        return "epilogue"
     t = tile("large", precision, capability)
     return "large" if sum(-(-m // t.BM) * -(-n // t.BN) for m, n in shapes) >= processors else "small"
 

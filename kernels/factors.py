@@ -78,7 +78,15 @@ class Factors:
         avg, avg_sq = moments or (None, None)
         ints = [k, padded(k), aux.data_ptr(), aux.stride(0), at(avg), at(avg_sq), at(left), at(right)]
         ints += [0 if left is None else left.stride(0), at(sym), at(new), at(grad), square.data_ptr()]
-        ints += [square.stride(0), int(transposed), slot, at(step), index, int(first), 0 if right is None else right.stride(0)]
+        ints += [
+            square.stride(0),
+            int(transposed),
+            slot,
+            at(step),
+            index,
+            int(first),
+            0 if right is None else right.stride(0),
+        ]
         assert len(ints) == FACTOR_FIELDS.value
         self.ints += ints
         self.sizes.append(k)

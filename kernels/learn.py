@@ -43,7 +43,7 @@ class Group:
     precision: str
     rows: Rows
     again: Rows  # the same with Q w in place of F v
-    config: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)  # of products
     factors: Factors = field(default_factory=Factors)
     members: list[Block] = field(default_factory=list)  # of Kron's kind, one a row
     biases: list[tuple[float, float]] = field(default_factory=list)  # of each factor
@@ -149,8 +149,7 @@ class Plan:
     def _add_group(self, dtype: torch.dtype, precision: str, indices: list[int]) -> None:
         arch = capability(self.device)
         shapes = [self.blocks[i].shape for i in indices for _ in range(2)]
-        config = tile(shape_class(shapes, precision, arch, processors(self.device)), precision, arch)
-        group = Group(precision, Rows(G=dtype), Rows(G=dtype), config._asdict())
+        group = Group(precision, Rows(G=dtype), Rows(G=dtype))
         sizes = [k for i in indices for k in self.blocks[i].shape]
         side = square_tile(precision, sizes, self.device, epilogue=True)["BM"]
         self.groups.append(group)
@@ -171,6 +170,8 @@ class Plan:
                 group.again.add(x=own.out[:, :n], **row)
             group.members.append(block)
             self._add_factors(group, block, scratch, side)
+        found = shape_class(shapes, precision, arch, processors(self.device), demanding=group.rows.general)
+        group.config = tile(found, precision, arch)._asdict()
 
     def _add_factors(self, group: Group, block: Block, scratch: tuple[Tensor, Tensor, Tensor], side: int) -> None:
         own, (m, n), (U, UT, WS) = workspace(block), block.shape, scratch
@@ -203,9 +204,13 @@ def _products(plan: Plan, damping: float, rescale: bool) -> None:
         rows, shapes = group.rows.device(device), group.rows.shapes
         bm, bn = group.config["BM"], group.config["BN"]
         right = tiles([(k, n, m, t) for k, (m, n, terms) in enumerate(shapes) for t in range(terms)], bm, bn)
-        left = tiles([(k, m, n, KIND.value + t) for k, (m, n, terms) in enumerate(shapes) for t in range(terms)], bm, bn)
+        left = tiles(
+            [(k, m, n, KIND.value + t) for k, (m, n, terms) in enumerate(shapes) for t in range(terms)], bm, bn
+        )
         dots = tiles([(k, m, n, sums) for k, (m, n, _) in enumerate(shapes)], *INNER, numbered=True)
-        todo = [(dots, False, False), ((), rescale, plan.precondition)] if rescale else [(dots, False, plan.precondition)]
+        todo = (
+            [(dots, False, False), ((), rescale, plan.precondition)] if rescale else [(dots, False, plan.precondition)]
+        )
         for entries, scaled, first in todo:
             if not (rescale and entries is dots):
                 entries = right + entries if first else right + left + entries
@@ -337,7 +342,11 @@ def lambda_step(
         )  # fmt: skip
     refresh_all([b for b, k in zip(blocks, kinds, strict=True) if k == "kron"])
     plan, rescale = Plan(blocks, us, vs, fvs, kinds, betas, precondition, capturable), not learn_scale
-    at = lr.to(plan.device, torch.float32) if isinstance(lr, Tensor) else upload((float(lr),), torch.float32, plan.device)
+    at = (
+        lr.to(plan.device, torch.float32)
+        if isinstance(lr, Tensor)
+        else upload((float(lr),), torch.float32, plan.device)
+    )
     used = _diagonals(plan, damping)
     _reference_dots(plan, damping)
     _products(plan, damping, rescale)

@@ -14,7 +14,7 @@ from ..reference import steps
 from ..reference.thin import Matrix, Split, Thin, dense
 from .configurations import ELEMENTWISE, Tile, shape_class, tile
 from .launch import capability, processors
-from .rows import DTYPES, Rows, hypers, pieces
+from .rows import DTYPES, Rows, hypers, pieces, scattered
 from .table import schedule, tiles, workspace
 
 
@@ -134,9 +134,10 @@ class Plan:
         for (G, W, precision), indices in members.items():
             shapes = [self.blocks[i].shape for i in indices if self.kinds[i] == "kron"]
             arch = capability(self.device)
-            found = "epilogue" if fuses else shape_class(shapes, precision, arch, processors(self.device))
-            config = tile(found, precision, arch)
             scaled = any("A" in self.blocks[i].structure.fishleg_aux for i in indices)
+            tensors = [t for i in indices for t in (*grads[i], *self._moving(self.blocks[i])) if t is not None]
+            demanding = fuses or scaled or self.after or self.normalize == "trust" or scattered(tensors)
+            config = tile(shape_class(shapes, precision, arch, processors(self.device), demanding), precision, arch)
             group = Group(precision, scaled, Rows(G, W), config)
             self.groups.append(group)
             for i in indices:

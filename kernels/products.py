@@ -47,7 +47,6 @@ from .shared import (
 )
 
 
-
 @triton.jit
 def scale(row):
     """The device scalar that multiplies the gradient, or 1."""

