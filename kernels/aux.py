@@ -5,7 +5,7 @@ For Kron and SumKron, whatever the number of blocks, 4 launches:
     products    (Pw)ᵀ and wS of each term, w computed while it is loaded; uᵀv, vᵀ(F+γI)v; u and uᵀ, padded
     pairs       M + Mᵀ, N + Nᵀ with M = uᵀPw, N = wSuᵀ: half the tiles
     gradients   dL = (M+Mᵀ)L, dRᵀ = (N+Nᵀ)Rᵀ, with Adam in the epilogue: new factors beside the old ones
-    commit      S = LLᵀ, P = RᵀR of the new factors, half the tiles, and λ and Adam's moments written, where all is finite
+    commit      S = LLᵀ, P = RᵀR of the new factors, half the tiles; λ and Adam's moments written where all is finite
 
 1 more without learn_scale, since w needs α = uᵀv/vᵀ(F+γI)v; 2 more with precondition, for Q w. All Diagonal blocks take
 2 more. Sums are in fixed order, and the host waits for nothing but step counters of its own.

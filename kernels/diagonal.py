@@ -13,7 +13,6 @@ from .products import matrix, scale
 from .shared import (
     F_A,
     F_FIRST,
-    F_INDEX,
     F_LDA,
     F_LDV,
     F_LDX,

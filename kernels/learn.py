@@ -170,7 +170,8 @@ class Plan:
                 group.again.add(x=own.out[:, :n], **row)
             group.members.append(block)
             self._add_factors(group, block, scratch, side)
-        found = shape_class(shapes, precision, arch, processors(self.device), demanding=group.rows.general)
+        demanding = group.rows.general or min(group.rows.align, group.rows.align_x) == 1
+        found = shape_class(shapes, precision, arch, processors(self.device), demanding)
         group.config = tile(found, precision, arch)._asdict()
 
     def _add_factors(self, group: Group, block: Block, scratch: tuple[Tensor, Tensor, Tensor], side: int) -> None:
@@ -183,7 +184,8 @@ class Plan:
             more = {x: own.scratch(f"{x} {name}", k, padded(k)) for x in ("sym", "new", "grad")}
             group.factors.add(
                 block.structure.fishleg_aux[name], square, transposed,
-                moments=(block.exp_avg[name], block.exp_avg_sq[name]), operands=(WS[term], U) if transposed else (UT, PW),
+                moments=(block.exp_avg[name], block.exp_avg_sq[name]),
+                operands=(WS[term], U) if transposed else (UT, PW),
                 slot=self.square_slots, step=step, first=number == 0, **more,
             )  # fmt: skip
             group.biases.append(self._bias(block))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..reference import steps
-from ..reference.thin import Matrix, Split, Thin, dense
+from ..reference.thin import Matrix, Split, dense
 from .configurations import ELEMENTWISE, Tile, shape_class, tile
 from .launch import capability, processors
-from .rows import DTYPES, Rows, hypers, pieces, scattered
+from .rows import DTYPES, Rows, pieces, scattered
 from .table import schedule, tiles, workspace
 
 
@@ -108,7 +108,8 @@ class Plan:
         log2beta = math.log2(beta) if beta > 0 else -math.inf
         return (
             beta**times, 1 - beta**times, 1 - beta, correction, log2beta, times,
-            rates[0], first["weight_decay"], rates[1], last["weight_decay"], block.groups[0]["base_lr"] ** 2, steps.RMS * (m * n) ** 0.5,
+            rates[0], first["weight_decay"], rates[1], last["weight_decay"], block.groups[0]["base_lr"] ** 2,
+            steps.RMS * (m * n) ** 0.5,
         )  # fmt: skip
 
     def _on_device(self, lr: object) -> bool:
@@ -137,7 +138,8 @@ class Plan:
             scaled = any("A" in self.blocks[i].structure.fishleg_aux for i in indices)
             tensors = [t for i in indices for t in (*grads[i], *self._moving(self.blocks[i])) if t is not None]
             demanding = fuses or scaled or self.after or self.normalize == "trust" or scattered(tensors)
-            config = tile(shape_class(shapes, precision, arch, processors(self.device), demanding), precision, arch)
+            found = shape_class(shapes, precision, arch, processors(self.device), demanding)
+            config = tile(found, precision, arch)
             group = Group(precision, scaled, Rows(G, W), config)
             self.groups.append(group)
             for i in indices:

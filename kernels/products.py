@@ -34,10 +34,10 @@ from .shared import (
     F_XCOLS,
     F_XT,
     FIELDS,
-    HYPERS,
     H_BASE,
     H_KEEP,
     H_TAKE,
+    HYPERS,
     address,
     correction,
     dot,
@@ -94,13 +94,13 @@ def operand(
 @triton.jit(do_not_specialize=["tiles", "slots"])
 def right_kernel(
     rows, hypers, schedule, corrections, checks, tiles,
-    SOURCE: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, CHECK: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
-    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCE: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, CHECK: tl.constexpr,
+    G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Xᵀ = S uᵀ of each term. Schedule: (row, tile of n, tile of m, term). COUNT: write each block's correction.
+    """Xᵀ = S uᵀ of each term. Schedule: (row, tile of n, tile of m, term).
 
-    CHECK: write each tile's Σ|Xᵀ|, not finite where any entry is not.
+    COUNT: write each block's correction. CHECK: write each tile's Σ|Xᵀ|, not finite where any entry is not.
     """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry = schedule + t * 4

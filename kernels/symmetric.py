@@ -12,27 +12,27 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference.products import Vectors
 from .configurations import shape_class, tile
 from .factors import (
     FACTOR_FIELDS,
     K_DEPTH,
-    K_LDRIGHT,
-    K_LEFT,
-    K_RIGHT,
-    K_SYM,
     K_LAMBDA,
     K_LD,
+    K_LDRIGHT,
     K_LDSQUARE,
+    K_LEFT,
     K_PADDED,
+    K_RIGHT,
     K_SIZE,
     K_SQUARE,
+    K_SYM,
     K_TRANSPOSED,
     Factors,
 )
-from ..reference.products import Vectors
 from .launch import capability, launch, processors
-from .shared import address, dot, field, leading
 from .rows import kind
+from .shared import address, dot, field, leading
 from .table import schedule, tiles, workspace
 
 if TYPE_CHECKING:

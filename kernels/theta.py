@@ -28,8 +28,6 @@ from .products import left_kernel, left_tile, matrix, outer, right_kernel, sums
 from .rows import DTYPES, hypers, kind
 from .shared import (
     F_A,
-    FIELDS,
-    HYPERS,
     F_COLS,
     F_DIAGONAL,
     F_FIRST,
@@ -50,6 +48,7 @@ from .shared import (
     F_WBROW,
     F_X,
     F_XCOLS,
+    FIELDS,
     H_DECAY,
     H_DECAYB,
     H_KEEP,
@@ -58,6 +57,7 @@ from .shared import (
     H_RATE,
     H_SIZE,
     H_TAKE,
+    HYPERS,
     address,
     all_finite,
     correction,
@@ -70,7 +70,6 @@ from .shared import (
     rate,
     total,
 )
-
 from .symmetric import refresh_all
 from .table import upload, workspace
 

@@ -74,7 +74,7 @@ VARIANTS = {
     "left after": (products.left_kernel, {**LEFT, "AFTER": True}, "epilogue"),
     "left plain": (products.left_kernel, {**LEFT, "SUMS": "none"}, "large"),
     "fused general": (theta.fused_kernel, {**FUSED, **GENERAL, "W": tl.bfloat16, "AFTER": True}, "epilogue"),
-    "products loose": (aux.products_kernel, {**PRODUCTS, **LOOSE}, "large"),
+    "products loose": (aux.products_kernel, {**PRODUCTS, **LOOSE}, "epilogue"),
     "products again": (aux.products_kernel, {**PRODUCTS, "SOURCE": "x", "RESCALE": False}, "large"),
     "products general": (aux.products_kernel, {**PRODUCTS, "PRECONDITION": True, **GENERAL}, "epilogue"),
 }
