@@ -192,6 +192,10 @@ class Plan:
             self.square_slots += (-(-k // side)) ** 2
 
 
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0 else -math.inf
+
+
 _INNER = dict(zip(("ROWS", "COLS"), INNER, strict=True))
 
 
@@ -248,7 +252,7 @@ def _diagonals(plan: Plan, damping: float) -> list[Tensor]:
         constants.pop("ALIGN_X")
         launch(
             diagonal_sums_kernel, count, rows.device(plan.device), entries, _floats(biases, plan.device), used[-1],
-            plan.dots, plan.dot_slots, plan.squares, damping, *map(math.log2, plan.betas), device=plan.device,
+            plan.dots, plan.dot_slots, plan.squares, damping, *map(_log2, plan.betas), device=plan.device,
             per_processor=4, PRECONDITION=plan.precondition, ROWS=ELEMENTWISE[0], COLS=ELEMENTWISE[1],
             num_warps=ELEMENTWISE[2], **constants,
         )  # fmt: skip
@@ -268,7 +272,7 @@ def _factors(plan: Plan, lr: Tensor, eps: float) -> None:
         entries, count = schedule(tiles(shapes, square["BM"], square["BN"], numbered=True), device)
         launch(
             gradients_kernel, count, rows, entries, _floats(group.biases, device), plan.squares, lr, beta1, beta2, eps,
-            *map(math.log2, plan.betas), device=device, ALIGN=group.factors.align, PRECISION=group.precision, **square,
+            *map(_log2, plan.betas), device=device, ALIGN=group.factors.align, PRECISION=group.precision, **square,
         )  # fmt: skip
     for group in plan.groups:  # once all gradients are known to be finite
         rows, sizes = group.factors.device(device), group.factors.sizes

@@ -93,8 +93,8 @@ def theta_step(
     if normalize == "rms":
         scales = rms_scales(gs, nats, norms)
     elif normalize == "trust":
-        lengths = [trust_length(b, g, nat, momentum, times) for b, g, nat in zip(blocks, gs, nats, strict=True)]
-        lengths = _stack(lengths) / (corrected**2 if momentum == "before" else corrected)
+        each = [trust_length(b, g, nat, momentum, times) for b, g, nat in zip(blocks, gs, nats, strict=True)]
+        lengths = _stack(each) / (corrected**2 if momentum == "before" else corrected)
         scales = trust_scale(lengths.sum(), kappa).expand_as(lengths)
     else:
         scales = torch.ones_like(norms)
