@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +16,7 @@ from ..reference import steps
 from ..reference.thin import Matrix, Split, dense
 from .configurations import ELEMENTWISE, Tile, shape_class, tile
 from .launch import capability, processors
-from .rows import DTYPES, Rows, pieces, scattered
+from .rows import DTYPES, Rows, hypers, pieces, scattered
 from .table import schedule, tiles, workspace
 
 
@@ -31,38 +33,92 @@ class Group:
     scaled: bool  # whether any has an outer diagonal A
     rows: Rows
     config: Tile
-    hypers: list[tuple[float, ...]] = field(default_factory=list)  # of each row
+    members: list[tuple[int, slice]] = field(default_factory=list)  # of each row: its block, and its parts of that
     kron: list[int] = field(default_factory=list)  # row numbers
     ranges: list[tuple[int, int]] = field(default_factory=list)  # (first slot, slots) of each
     diagonal: list[tuple[int, int]] = field(default_factory=list)  # (row, its first tile's number in the block)
+    made: dict = field(default_factory=dict)
 
     def constants(self) -> dict:
         return self.rows.constants()
 
+    def once(self, name: str, make: Callable[[], object]) -> object:
+        """What ``make`` returned at the first call of that name."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
+    def table(self, device: torch.device) -> Tensor:
+        """The rows on the device."""
+        return self.once("table", lambda: self.rows.device(device))
+
     def right(self, device: torch.device) -> tuple[Tensor, int]:
         """(row, tile of n, tile of m, term)"""
         shapes = self.rows.shapes
-        entries = [(k, shapes[k][1], shapes[k][0], term) for k in self.kron for term in range(shapes[k][2])]
-        return schedule(tiles(entries, self.config.BM, self.config.BN), device)
+        entries = lambda: [(k, shapes[k][1], shapes[k][0], term) for k in self.kron for term in range(shapes[k][2])]
+        return self.once("right", lambda: schedule(tiles(entries(), self.config.BM, self.config.BN), device))
 
     def left(self, device: torch.device) -> tuple[Tensor, int]:
         """(row, tile of m, tile of n, its number)"""
-        entries = [(k, *self.rows.shapes[k][:2], 0) for k in self.kron]
-        return schedule(tiles(entries, self.config.BM, self.config.BN, numbered=True), device)
+        entries = lambda: [(k, *self.rows.shapes[k][:2], 0) for k in self.kron]
+        sides = self.config.BM, self.config.BN
+        return self.once("left", lambda: schedule(tiles(entries(), *sides, numbered=True), device))
 
     def sums(self, device: torch.device) -> tuple[Tensor, int]:
         """(row, tile of rows, tile of columns, its number) of Diagonal blocks."""
-        entries = [(k, *self.rows.shapes[k][:2], number) for k, number in self.diagonal]
-        return schedule(tiles(entries, *ELEMENTWISE[:2], numbered=True), device)
+        entries = lambda: [(k, *self.rows.shapes[k][:2], number) for k, number in self.diagonal]
+        return self.once("sums", lambda: schedule(tiles(entries(), *ELEMENTWISE[:2], numbered=True), device))
 
-    def update(self, device: torch.device, fused: bool = False) -> tuple[Tensor, int]:
-        """(row, tile of rows, tile of columns, unused); ``fused``: of Diagonal blocks alone."""
-        rows = [k for k, _ in self.diagonal] if fused else range(len(self.rows))
-        return schedule(tiles([(k, *self.rows.shapes[k][:2], 0) for k in rows], *ELEMENTWISE[:2]), device)
+    def update(self, device: torch.device) -> tuple[Tensor, int]:
+        """(row, tile of rows, tile of columns, unused)"""
+        entries = lambda: [(k, m, n, 0) for k, (m, n, _) in enumerate(self.rows.shapes)]
+        return self.once("update", lambda: schedule(tiles(entries(), *ELEMENTWISE[:2]), device))
+
+
+_plans: weakref.WeakKeyDictionary[Block, OrderedDict[tuple, Plan]] = weakref.WeakKeyDictionary()
+KEPT = 8  # plans of the same first block: gradients move between few places
+
+
+def plan_of(blocks: Sequence[Block], gs: Sequence[Matrix], kinds: Callable[[], list[str | None]], *how: object) -> Plan:
+    """The plan of a step, ready to run: that of an earlier one where everything is where it was."""
+    places = [_places(b, g) for b, g in zip(blocks, gs, strict=True)]
+    known = _plans.setdefault(blocks[0], OrderedDict())
+    key = (how, tuple(places))
+    plan = known.get(key)
+    if plan is None:
+        plan = Plan(blocks, gs, kinds(), *how)
+        if None not in places and not plan.copied:
+            known[key] = plan
+            if len(known) > KEPT:
+                known.popitem(last=False)
+    else:
+        known.move_to_end(key)
+    plan.begin(blocks, gs)
+    return plan
+
+
+def _places(block: Block, g: Matrix) -> tuple | None:
+    """Where everything is that a block's rows point to; None where that cannot be told."""
+    if isinstance(g, Split) and g.scale is not None:
+        return None
+    aux = block.structure.fishleg_aux
+    own = aux.get("A", aux.get("d"))
+    return (
+        id(block),
+        id(block.structure),
+        block.structure.precision,
+        block.momentum.data_ptr(),
+        block.step.data_ptr(),
+        None if own is None else own.data_ptr(),
+        (g.data_ptr(), g.stride(), g.dtype) if isinstance(g, Tensor) else None,
+        *[None if t is None else (t.data_ptr(), t.stride(), t.dtype, t.layout) for t in block.grads],
+        *[(part.param.data_ptr(), part.param.stride(), part.param.dtype) for part in block.parts],
+        *[lr.data_ptr() if isinstance(lr := group["lr"], Tensor) else 0 for group in block.groups],
+    )
 
 
 class Plan:
-    """One θ step."""
+    """One θ step. Between steps it holds no block and no gradient."""
 
     def __init__(
         self,
@@ -80,14 +136,35 @@ class Plan:
         self.slots = 0  # partial sums of all blocks together
         self.slot_of: dict[int, int] = {}  # of the reference's blocks
         self.groups: list[Group] = []
+        self.copied = False  # whether rows point to copies of gradients
         self._group()
+        self.copied |= any(group.rows.copied for group in self.groups)
         for index, k in enumerate(kinds):
             if k is None:
                 self.slot_of[index] = self._take(1)
         self.partials = torch.empty(2, self.slots, dtype=torch.float32, device=self.device)
         self.corrections = torch.empty(len(blocks), dtype=torch.float32, device=self.device)
+
+    def begin(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> None:
+        """Take up a step of these blocks."""
+        self.blocks, self.gs = blocks, gs
+        self.directions: dict[int, tuple] = {}
         self.norms = torch.empty(len(blocks), dtype=torch.float32, device=self.device)
         self.ok = torch.empty((), dtype=torch.bool, device=self.device)
+
+    def end(self) -> tuple[Tensor, Tensor]:
+        """(norms, ok) of the step, which is let go of."""
+        found = self.norms, self.ok
+        self.blocks, self.gs, self.directions = (), (), {}
+        del self.norms, self.ok
+        for group in self.groups:
+            group.rows.alive.clear()
+        return found
+
+    def hypers(self, group: Group) -> Tensor:
+        """(rows, HYPERS) of a group as they are now."""
+        values = [self._hyper(self.blocks[i], self.blocks[i].groups[parts]) for i, parts in group.members]
+        return hypers(values, self.device)
 
     @property
     def fuses(self) -> bool:
@@ -126,6 +203,7 @@ class Plan:
                 dtype = next((t.dtype for t in found if t is not None), torch.float32)
                 dtype = dtype if dtype in DTYPES else torch.float32
                 grads[index] = [None if t is None else t.to(dtype) for t in found]
+                self.copied |= any(a is not b for a, b in zip(grads[index], found, strict=True))
                 dtypes = (dtype, block.parts[0].param.dtype)
                 key = (*dtypes, block.structure.precision)
                 if kind == "diagonal":
@@ -155,7 +233,7 @@ class Plan:
         m, n = block.shape
         slots = -(-m // config.BM) * -(-n // config.BN)
         own, views = workspace(block), self._moving(block)
-        group.hypers.append(self._hyper(block, block.groups))
+        group.members.append((index, slice(None)))
         group.kron.append(len(group.rows))
         group.ranges.append((self._take(slots), slots))
         group.rows.add(
@@ -169,18 +247,19 @@ class Plan:
         block, d = self.blocks[index], self.blocks[index].structure.fishleg_aux["d"]
         views, rates = self._moving(block), self._rates(block)
         if block.axis == 1:
-            rows = [(block.shape, grads, views, self._cols(block), d, block.momentum, rates, block.groups, False)]
+            rows = [(block.shape, grads, views, self._cols(block), d, block.momentum, rates, slice(None), False)]
         else:
             rows, start = [], 0
-            for g, view, part, rate, of in zip(grads, views, block.parts, rates, block.groups, strict=True):
+            for k, (g, view, part, rate) in enumerate(zip(grads, views, block.parts, rates, strict=True)):
                 count = part.of(part.param).numel()
                 piece = slice(start, start + count)
-                rows.append(((1, count), [g], [view], count, d[piece], block.momentum[piece], [rate], [of], True))
+                own = slice(k, k + 1)
+                rows.append(((1, count), [g], [view], count, d[piece], block.momentum[piece], [rate], own, True))
                 start += count
         counts = [-(-r[0][0] // ELEMENTWISE[0]) * -(-r[0][1] // ELEMENTWISE[1]) for r in rows]
         slot, slots, number = self._take(sum(counts)), sum(counts), 0
-        for k, (shape, gs, params, cols, A, x, rate, groups, vector) in enumerate(rows):
-            group.hypers.append(self._hyper(block, groups))
+        for k, (shape, gs, params, cols, A, x, rate, which, vector) in enumerate(rows):
+            group.members.append((index, which))
             group.diagonal.append((len(group.rows), number))
             group.rows.add(
                 shape=shape, own=None, A=A, x=x, grads=gs, params=params, cols=cols, rates=rate, slot=slot, slots=slots,
@@ -204,7 +283,6 @@ class Plan:
 
     def add_reference(self) -> None:
         """What blocks that the kernels do not cover contribute to the sums."""
-        self.directions = {}
         for index, slot in self.slot_of.items():
             block, g = self.blocks[index], self.gs[index]
             x, nat = steps.direction(block, g, self.momentum, self.times)

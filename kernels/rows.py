@@ -70,7 +70,8 @@ class Rows:
     align_x: int = 16
     ints: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (m, n, terms) of each row
-    alive: list[Tensor] = field(default_factory=list)  # copies that the kernels read
+    alive: list[Tensor] = field(default_factory=list)  # what the kernels read, kept until they are launched
+    copied: bool = False  # whether any of that is a copy
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -131,6 +132,7 @@ class Rows:
             self._see(weight, where, m, cols)
             ints += [weight.data_ptr(), cols, 0 if vector else where.row, where.inner, where.outer, where.step]
             self.alive.append(weight)
+            self.copied |= weight is not grads[0]
         bias = grads[1] if len(grads) > 1 else None
         ints += [0, 0] if bias is None else [bias.data_ptr(), bias.stride(0)]
         ints.append(0 if scale is None else scale.data_ptr())

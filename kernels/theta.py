@@ -23,9 +23,9 @@ from .. import reference
 from ..reference.thin import Matrix
 from .configurations import ELEMENTWISE
 from .launch import launch
-from .plan import Plan, counts_on_device
+from .plan import Plan, counts_on_device, plan_of
 from .products import left_kernel, left_tile, matrix, outer, right_kernel, sums
-from .rows import DTYPES, hypers, kind
+from .rows import DTYPES, kind
 from .shared import (
     F_A,
     F_COLS,
@@ -244,7 +244,7 @@ def fused_kernel(
 def run_fused(plan: Plan) -> None:
     """The launches with normalize=None, of Kron's kind alone: what would be a third is in the second's epilogue."""
     device, group = plan.device, plan.groups[0]
-    rows, values = group.rows.device(device), hypers(group.hypers, device)
+    rows, values = group.table(device), plan.hypers(group)
     shared = {"PRECISION": group.precision, "SCALED": group.scaled, **group.constants(), **group.config._asdict()}
     entries, checked = group.right(device)
     checks = torch.empty(checked, dtype=torch.float32, device=device)
@@ -267,7 +267,7 @@ def run(plan: Plan, kappa: float) -> None:
     device, rule = plan.device, plan.normalize or "none"
     scalars = (plan.corrections, plan.partials, plan.slots)
     sums = {"rms": "rms", "trust": "trust", "none": "norm"}[rule]
-    tables = [(g, g.rows.device(device), hypers(g.hypers, device)) for g in plan.groups]
+    tables = [(g, g.table(device), plan.hypers(g)) for g in plan.groups]
     for group, rows, values in tables:
         constants = group.constants()
         shared = {"PRECISION": group.precision, "SCALED": group.scaled, **group.config._asdict()}
@@ -314,28 +314,30 @@ def theta_step(
     Blocks that the kernels do not cover take their steps by the reference's functions, with the same norms, trust
     region and decision.
     """
-    kinds = [kind(b) for b in blocks]
-    if not any(kinds):
+    if not any(kind(b) for b in blocks):
         return reference.theta_step(
             blocks, gs, momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable
         )
-    refresh_all([b for b, k in zip(blocks, kinds, strict=True) if k == "kron"])
-    plan = Plan(blocks, gs, kinds, momentum, 2 if nesterov else 1, normalize, capturable)
+    how = momentum, 2 if nesterov else 1, normalize, capturable
+    plan = plan_of(blocks, gs, lambda: [kind(b) for b in blocks], *how)
+    refresh_all([b for b, k in zip(blocks, plan.kinds, strict=True) if k == "kron"])
     plan.add_reference()
     if plan.fuses:
         run_fused(plan)
     else:
         run(plan, kappa)
     plan.finish_reference(kappa)
-    ok = plan.ok
-    for block, k in zip(blocks, kinds, strict=True):
+    norms, ok = plan.end()
+    raised: list[Tensor] = []
+    for block, k in zip(blocks, plan.kinds, strict=True):
         if k is None:
             continue
         block.product_version = None  # m has moved on
-        written = [p.param for p, g in zip(block.parts, block.grads, strict=True) if g is not None]
-        torch.autograd.graph.increment_version([block.momentum, *written])
+        raised += [p.param for p, g in zip(block.parts, block.grads, strict=True) if g is not None]
+        raised.append(block.momentum)
         if counts_on_device(block, capturable):
-            torch.autograd.graph.increment_version(block.step)
+            raised.append(block.step)
         else:
             block.step.add_(ok.to(block.step.device))
-    return plan.norms, ok
+    torch.autograd.graph.increment_version(raised)
+    return norms, ok
