@@ -67,11 +67,14 @@ def shape_class(
     return "large" if sum(-(-m // t.BM) * -(-n // t.BN) for m, n in shapes) >= processors else "small"
 
 
-def library_product(size: int, symmetric: bool) -> bool:
-    """Whether a square product of this size goes to torch.mm.
+LIBRARY = 4096  # rows and columns; not yet measured on a GPU
 
-    cuBLAS wins large square products, from about 1024 up, but not where symmetry halves the work. Not yet measured
-    on a GPU. Every product of a θ step has its own prologue and epilogue and is grouped with others, so that only a
-    lone large one would gain: the threshold is the size from which one block's products fill the chip by themselves.
+
+def library_product(m: int, n: int, precision: str) -> bool:
+    """Whether a block's products go to torch.mm, one block at a time.
+
+    cuBLAS wins large square products; grouped launches win where one block does not fill the chip. From LIBRARY up one
+    does many times over, and passes over memory beside a product cost little. Not the products that make P and S, of
+    which symmetry halves the work; nor bf16, in which torch.mm would not multiply float32.
     """
-    return not symmetric and size >= 4096
+    return min(m, n) >= LIBRARY and precision != "bf16"

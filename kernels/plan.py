@@ -17,7 +17,7 @@ from ..reference.thin import Matrix, Split, dense
 from .configurations import ELEMENTWISE, Tile, shape_class, tile
 from .launch import capability, processors
 from .rows import DTYPES, Rows, hypers, pieces, scattered
-from .table import schedule, tiles, workspace
+from .table import keep, schedule, tiles, workspace
 
 
 def counts_on_device(block: Block, capturable: bool) -> bool:
@@ -85,7 +85,7 @@ def plan_of(blocks: Sequence[Block], gs: Sequence[Matrix], kinds: Callable[[], l
     known = _plans.setdefault(blocks[0], OrderedDict())
     key = (how, tuple(places))
     plan = known.get(key)
-    if plan is None:
+    if plan is None or any(ref() is not b for ref, b in zip(plan.refs, blocks, strict=True)):
         plan = Plan(blocks, gs, kinds(), *how)
         if None not in places and not plan.copied:
             known[key] = plan
@@ -93,6 +93,7 @@ def plan_of(blocks: Sequence[Block], gs: Sequence[Matrix], kinds: Callable[[], l
                 known.popitem(last=False)
     else:
         known.move_to_end(key)
+    keep(plan)
     plan.begin(blocks, gs)
     return plan
 
@@ -132,6 +133,7 @@ class Plan:
     ) -> None:
         self.blocks, self.gs, self.kinds, self.momentum, self.times = blocks, gs, kinds, momentum, times
         self.after, self.normalize, self.capturable = momentum == "after", normalize, capturable
+        self.refs = [weakref.ref(b) for b in blocks]
         self.device = next(b for b, k in zip(blocks, kinds, strict=True) if k).momentum.device
         self.slots = 0  # partial sums of all blocks together
         self.slot_of: dict[int, int] = {}  # of the reference's blocks

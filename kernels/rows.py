@@ -13,6 +13,7 @@ from torch import Tensor
 from ..blocks import Block
 from ..reference.products import MATHS
 from ..reference.thin import Split, Thin
+from .configurations import library_product
 from .shared import FIELDS, HYPERS
 from .table import Columns, Workspace, columns, is_padded, padded, upload
 
@@ -24,6 +25,12 @@ _NOWHERE = (0, 0, 0, 1, 1, 1)  # a missing tensor: address, columns, strides
 
 
 def kind(block: Block) -> str | None:
+    """What ``layout`` says, but None for blocks so large that torch.mm is faster."""
+    found = layout(block)
+    return None if found == "kron" and library_product(*block.shape, block.structure.precision) else found
+
+
+def layout(block: Block) -> str | None:
     """ "kron" or "diagonal" where the kernels cover the block, None where the reference's functions do its work.
 
     Covered are Kron, SumKron (dense factors) and Diagonal with λ in float32, over parameters of float32, bfloat16 or

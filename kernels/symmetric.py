@@ -31,7 +31,7 @@ from .factors import (
     Factors,
 )
 from .launch import capability, launch, processors
-from .rows import kind
+from .rows import layout
 from .shared import address, dot, field, leading
 from .table import schedule, tiles, workspace
 
@@ -178,7 +178,7 @@ def refresh_all(blocks: Sequence[Block]) -> None:
 
 def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
     """As ``reference.refresh``; P and S of the blocks that the kernels cover are always formed."""
-    refresh_all([b for b in blocks if kind(b) == "kron"])
+    refresh_all([b for b in blocks if layout(b) == "kron"])
     for block, uses in zip(blocks, vectors or [None] * len(blocks), strict=True):
-        if kind(block) is None:
+        if layout(block) is None:
             block.structure.refresh(uses)

@@ -23,7 +23,18 @@ KEPT = 512  # device tensors kept for their contents
 ROUND = 16  # leading dimensions are multiples of this many elements
 
 _uploaded: OrderedDict[tuple, Tensor] = OrderedDict()
-_captured: list[tuple[Tensor, Tensor]] = []
+_captured: list[object] = []
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def keep(*used: object) -> None:
+    """Keep for good what a CUDA graph that is being captured will read and write."""
+    if capturing():
+        _captured.append(used)
 
 
 def padded(k: int) -> int:
@@ -35,19 +46,17 @@ def upload(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A device tensor of these values: an earlier one where there is one."""
     key = (values, dtype, device)
     found = _uploaded.get(key)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     host = found
     if found is None:
         host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
         found = host.to(device, non_blocking=True)
-        if not capturing:  # memory of a graph's pool is that graph's
+        if not capturing():  # memory of a graph's pool is that graph's
             _uploaded[key] = found
             if len(_uploaded) > KEPT:
                 _uploaded.popitem(last=False)
     else:
         _uploaded.move_to_end(key)
-    if capturing:
-        _captured.append((host, found))
+    keep(host, found)
     return found
 
 
@@ -171,8 +180,6 @@ def _schedule(entries: tuple, device: torch.device) -> Tensor:
 
 def schedule(entries: tuple, device: torch.device) -> tuple[Tensor, int]:
     """(tiles, 4) int32 on the device, and how many there are."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _schedule(entries, device)
-    if capturing:
-        _captured.append((found, found))
+    keep(found)
     return found, len(entries)

@@ -6,7 +6,9 @@ Uninitialised memory, scratch and outputs hold NaN. Truth is the reference in fl
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from fishleg_fast import CategoricalLikelihood, DiagKron, Diagonal, FishLeg, Kron, SumKron, backends
 from fishleg_fast.blocks import Block, Part
-from fishleg_fast.kernels import backend, launch, table
+from fishleg_fast.kernels import backend, configurations, launch, table
 from fishleg_fast.kernels.qv import kron_qv
 from fishleg_fast.reference import steps
 from fishleg_fast.reference.thin import Split, Thin
@@ -366,6 +368,55 @@ def test_narrow_parameters_and_layouts(dtype: torch.dtype) -> None:
         moved = relative(theta(a), old)
         assert moved > 0.015 and relative(theta(b), theta(a)) <= max(torch.finfo(dtype).eps, CLOSE * moved)
     assert torch.equal(two[1][1].parts[1].param, params[1][1])  # its gradient is missing
+
+
+def test_plans_follow_what_changes() -> None:
+    """Step after step on the same tensors, of which a plan is kept; then lr, gradients and parameters change places."""
+    exact, ours = pair(kron_blocks, lr=0.05)
+    gs = [[p.detach().clone() for p in (part.param for part in b.parts)] for b in ours]
+    for step in range(6):
+        for a, b, pieces in zip(exact, ours, gs, strict=True):
+            if step == 2:
+                a.groups[0]["lr"] = b.groups[0]["lr"] = 0.1
+            if step == 3:  # another place
+                b.parts[0].param.data = b.parts[0].param.data.clone()
+                pieces[0] = pieces[0].clone()
+            pieces[0].mul_(-0.7)
+            b.grads = [None if step == 4 and k else g for k, g in enumerate(pieces)]
+            a.grads = [None if g is None else g.double() for g in b.grads]
+        steps.theta_step(exact, [Split(a) for a in exact])
+        backend.theta_step(ours, [Split(b) for b in ours])
+        for a, b in zip(exact, ours, strict=True):
+            assert relative(b.momentum, a.momentum) <= CLOSE and relative(theta(b), theta(a)) <= CLOSE, step
+
+
+def test_nothing_is_kept_alive() -> None:
+    """Neither blocks nor gradients, by plans and workspaces."""
+    blocks = [tamed(make_block(Kron(3, 4, dtype=torch.float32), [randn(3, 4).float()])) for _ in range(2)]
+    for b in blocks:
+        b.grads = [g.clone() for g in b.grads]
+    backend.theta_step(blocks, [Split(b) for b in blocks])
+    us = [b.matrix(b.grads) for b in blocks]
+    backend.lambda_step(blocks, us, us, us, damping=0.1, lr=0.01)
+    gone = [weakref.ref(x) for b in blocks for x in (b, b.grads[0])]
+    del blocks, us, b
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 4
+
+
+def test_large_blocks_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    monkeypatch.setattr(configurations, "LIBRARY", 16)  # of which there is one
+    exact, ours = pair(kron_blocks)
+    gs = matrices(ours, 1)
+    backend.refresh(ours)
+    for b, g, v in zip(ours, gs, backend.qv(ours, gs), strict=True):
+        assert relative(v, dense_qv(b, g)) <= CLOSE
+    steps.theta_step(exact, [g.double() for g in gs], normalize="trust")
+    backend.theta_step(ours, gs, normalize="trust")
+    for a, b in zip(exact, ours, strict=True):
+        assert relative(theta(b), theta(a)) <= CLOSE and relative(b.momentum, a.momentum) <= CLOSE
+    assert launches.count("refresh_kernel") == 1  # P and S by half their tiles, of these blocks too
+    assert not configurations.library_product(64, 64, "bf16")
 
 
 def test_rows_of_one_parameter() -> None:
