@@ -4,7 +4,7 @@
 
 Times whole steps with every candidate tile: the θ step of many small layers ("small") and of a few large ones
 ("large"); the λ step and the θ step without normalisation for "epilogue". Prints the fastest rows, to be pasted into
-the table, and the others' times. A candidate that does not fit the chip is left out; the compile tests then check for spills.
+the table, and the next four. A candidate that does not fit the chip is left out; the compile tests check for spills.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ok, reason = backend.available(torch.device("cuda"), torch.float32) if torch.cuda.is_available() else (False, "")
     if not ok:
-        raise SystemExit(
-            f"the table can only be derived on a CUDA device that the backend runs on; {reason or 'none here'}"
-        )
+        raise SystemExit(f"the table is derived on a CUDA device that the backend runs on; {reason or 'none here'}")
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")

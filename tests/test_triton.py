@@ -58,6 +58,15 @@ def test_available_needs_no_triton() -> None:
     assert loaded[1] == ["reference", *loaded[0]]
 
 
+def test_pinning_says_what_it_needs() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and it would take minutes")
+    script = HERE.parent / "benchmarks" / "pin_configurations.py"
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "CUDA device" in done.stderr
+
+
 INTERPRETED = ["theta_step", "lambda_step", "trajectory", "not theta_step and not lambda_step and not trajectory"]
 
 

@@ -140,8 +140,8 @@ def test_products(arch: int, precision: str, tmp_path: Path) -> None:
     for name, (function, constants, classes, square) in GEMMS.items():
         for shape in classes:
             t = tile(shape, precision, arch)
-            if (name, t) in seen:
-                continue
+            if (name, t) in seen or (arch == 100 and shape == "small" and precision != "tf32"):
+                continue  # to save time: its small tiles are those of sm_90
             seen.add((name, t))
             kernel = compiled_gemm(function, constants, square, precision, t, target)
             case, ptx = f"{name} {shape} {precision} sm_{arch}", kernel.asm["ptx"]
@@ -162,9 +162,8 @@ def test_elementwise(arch: int, tmp_path: Path) -> None:
         assert name != "update" or "st.global.v4" in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_variants(precision: str, tmp_path: Path) -> None:
-    target = GPUTarget("cuda", 90, 32)
+def test_variants(tmp_path: Path) -> None:
+    precision, target = "tf32", GPUTarget("cuda", 90, 32)
     for name, (function, constants, shape) in VARIANTS.items():
         kernel = compiled_gemm(function, constants, False, precision, tile(shape, precision, 90), target)
         check_resources(kernel, 90, f"{name} {precision}", tmp_path)
