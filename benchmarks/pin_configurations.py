@@ -109,13 +109,14 @@ def main() -> None:
                     configurations.TILES[other][precision] = {80: candidate}
                 try:
                     found[candidate] = seconds(step)
-                except Exception as error:  # out of shared memory or registers, by whatever name Triton gives it
+                except Exception as error:  # out of shared memory, by whatever name Triton gives it
                     print(f"# {shape} {precision} {tuple(candidate)}: {type(error).__name__}")
                 finally:
                     TILES.update({other: {**TILES[other], precision: rows} for other, rows in before.items()})
             order = sorted(found, key=found.__getitem__)
             print(
-                f'"{shape}" "{precision}": {{{arch}: {order[0]!r}}},  # {found[order[0]] * 1e6:.0f} µs; pinned: {pinned}'
+                f'"{shape}" "{precision}": {{{arch}: {order[0]!r}}},'
+                f"  # {found[order[0]] * 1e6:.0f} µs; pinned: {pinned}"
             )
             for t in order[1:5]:
                 print(f"#   {tuple(t)}: {found[t] * 1e6:.0f} µs")

@@ -62,7 +62,7 @@ def _covered(t: Tensor) -> bool:
 
 def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     """As ``reference.inner``; float32."""
-    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
     others: list[Tensor] = []
     for x, y in zip(xs, ys, strict=True):
         pairs = _pairs(x, y)
@@ -74,10 +74,9 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
             if a.numel():
                 if a.stride() != b.stride() or not _dense(a):
                     a, b = a.contiguous(), b.contiguous()
-                groups.setdefault((a.dtype, b.dtype), []).append((a, b))
+                groups.setdefault((a.dtype, b.dtype, a.device), []).append((a, b))
     sums = []
-    for (X, Y), pairs in groups.items():
-        device = pairs[0][0].device
+    for (X, Y, device), pairs in groups.items():
         entries = tiles([(k, 1, a.numel(), 0) for k, (a, _) in enumerate(pairs)], 1, CHUNK)
         entries, count = schedule(tuple((*e[:3], k) for k, e in enumerate(entries)), device)
         rows = upload(tuple(v for a, b in pairs for v in (a.data_ptr(), b.data_ptr(), a.numel())), torch.int64, device)

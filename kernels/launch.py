@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -51,4 +52,6 @@ def launch(
     for observer in observers:
         observer(kernel.__name__ if hasattr(kernel, "__name__") else str(kernel))
     grid = (min(tiles, per_processor * processors(device)),)
-    kernel[grid](*args, tiles, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    with torch.cuda.device(device) if elsewhere else nullcontext():  # Triton launches on the current device
+        kernel[grid](*args, tiles, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)

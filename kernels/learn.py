@@ -19,7 +19,7 @@ from .diagonal import diagonal_adam_kernel, diagonal_sums_kernel
 from .factors import Factors
 from .launch import capability, launch, processors
 from .products import left_kernel
-from .rows import DTYPES, Rows, kind, pieces
+from .rows import DTYPES, Rows, kinds_of, pieces
 from .symmetric import adopt, factor_rows, pair_kernel, refresh_all, square_tile
 from .table import padded, schedule, tiles, upload, workspace
 
@@ -29,11 +29,10 @@ def _flat(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def covered(block: Block, u: Matrix, v: Matrix) -> str | None:
-    """``kind``, but for what λ's kernels leave to the reference."""
-    if isinstance(u, Thin) or isinstance(v, Thin) or "A" in block.structure.fishleg_aux:
-        return None
-    return kind(block)
+def covered(block: Block, found: str | None, u: Matrix, v: Matrix) -> str | None:
+    """Its kind ``found``, but for what λ's kernels leave to the reference."""
+    thin = isinstance(u, Thin) or isinstance(v, Thin)
+    return None if thin or "A" in block.structure.fishleg_aux else found
 
 
 @dataclass
@@ -340,7 +339,7 @@ def lambda_step(
 
     Blocks that the kernels do not cover take their steps by the reference's functions, with the same 𝒜, α and decision.
     """
-    kinds = [covered(b, u, v) for b, u, v in zip(blocks, us, vs, strict=True)]
+    kinds = [covered(*each) for each in zip(blocks, kinds_of(blocks), us, vs, strict=True)]
     if not any(kinds):
         return reference.lambda_step(
             blocks, us, vs, fvs, damping=damping, lr=lr, betas=betas, eps=eps, precondition=precondition,

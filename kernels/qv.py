@@ -20,7 +20,7 @@ from ..reference.thin import Matrix, Thin
 from .configurations import ELEMENTWISE, shape_class, tile
 from .launch import capability, launch, processors
 from .products import left_kernel, matrix, right_kernel, scale
-from .rows import DTYPES, Rows, kind, pieces
+from .rows import DTYPES, Rows, kinds_of, pieces
 from .shared import F_A, F_LDA, F_LDV, F_M, F_N, F_V, FIELDS, address, field, gradient
 from .symmetric import refresh_all
 from .table import padded, schedule, tiles, upload, workspace
@@ -47,7 +47,7 @@ def diagonal_product_kernel(
 
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """As ``reference.qv``, which computes it for thin u and for blocks that the kernels do not cover."""
-    kinds = [None if isinstance(u, Thin) else kind(b) for b, u in zip(blocks, us, strict=True)]
+    kinds = [None if isinstance(u, Thin) else k for u, k in zip(us, kinds_of(blocks), strict=True)]
     refresh_all([b for b, k in zip(blocks, kinds, strict=True) if k == "kron"])
     found: list[Matrix] = [steps.qv([b], [u])[0] if k is None else u for b, u, k in zip(blocks, us, kinds, strict=True)]
     groups: dict[tuple, list[int]] = {}

@@ -30,6 +30,13 @@ def kind(block: Block) -> str | None:
     return None if found == "kron" and library_product(*block.shape, block.structure.precision) else found
 
 
+def kinds_of(blocks: Sequence[Block]) -> list[str | None]:
+    """``kind`` of each; None too for blocks on another device than the first that has one."""
+    found = [kind(b) for b in blocks]
+    device = next((b.momentum.device for b, k in zip(blocks, found, strict=True) if k), None)
+    return [k if b.momentum.device == device else None for b, k in zip(blocks, found, strict=True)]
+
+
 def layout(block: Block) -> str | None:
     """ "kron" or "diagonal" where the kernels cover the block, None where the reference's functions do its work.
 

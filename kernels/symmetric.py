@@ -158,13 +158,12 @@ def adopt(block: Block) -> None:
 def refresh_all(blocks: Sequence[Block]) -> None:
     """P and S of those blocks, all of Kron's kind, whose λ was written to since."""
     stale = [b for b in blocks if workspace(b).version != b.structure.version]
-    by_precision: dict[str, Factors] = {}
+    groups: dict[tuple[str, torch.device], Factors] = {}
     for block in stale:
-        rows = by_precision.setdefault(block.structure.precision, Factors())
+        rows = groups.setdefault((block.structure.precision, block.momentum.device), Factors())
         for name, square, transposed in factor_rows(block):
             rows.add(block.structure.fishleg_aux[name], square, transposed)
-    for precision, rows in by_precision.items():
-        device = stale[0].momentum.device
+    for (precision, device), rows in groups.items():
         t = square_tile(precision, rows.sizes, device)
         entries = tiles([(i, k, k, 0) for i, k in enumerate(rows.sizes)], t["BM"], t["BN"], half=True)
         plan, count = schedule(entries, device)

@@ -25,7 +25,7 @@ from .configurations import ELEMENTWISE
 from .launch import launch
 from .plan import Plan, counts_on_device, plan_of
 from .products import left_kernel, left_tile, matrix, outer, right_kernel, sums
-from .rows import DTYPES, kind
+from .rows import DTYPES, kind, kinds_of
 from .shared import (
     F_A,
     F_COLS,
@@ -319,7 +319,7 @@ def theta_step(
             blocks, gs, momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable
         )
     how = momentum, 2 if nesterov else 1, normalize, capturable
-    plan = plan_of(blocks, gs, lambda: [kind(b) for b in blocks], *how)
+    plan = plan_of(blocks, gs, lambda: kinds_of(blocks), *how)
     refresh_all([b for b, k in zip(blocks, plan.kinds, strict=True) if k == "kron"])
     plan.add_reference()
     if plan.fuses:
