@@ -37,7 +37,7 @@ $(TOOLS): constraints.txt | $(BIN)/python
 
 # Without the extension the package works, but not all tests pass; setup then tries again at the next call.
 $(INSTALLED): $(TOOLS) pyproject.toml $(BUILD_INPUTS)
-	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev,train]'
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev,train,triton]'
 	@if [ -e $(NO_EXTENSION) ]; then \
 	  echo "The compiled extension was not built: $$(cat $(NO_EXTENSION))" >&2; \
 	else touch $@; fi

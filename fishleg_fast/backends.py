@@ -1,7 +1,8 @@
 """The table of backends. No other file knows which exist.
 
 A backend is a module with the ops of ``fishleg_fast.reference.steps`` (same signatures) and ``available(device,
-dtype)``. Best first.
+dtype)``. Best first. What follows the reference, which is always available, is chosen by name alone: no device has run
+it yet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 BACKENDS = {
     "cpp": "fishleg_fast.cpp",
     "reference": "fishleg_fast.reference",
+    "triton": "fishleg_fast.kernels.backend",
 }
 
 _log = logging.getLogger("fishleg_fast")

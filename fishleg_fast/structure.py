@@ -111,6 +111,17 @@ class Structure:
         self._memory = {**self._memory, **self._cache}
         self._cache_key = key
 
+    def adopt(self, cache: Aux) -> None:
+        """Take over products that a backend made of λ as it is now, in memory that they keep."""
+        if self.operands not in (None, self._dtype):
+            return  # of another dtype than the cache would be
+        self._cache, self._memory = cache, {**self._memory, **cache}
+        self._cache_key, self._rounded = (self.version, self.operands, None), {}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.fishleg_aux.values())).dtype
+
     def _factors_as_operands(self) -> Aux:
         """λ, rounded where products are to be; kept until λ changes."""
         if not self.thin or self.operands is None:  # elementwise products stay at full precision

@@ -1,0 +1,120 @@
+"""``backend="triton"``: the ops of ``reference.steps``, for whole lists of blocks in a handful of launches.
+
+Launches for all blocks together, whatever their number (each dtype of parameters and precision apart):
+
+    θ step   Kron, Kron(scale=True), SumKron: 3; 2 with normalize=None. Diagonal: 1 more
+    Q u      Kron, Kron(scale=True), SumKron: 2
+    λ step   Kron, SumKron: 4 (5 without learn_scale), 2 more with precondition. Diagonal: 2 more
+    refresh  1
+    inner    1
+
+The reference's functions do the work, within the same step and its one decision, of: blocks so large that torch.mm is
+faster (``configurations.library_product``), but for their P and S; DiagKron; λ of Kron(scale=True);
+diagonal and block-diagonal factors; structures of custom layers; float64; thin gradients in Q u and λ steps; parameters
+whose columns two strides do not find.
+
+CUDA graphs: with ``capturable``, after a step or two outside. Host work per block is about 10 µs in a θ step whose
+tensors are where they were, and several times that in an update of λ.
+
+Triton is imported by the first op, not by this module: ``available`` answers without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..reference.products import Vectors
+from ..reference.thin import Matrix
+
+if TYPE_CHECKING:
+    from ..blocks import Block
+
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def available(device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
+    """A CUDA device of compute capability 8.0, or Triton's interpreter on a CPU; parameters below float64."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed: pip install 'fishleg_fast[triton]'"
+    if dtype not in _DTYPES:
+        return False, f"its kernels have λ in float32, and {dtype} parameters need float64: use backend='reference'"
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return True, "interpreted, for tests"
+        return False, "there is no CUDA device: move the model to one (TRITON_INTERPRET=1 interprets, for tests)"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False, f"it runs on CUDA devices, not on {device}: use backend='reference'"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return False, f"it needs compute capability 8.0 or higher, not {major}.{minor}: use backend='reference'"
+    return True, torch.cuda.get_device_name(device)
+
+
+def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
+    """As ``reference.refresh``, but P and S of the blocks that the kernels cover are always formed."""
+    from . import symmetric as op
+
+    op.refresh(blocks, vectors)
+
+
+def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
+    """As ``reference.qv``."""
+    from . import qv as op
+
+    return op.qv(blocks, us)
+
+
+def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
+    """As ``reference.inner``."""
+    from . import inner as op
+
+    return op.inner(xs, ys)
+
+
+def theta_step(
+    blocks: Sequence[Block],
+    gs: Sequence[Matrix],
+    *,
+    momentum: str = "before",
+    nesterov: bool = False,
+    normalize: str | None = "rms",
+    kappa: float = 1e-3,
+    capturable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.theta_step``."""
+    from . import theta as op
+
+    return op.theta_step(
+        blocks, gs, momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable
+    )
+
+
+def lambda_step(
+    blocks: Sequence[Block],
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix],
+    fvs: Sequence[Tensor],
+    *,
+    damping: float,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    precondition: bool = False,
+    learn_scale: bool = True,
+    capturable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.lambda_step``."""
+    from . import learn as op
+
+    return op.lambda_step(
+        blocks, us, vs, fvs, damping=damping, lr=lr, betas=betas, eps=eps, precondition=precondition,
+        learn_scale=learn_scale, capturable=capturable,
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Tile sizes, pinned: the choice fixes the order of summation, and so is part of reproducibility. No autotuning.
+
+Not yet measured on a GPU: chosen for registers and shared memory, which the tests check for every row on every
+architecture. ``benchmarks/pin_configurations.py`` derives the table anew on a given GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """C (BM, BN) += A (BM, BK) B (BN, BK)ᵀ."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+# Shape class -> what operands are multiplied in -> architecture (the nearest one below counts) -> tile.
+# "small": where large tiles would not fill the chip. "epilogue": for products whose epilogue, or
+# general strides, need the registers.
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "small": {
+        "ieee": {80: Tile(32, 32, 16, 4, 3)},
+        "tf32": {80: Tile(64, 64, 32, 4, 3)},
+        "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 4, 2)},
+        "bf16": {80: Tile(64, 64, 32, 4, 3)},
+    },
+    "large": {
+        "ieee": {80: Tile(64, 64, 16, 8, 3)},
+        "tf32": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
+        "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(128, 64, 32, 8, 2)},
+        "bf16": {80: Tile(128, 64, 32, 4, 3), 90: Tile(128, 128, 32, 8, 3)},
+    },
+    "epilogue": {
+        "ieee": {80: Tile(32, 32, 16, 8, 3)},
+        "tf32": {80: Tile(64, 64, 32, 8, 3)},
+        "tf32x3": {80: Tile(64, 64, 16, 8, 2), 90: Tile(64, 64, 32, 8, 2)},
+        "bf16": {80: Tile(64, 64, 32, 8, 3)},
+    },
+}
+
+# Elementwise kernels: (rows, columns, warps).
+ELEMENTWISE = (16, 128, 4)
+INNER = (16, 64)  # elementwise tiles between a product's, whose warps they have
+
+
+def tile(shape: str, precision: str, capability: int) -> Tile:
+    """The pinned tile of a shape class for compute capability 80, 86, 90, 100, ...; what is older counts as 80."""
+    rows = TILES[shape][precision]
+    return rows[max((arch for arch in rows if arch <= capability), default=min(rows))]
+
+
+def shape_class(
+    shapes: list[tuple[int, int]], precision: str, capability: int, processors: int, demanding: bool = False
+) -> str:
+    """ "large" where large tiles over matrices of these shapes give every processor one, else "small".
+
+    demanding: "epilogue" in any case.
+    """
+    if demanding:
+        return "epilogue"
+    t = tile("large", precision, capability)
+    return "large" if sum(-(-m // t.BM) * -(-n // t.BN) for m, n in shapes) >= processors else "small"
+
+
+LIBRARY = 4096  # rows and columns; not yet measured on a GPU
+
+
+def library_product(m: int, n: int, precision: str) -> bool:
+    """Whether a block's products go to torch.mm, one block at a time.
+
+    cuBLAS wins large square products; grouped launches win where one block does not fill the chip. From LIBRARY up one
+    does many times over, and passes over memory beside a product cost little. Not the products that make P and S, of
+    which symmetry halves the work; nor bf16, in which torch.mm would not multiply float32.
+    """
+    return min(m, n) >= LIBRARY and precision != "bf16"

@@ -1,0 +1,57 @@
+"""The one place where kernels are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+observers: list[Callable[[str], object]] = []  # called with the kernel's name at every launch: how tests count them
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """80, 90, 100, ... In the interpreter, 80."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors. In the interpreter, 2: enough to run a persistent loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def launch(
+    kernel: Any,
+    tiles: int,  # of the schedule
+    *args: Any,
+    device: torch.device,
+    per_processor: int = 1,  # programs
+    num_warps: int = 4,
+    num_stages: int = 1,
+    **constants: Any,
+) -> None:
+    """Run a persistent kernel over ``tiles`` tiles; nothing where there are none.
+
+    enable_fp_fusion is set since its default changes between versions of Triton, and rounding with it.
+    """
+    if not tiles:
+        return
+    for observer in observers:
+        observer(kernel.__name__ if hasattr(kernel, "__name__") else str(kernel))
+    grid = (min(tiles, per_processor * processors(device)),)
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    with torch.cuda.device(device) if elsewhere else nullcontext():  # Triton launches on the current device
+        kernel[grid](*args, tiles, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)

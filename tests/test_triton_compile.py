@@ -1,0 +1,191 @@
+"""Every Triton kernel in every pinned configuration, compiled for GPUs that need not be there.
+
+From ptxas's own count: nothing spilled, no local memory; shared memory within the chip's; tensor cores where the
+precision has them; copies and stores of 16 bytes where rows are aligned.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+
+from fishleg_fast.kernels import diagonal, inner, lambda_kernels, products, qv, symmetric, theta  # noqa: E402
+from fishleg_fast.kernels.configurations import ELEMENTWISE, INNER, TILES, Tile, tile  # noqa: E402
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PRECISIONS = sorted(TILES["small"])
+TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+INTEGERS = {"tiles", "slots", "dot_slots", "square_slots", "checked", "blocks", "most"}
+FLOATS = {"kappa", "damping", "beta1", "beta2", "eps", "log2beta1", "log2beta2"}
+TABLES = {"rows": "*i64", "schedule": "*i32", "ranges": "*i32", "arrived": "*i32", "taken": "*i1"}
+
+GRADIENT = {"G": tl.float32, "GENERAL": False, "ALIGN": 16}
+ALIGNED = {**GRADIENT, "ALIGN_X": 16}
+WIDE = {"ROWS": ELEMENTWISE[0], "COLS": ELEMENTWISE[1]}
+NARROW = {"ROWS": INNER[0], "COLS": INNER[1]}
+RIGHT = {"SOURCE": "mg", "SCALED": False, "COUNT": True, "CHECK": False, **ALIGNED}
+LEFT = {"SUMS": "rms", "AFTER": False, "SCALED": False, **ALIGNED}
+FUSED = {"AFTER": False, "SCALED": False, "W": tl.float32, **ALIGNED}
+PRODUCTS = {"RESCALE": True, "PRECONDITION": False, "SOURCE": "residual", **NARROW, **ALIGNED}
+UPDATE = {"RULE": "rms", "AFTER": False, "DIAGONAL": True, "W": tl.float32, **WIDE, **ALIGNED}
+
+BOTH, SQUARE, EPILOGUE = ("small", "large"), ("small", "large"), ("epilogue",)
+# kernel -> (function, constants, shape classes, whether tiles are square)
+GEMMS = {
+    "right": (products.right_kernel, RIGHT, BOTH, False),
+    "left": (products.left_kernel, LEFT, BOTH, False),
+    "fused": (theta.fused_kernel, FUSED, EPILOGUE, False),
+    "products": (lambda_kernels.products_kernel, PRODUCTS, BOTH, False),
+    "refresh": (symmetric.refresh_kernel, {"ALIGN": 16}, SQUARE, True),
+    "pair": (symmetric.pair_kernel, {}, SQUARE, True),
+    "gradients": (lambda_kernels.gradients_kernel, {"ALIGN": 16}, EPILOGUE, True),
+    "commit": (lambda_kernels.commit_kernel, NARROW, SQUARE, True),
+}
+OURS = {"left", "pair", "commit"}  # that read nothing but our own aligned matrices
+ELEMENTWISES = {
+    "update": (theta.update_kernel, UPDATE),
+    "diagonal": (theta.diagonal_kernel, {"SUMS": "trust", "AFTER": False, **GRADIENT, **WIDE}),
+    "diagonal sums": (diagonal.diagonal_sums_kernel, {"PRECONDITION": True, **GRADIENT, **WIDE}),
+    "diagonal adam": (diagonal.diagonal_adam_kernel, {"RESCALE": True, "PRECONDITION": True, **GRADIENT, **WIDE}),
+    "diagonal product": (qv.diagonal_product_kernel, {**GRADIENT, **WIDE}),
+    "inner": (inner.inner_kernel, {"X": tl.float32, "Y": tl.bfloat16, "CHUNK": inner.CHUNK}),
+}
+LOOSE = {"ALIGN": 1, "ALIGN_X": 1}
+GENERAL = {"GENERAL": True, "G": tl.bfloat16, **LOOSE}
+# What else kernels are compiled for at run time, and in which shape class.
+VARIANTS = {
+    "right after": (products.right_kernel, {**RIGHT, "SOURCE": "g", "CHECK": True, "SCALED": True}, "large"),
+    "right loose": (products.right_kernel, {**RIGHT, **LOOSE}, "large"),
+    "right general": (products.right_kernel, {**RIGHT, "SCALED": True, **GENERAL}, "epilogue"),
+    "left trust": (products.left_kernel, {**LEFT, "SUMS": "trust", "SCALED": True, **LOOSE}, "epilogue"),
+    "left scaled": (products.left_kernel, {**LEFT, "SCALED": True, "AFTER": True, **LOOSE}, "epilogue"),
+    "left loose": (products.left_kernel, {**LEFT, **LOOSE}, "large"),
+    "left general": (products.left_kernel, {**LEFT, "SUMS": "trust", "SCALED": True, **GENERAL}, "epilogue"),
+    "left after": (products.left_kernel, {**LEFT, "AFTER": True}, "epilogue"),
+    "left plain": (products.left_kernel, {**LEFT, "SUMS": "none"}, "large"),
+    "fused general": (theta.fused_kernel, {**FUSED, **GENERAL, "W": tl.bfloat16, "AFTER": True}, "epilogue"),
+    "products loose": (lambda_kernels.products_kernel, {**PRODUCTS, **LOOSE}, "epilogue"),
+    "products again": (lambda_kernels.products_kernel, {**PRODUCTS, "SOURCE": "x", "RESCALE": False}, "large"),
+    "products general": (lambda_kernels.products_kernel, {**PRODUCTS, "PRECONDITION": True, **GENERAL}, "epilogue"),
+}
+VARIANTS_OF_ELEMENTWISE = {
+    "update general": (theta.update_kernel, {**UPDATE, **GENERAL, "W": tl.float16, "RULE": "trust"})
+}
+
+
+def source(function, constants: dict) -> ASTSource:
+    """What the launcher would compile: pointers to 16 bytes, constants as given."""
+    names = function.arg_names
+    kinds = {
+        n: "constexpr"
+        if n in constants
+        else "i32"
+        if n in INTEGERS
+        else "fp32"
+        if n in FLOATS
+        else TABLES.get(n, "*fp32")
+        for n in names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n][0] == "*" and n != "taken"}
+    return ASTSource(function, kinds, {(names.index(n),): value for n, value in constants.items()}, aligned)
+
+
+def compiled(function, constants: dict, target: GPUTarget, num_warps: int, num_stages: int = 1) -> CompiledKernel:
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return triton.compile(source(function, constants), target=target, options=options)
+
+
+def compiled_gemm(
+    function, constants: dict, square: bool, precision: str, t: Tile, target: GPUTarget
+) -> CompiledKernel:
+    side = min(t.BM, t.BN)
+    sizes = {"BM": side, "BN": side, "BK": t.BK} if square else {"BM": t.BM, "BN": t.BN, "BK": t.BK}
+    return compiled(function, {**constants, **sizes, "PRECISION": precision}, target, t.num_warps, t.num_stages)
+
+
+@cache
+def cuobjdump() -> str:
+    return triton.knobs.nvidia.cuobjdump.path
+
+
+def check_resources(kernel: CompiledKernel, arch: int, name: str, folder: Path) -> None:
+    """STACK counts spilled registers too."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    said = subprocess.run([cuobjdump(), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    assert used["REG"] > 0 and used["STACK"] == 0 and used["LOCAL"] == 0, (name, used)
+    assert kernel.metadata.shared <= SHARED[arch], (name, kernel.metadata.shared)
+
+
+def copy_sizes(ptx: str) -> set[int]:
+    """Bytes of each asynchronous copy to shared memory."""
+    return {int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x[0-9a-f]+)[,;\s]", ptx)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", SHARED)
+def test_products(arch: int, precision: str, tmp_path: Path) -> None:
+    target, seen = GPUTarget("cuda", arch, 32), set()
+    for name, (function, constants, classes, square) in GEMMS.items():
+        for shape in classes:
+            t = tile(shape, precision, arch)
+            if (name, t) in seen or (arch == 100 and shape == "small" and precision != "tf32"):
+                continue  # to save time: its small tiles are those of sm_90
+            seen.add((name, t))
+            kernel = compiled_gemm(function, constants, square, precision, t, target)
+            case, ptx = f"{name} {shape} {precision} sm_{arch}", kernel.asm["ptx"]
+            check_resources(kernel, arch, case, tmp_path)
+            cores = re.search(TENSOR_CORES[arch], ptx)
+            assert bool(cores) == (precision != "ieee"), case
+            if name in OURS:
+                assert copy_sizes(ptx) == {16}, (case, copy_sizes(ptx))
+                assert "st.global.v4" in ptx, case
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_elementwise(arch: int, tmp_path: Path) -> None:
+    target = GPUTarget("cuda", arch, 32)
+    for name, (function, constants) in {**ELEMENTWISES, **VARIANTS_OF_ELEMENTWISE}.items():
+        kernel = compiled(function, constants, target, inner.WARPS if name == "inner" else ELEMENTWISE[2])
+        check_resources(kernel, arch, f"{name} sm_{arch}", tmp_path)
+        assert name != "update" or "st.global.v4" in kernel.asm["ptx"]
+
+
+def test_variants(tmp_path: Path) -> None:
+    precision, target = "tf32", GPUTarget("cuda", 90, 32)
+    for name, (function, constants, shape) in VARIANTS.items():
+        kernel = compiled_gemm(function, constants, False, precision, tile(shape, precision, 90), target)
+        check_resources(kernel, 90, f"{name} {precision}", tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_amd(precision: str) -> None:
+    """gfx942 compiles, with matrix cores and 64 KB of shared memory at most. The backend does not offer itself there:
+    nothing has run on one.
+    """
+    target = GPUTarget("hip", "gfx942", 64)
+    for name, (function, constants, classes, square) in GEMMS.items():
+        t = tile(classes[0], precision, 80)
+        kernel = compiled_gemm(function, constants, square, precision, t._replace(num_stages=2), target)
+        assert kernel.metadata.shared <= 64 * 1024, name
+        assert "v_mfma" in kernel.asm["amdgcn"], name
+
+
+def test_the_table_is_complete() -> None:
+    for classes in TILES.values():
+        assert sorted(classes) == PRECISIONS
+        for rows in classes.values():
+            assert 80 in rows  # the least that the backend accepts
+    assert tile("large", "tf32", 86) == tile("large", "tf32", 80)
+    assert tile("large", "tf32", 120) == tile("large", "tf32", 90)
