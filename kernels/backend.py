@@ -2,14 +2,15 @@
 
 Launches for all blocks together, whatever their number (each dtype of parameters and precision apart):
 
-    θ step   Kron, Kron(scale=True), SumKron: 3; 2 with normalize=None. Diagonal: 1 more
-    Q u      Kron, Kron(scale=True), SumKron: 2
+    θ step   Kron, Kron(scale=True), SumKron: 3; 2 with normalize=None. DiagKron: 5; among others 2 more than theirs, which
+             are then 3. Diagonal: 1 more
+    Q u      Kron, Kron(scale=True), SumKron: 2. DiagKron: 4; among others 2 more. Diagonal: 1
     λ step   Kron, SumKron: 4 (5 without learn_scale), 2 more with precondition. Diagonal: 2 more
-    refresh  1
+    refresh  Kron, Kron(scale=True), SumKron: 1 (P and S). DiagKron: 1 (padded copies of its factors)
     inner    1
 
 The reference's functions do the work, within the same step and its one decision, of: blocks so large that torch.mm is
-faster (``configurations.library_product``), but for their P and S; DiagKron; λ of Kron(scale=True);
+faster (``configurations.library_product``), but for their P and S; λ of Kron(scale=True) and DiagKron;
 diagonal and block-diagonal factors; structures of custom layers; float64; thin gradients in Q u and λ steps; parameters
 whose columns two strides do not find.
 
@@ -59,7 +60,10 @@ def available(device: torch.device | None = None, dtype: torch.dtype | None = No
 
 
 def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
-    """As ``reference.refresh``, but P and S of the blocks that the kernels cover are always formed."""
+    """As ``reference.refresh``, but P and S of the blocks that the kernels cover are always formed.
+
+    Of DiagKron blocks, which have neither, the kernels' copies of L, R and their transposes.
+    """
     from . import symmetric as op
 
     op.refresh(blocks, vectors)

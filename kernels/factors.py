@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
+from .shared import address, leading
 from .table import padded, upload
 
 K_SIZE = tl.constexpr(0)  # k
@@ -35,6 +37,18 @@ K_INDEX = tl.constexpr(17)  # the block's number
 K_FIRST = tl.constexpr(18)  # 1 in one row of each block
 K_LDRIGHT = tl.constexpr(19)
 FACTOR_FIELDS = tl.constexpr(20)
+
+
+@triton.jit
+def factor_tile(row, r, c, k, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
+    """F at rows r and columns c, of shapes that broadcast."""
+    start = address(row, K_LAMBDA, tl.float32, ALIGN)
+    ld = leading(row, K_LD, ALIGN)
+    if TRANSPOSED:
+        at = start + c * ld + r
+    else:
+        at = start + r * ld + c
+    return tl.load(at, mask=(r < k) & (c < k), other=0)
 
 
 @dataclass

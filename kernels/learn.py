@@ -230,7 +230,8 @@ def _products(plan: Plan, damping: float, rescale: bool) -> None:
         entries, count = schedule(tiles([(k, m, n, 0) for k, (m, n, _) in enumerate(shapes)], bm, bn), device)
         launch(
             left_kernel, count, rows, plan.dots, entries, plan.dots, plan.dots, 0, device=device, SUMS="none",
-            AFTER=False, SCALED=False, PRECISION=group.precision, **group.rows.constants(), **group.config,
+            AFTER=False, SCALED=False, SQUARED=False, PRECISION=group.precision, **group.rows.constants(),
+            **group.config,
         )  # fmt: skip
         entries, count = schedule(right + left, device)
         launch(

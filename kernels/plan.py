@@ -15,8 +15,9 @@ from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Split, dense
 from .configurations import ELEMENTWISE, Tile, shape_class, tile
+from .diagkron import Between, middle, prepared
 from .launch import capability, processors
-from .rows import DTYPES, Rows, hypers, pieces, scattered
+from .rows import DTYPES, FACTORED, Rows, hypers, pieces, scattered
 from .table import keep, schedule, tiles, workspace
 
 
@@ -34,7 +35,8 @@ class Group:
     rows: Rows
     config: Tile
     members: list[tuple[int, slice]] = field(default_factory=list)  # of each row: its block, and its parts of that
-    kron: list[int] = field(default_factory=list)  # row numbers
+    kron: list[int] = field(default_factory=list)  # row numbers of the FACTORED kinds
+    middles: Rows = field(default_factory=Rows)  # of DiagKron blocks
     ranges: list[tuple[int, int]] = field(default_factory=list)  # (first slot, slots) of each
     diagonal: list[tuple[int, int]] = field(default_factory=list)  # (row, its first tile's number in the block)
     made: dict = field(default_factory=dict)
@@ -57,6 +59,10 @@ class Group:
         shapes = self.rows.shapes
         entries = lambda: [(k, shapes[k][1], shapes[k][0], term) for k in self.kron for term in range(shapes[k][2])]
         return self.once("right", lambda: schedule(tiles(entries(), self.config.BM, self.config.BN), device))
+
+    def between(self, device: torch.device) -> Between | None:
+        """DiagKron's products in between."""
+        return self.once("between", lambda: prepared(self.middles, self.precision, self.config, device))
 
     def left(self, device: torch.device) -> tuple[Tensor, int]:
         """(row, tile of m, tile of n, its number)"""
@@ -103,14 +109,14 @@ def _places(block: Block, g: Matrix) -> tuple | None:
     if isinstance(g, Split) and g.scale is not None:
         return None
     aux = block.structure.fishleg_aux
-    own = aux.get("A", aux.get("d"))
+    own = [aux[name].data_ptr() for name in "ABd" if name in aux]
     return (
         id(block),
         id(block.structure),
         block.structure.precision,
         block.momentum.data_ptr(),
         block.step.data_ptr(),
-        None if own is None else own.data_ptr(),
+        *own,
         (g.data_ptr(), g.stride(), g.dtype) if isinstance(g, Tensor) else None,
         *[None if t is None else (t.data_ptr(), t.stride(), t.dtype, t.layout) for t in block.grads],
         *[(part.param.data_ptr(), part.param.stride(), part.param.dtype) for part in block.parts],
@@ -196,7 +202,7 @@ class Plan:
 
     def _group(self) -> None:
         grads, members = {}, {}
-        for kind in ("kron", "diagonal"):  # Diagonal blocks join a group of their dtypes
+        for kind in (*FACTORED, "diagonal"):  # Diagonal blocks join a group of their dtypes
             for index, (block, g) in enumerate(zip(self.blocks, self.gs, strict=True)):
                 if self.kinds[index] != kind:
                     continue
@@ -213,7 +219,7 @@ class Plan:
                 members.setdefault(key, []).append(index)
         fuses = self.normalize is None and len(members) == 1 and set(self.kinds) == {"kron"}
         for (G, W, precision), indices in members.items():
-            shapes = [self.blocks[i].shape for i in indices if self.kinds[i] == "kron"]
+            shapes = [self.blocks[i].shape for i in indices if self.kinds[i] in FACTORED]
             arch = capability(self.device)
             scaled = any("A" in self.blocks[i].structure.fishleg_aux for i in indices)
             tensors = [t for i in indices for t in (*grads[i], *self._moving(self.blocks[i])) if t is not None]
@@ -223,7 +229,7 @@ class Plan:
             group = Group(precision, scaled, Rows(G, W), config)
             self.groups.append(group)
             for i in indices:
-                add = self._add_kron if self.kinds[i] == "kron" else self._add_diagonal
+                add = self._add_kron if self.kinds[i] in FACTORED else self._add_diagonal
                 add(group, i, grads[i])
 
     def _common(self, block: Block, index: int) -> dict:
@@ -243,6 +249,8 @@ class Plan:
             cols=self._cols(block), rates=self._rates(block), slot=group.ranges[-1][0], slots=slots,
             **self._common(block, index),
         )  # fmt: skip
+        if self.kinds[index] == "diagkron":
+            group.middles.add_middle(middle(block), block.structure.fishleg_aux["B"])
 
     def _add_diagonal(self, group: Group, index: int, grads: list[Tensor | None]) -> None:
         """One row; one a part where they are below each other."""

@@ -3,6 +3,9 @@
     right   Xᵀ (n, m) = S uᵀ    u (m, n) computed while it is loaded: m̂ = keep·m + take·g, or c·g, or α(F+γI)v − c·g
     left    C (m, n) = P X      with each block's ‖C‖² in the epilogue, or the whole update of θ
 
+DiagKron, A∘(Rᵀ(B²∘(R(A∘u)L))Lᵀ), has two launches more in between: right with Lᵀ for S, left with R for P and B² in
+the epilogue, right with L, left with Rᵀ. Its first and last are rows like any other block's.
+
 In this order, and with Xᵀ stored transposed, every operand has the summed index contiguous, which tf32 needs for wgmma.
 A sum of terms is one product of [P₁ P₂ …] and [X₁; X₂; …]. An outer diagonal A multiplies u while it is loaded and C
 before it is stored.
@@ -111,6 +114,8 @@ def right_kernel(
         rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
         if SOURCE == "g":
             keep, take = 0.0, scale(row)
+        elif SOURCE == "x":
+            keep, take = 0.0, 0.0
         else:
             keep, take = tl.load(hyper + H_KEEP), tl.load(hyper + H_TAKE)
         a_start = address(row, F_S, tl.float32, 16) + term * n * np + rm[:, None] * np
@@ -155,11 +160,11 @@ def left_tile(row, i, j, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.const
 def left_kernel(
     rows, hypers, schedule, corrections, partials, slots, tiles,
     SUMS: tl.constexpr,  # "none"; or ‖nat‖² and, per tile, "rms": whether g is zero, "trust": ⟨m̂, nat⟩, "norm": no more
-    AFTER: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
+    AFTER: tl.constexpr, SCALED: tl.constexpr, SQUARED: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """C = P X. Schedule: (row, tile of m, tile of n, number of the tile in its block)."""
+    """C = P X, A∘(P X) if SCALED, A²∘(P X) if SQUARED too. Schedule: (row, tile of m, tile of n, its number)."""
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry = schedule + t * 4
         row = rows + tl.load(entry) * FIELDS
@@ -169,7 +174,10 @@ def left_kernel(
         r, c = (i * BM + tl.arange(0, BM))[:, None], (j * BN + tl.arange(0, BN))[None, :]
         inside = r < m
         if SCALED:
-            acc = acc * outer(row, r, c, inside)
+            scaling = outer(row, r, c, inside)
+            if SQUARED:
+                scaling = scaling * scaling
+            acc = acc * scaling
         tl.store(address(row, F_OUT, tl.float32, 16) + r * np + c, acc, mask=inside & (c < np))
         if SUMS != "none":
             hyper = hypers + tl.load(entry) * HYPERS

@@ -1,4 +1,5 @@
-"""Q u over all blocks: 2 launches for all of Kron, Kron(scale=True) and SumKron, 1 for all Diagonal blocks.
+"""Q u over all blocks: 2 launches for all of Kron, Kron(scale=True), SumKron and DiagKron, 2 more if there are any of
+the last, 1 for all Diagonal blocks.
 
 v is (m, n) with rows that begin at multiples of 16 elements. ``torch.ops.fishleg_fast.kron_qv`` is the same of tensors,
 for torch.compile: P u S of a list of matrices.
@@ -7,7 +8,6 @@ for torch.compile: P u S of a list of matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,13 @@ from ..blocks import Block
 from ..reference import steps
 from ..reference.thin import Matrix, Thin
 from .configurations import ELEMENTWISE, shape_class, tile
+from .diagkron import launch_between, middle, prepared
 from .launch import capability, launch, processors
 from .products import left_kernel, matrix, right_kernel, scale
-from .rows import DTYPES, Rows, kinds_of, pieces
+from .rows import DTYPES, FACTORED, Rows, kinds_of, pieces
 from .shared import F_A, F_LDA, F_LDV, F_M, F_N, F_V, FIELDS, address, field, gradient
 from .symmetric import refresh_all
-from .table import padded, schedule, tiles, upload, workspace
+from .table import Memory, padded, schedule, tiles, upload, workspace
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -48,13 +49,14 @@ def diagonal_product_kernel(
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """As ``reference.qv``, which computes it for thin u and for blocks that the kernels do not cover."""
     kinds = [None if isinstance(u, Thin) else k for u, k in zip(us, kinds_of(blocks), strict=True)]
-    refresh_all([b for b, k in zip(blocks, kinds, strict=True) if k == "kron"])
+    refresh_all([b for b, k in zip(blocks, kinds, strict=True) if k in FACTORED])
     found: list[Matrix] = [steps.qv([b], [u])[0] if k is None else u for b, u, k in zip(blocks, us, kinds, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for index, (block, u, k) in enumerate(zip(blocks, us, kinds, strict=True)):
         if k is not None:
             dtype = next((t.dtype for t in pieces(block, u)[0] if t is not None), torch.float32)
-            groups.setdefault((k, dtype, block.structure.precision if k == "kron" else ""), []).append(index)
+            key = ("diagonal", dtype, "") if k == "diagonal" else ("kron", dtype, block.structure.precision)
+            groups.setdefault(key, []).append(index)
     for (k, dtype, precision), indices in groups.items():
         members, given = [blocks[i] for i in indices], [us[i] for i in indices]
         vs = _diagonal(members, given, dtype) if k == "diagonal" else _kron(members, given, dtype, precision)
@@ -73,8 +75,11 @@ def _common(block: Block, u: Matrix, dtype: torch.dtype) -> dict:
 def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: str) -> list[Tensor]:
     device = blocks[0].momentum.device
     rows, outs, alive = Rows(G=dtype if dtype in DTYPES else torch.float32), [], []
+    middles = Rows()
     for block, u in zip(blocks, us, strict=True):
         m, n = block.shape
+        if "B" in block.structure.fishleg_aux:
+            middles.add_middle(middle(block), block.structure.fishleg_aux["B"])
         out = torch.empty(m, padded(n), dtype=torch.float32, device=device)
         A, common = block.structure.fishleg_aux.get("A"), _common(block, u, dtype)
         alive.append(common)
@@ -83,11 +88,12 @@ def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: 
         )  # fmt: skip
         outs.append(out[:, :n])
     scaled = any("A" in b.structure.fishleg_aux for b in blocks)
-    _two_products(rows, scaled, precision, device)
+    _products(rows, middles, scaled, precision, device)
     return outs
 
 
-def _two_products(rows: Rows, scaled: bool, precision: str, device: torch.device) -> None:
+def _products(rows: Rows, middles: Rows, scaled: bool, precision: str, device: torch.device) -> None:
+    """Into each row's F_OUT; ``middles``: of the DiagKron blocks among them."""
     shapes, table, arch = rows.shapes, rows.device(device), capability(device)
     found = shape_class([s[:2] for s in shapes], precision, arch, processors(device), demanding=rows.general)
     config = tile(found, precision, arch)
@@ -101,20 +107,12 @@ def _two_products(rows: Rows, scaled: bool, precision: str, device: torch.device
         right_kernel, count, table, none, entries, none, none, device=device, SOURCE="g", COUNT=False, CHECK=False,
         **shared,
     )  # fmt: skip
+    launch_between(prepared(middles, precision, config, device), device)
     entries, count = schedule(tiles([(i, m, n, 0) for i, (m, n, _) in enumerate(shapes)], config.BM, config.BN), device)
     launch(
-        left_kernel, count, table, none, entries, none, none, 0, device=device, SUMS="none", AFTER=False, **shared
+        left_kernel, count, table, none, entries, none, none, 0, device=device, SUMS="none", AFTER=False, SQUARED=False,
+        **shared,
     )  # fmt: skip
-
-
-class _Memory(NamedTuple):
-    """What ``Workspace`` has, of one call."""
-
-    terms: int
-    S: Tensor
-    P: Tensor
-    XT: Tensor
-    out: Tensor
 
 
 @torch.library.custom_op("fishleg_fast::kron_qv", mutates_args=())
@@ -131,10 +129,10 @@ def kron_qv(us: list[Tensor], Ps: list[Tensor], Ss: list[Tensor], precision: str
             raise ValueError(f"P and S should be ({m}, {m}) and ({n}, {n}) but are: {tuple(P.shape)}, {tuple(S.shape)}")
         XT = torch.empty(n, padded(m), dtype=torch.float32, device=device)
         out = torch.empty(m, padded(n), dtype=torch.float32, device=device)
-        memory.append(_Memory(1, _with_padding(S), _with_padding(P), XT, out))
+        memory.append(Memory(1, _with_padding(S), _with_padding(P), XT, out))
         u = u.to(torch.float32)
         rows.add(shape=(m, n), own=memory[-1], A=None, x=None, v=None, grads=[u], params=(), cols=n)
-    _two_products(rows, False, precision, device)
+    _products(rows, Rows(), False, precision, device)
     return [x.out[:, : u.shape[1]].contiguous() for x, u in zip(memory, us, strict=True)]
 
 

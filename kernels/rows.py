@@ -15,10 +15,13 @@ from ..reference.products import MATHS
 from ..reference.thin import Split, Thin
 from .configurations import library_product
 from .shared import FIELDS, HYPERS
-from .table import Columns, Workspace, columns, is_padded, padded, upload
+from .table import Columns, Memory, Workspace, columns, is_padded, padded, upload
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-KINDS = {"kron": "kron", "kron-scaled": "kron", "sumkron": "kron", "diagonal": "diagonal"}
+KINDS = {
+    "kron": "kron", "kron-scaled": "kron", "sumkron": "kron", "diagkron": "diagkron", "diagonal": "diagonal",
+}  # fmt: skip
+FACTORED = ("kron", "diagkron")  # kinds with products by factors
 _NAMES = {id(maths): KINDS[name] for name, maths in MATHS.items() if name in KINDS}
 _PLAIN = Columns(0, 1, 1, 1)
 _NOWHERE = (0, 0, 0, 1, 1, 1)  # a missing tensor: address, columns, strides
@@ -27,7 +30,7 @@ _NOWHERE = (0, 0, 0, 1, 1, 1)  # a missing tensor: address, columns, strides
 def kind(block: Block) -> str | None:
     """What ``layout`` says, but None for blocks so large that torch.mm is faster."""
     found = layout(block)
-    return None if found == "kron" and library_product(*block.shape, block.structure.precision) else found
+    return None if found in FACTORED and library_product(*block.shape, block.structure.precision) else found
 
 
 def kinds_of(blocks: Sequence[Block]) -> list[str | None]:
@@ -38,11 +41,11 @@ def kinds_of(blocks: Sequence[Block]) -> list[str | None]:
 
 
 def layout(block: Block) -> str | None:
-    """ "kron" or "diagonal" where the kernels cover the block, None where the reference's functions do its work.
+    """Which of the values of KINDS the kernels cover the block as, None where the reference's functions do its work.
 
-    Covered are Kron, SumKron (dense factors) and Diagonal with λ in float32, over parameters of float32, bfloat16 or
-    float16: a weight seen as (m, numel/m), with a bias as its last column or without; of a Diagonal also any
-    parameters below each other. Two strides have to tell where a weight's columns are, as for contiguous,
+    Covered are Kron, SumKron and DiagKron (dense factors), and Diagonal, with λ in float32, over parameters of float32,
+    bfloat16 or float16: a weight seen as (m, numel/m), with a bias as its last column or without; of a Diagonal also
+    any parameters below each other. Two strides have to tell where a weight's columns are, as for contiguous,
     transposed and channels-last ones.
     """
     name = _NAMES.get(id(getattr(block.structure, "maths", None)))
@@ -54,7 +57,7 @@ def layout(block: Block) -> str | None:
     if block.axis == 0:
         flat = all(columns(v, vector=True) is not None for v in views)
         return name if name == "diagonal" and flat else None
-    if name == "kron" and any(t.ndim != 2 for t in block.structure.fishleg_aux.values()):
+    if name in FACTORED and any(t.ndim != 2 for t in block.structure.fishleg_aux.values()):
         return None
     if len(views) > 2 or (len(views) == 2 and views[1].numel() != views[1].shape[0]):
         return None
@@ -108,7 +111,7 @@ class Rows:
         self,
         *,
         shape: tuple[int, int],
-        own: Workspace | None,
+        own: Workspace | Memory | None,
         A: Tensor | None,
         x: Tensor | None,
         v: Tensor | None,
@@ -169,6 +172,11 @@ class Rows:
         assert len(ints) == FIELDS.value
         self.ints += ints
         self.shapes.append((m, n, 1 if own is None else own.terms))
+
+    def add_middle(self, own: Memory, B: Tensor) -> None:
+        """A DiagKron's row between its first product and its last: B²∘(P X), then that times S."""
+        m, n = B.shape
+        self.add(shape=(m, n), own=own, A=B, x=own.out[:, :n], v=None, grads=[None], params=(), cols=n)
 
     def _momentum(self, x: Tensor | None, m: int, n: int, vector: bool) -> list[int]:
         if x is None:

@@ -14,11 +14,10 @@ import triton.language as tl
 
 from ..reference.products import Vectors
 from .configurations import shape_class, tile
+from .diagkron import copy_factors
 from .factors import (
     FACTOR_FIELDS,
     K_DEPTH,
-    K_LAMBDA,
-    K_LD,
     K_LDRIGHT,
     K_LDSQUARE,
     K_LEFT,
@@ -29,26 +28,15 @@ from .factors import (
     K_SYM,
     K_TRANSPOSED,
     Factors,
+    factor_tile,
 )
 from .launch import capability, launch, processors
-from .rows import layout
+from .rows import kind, layout
 from .shared import address, dot, field, leading
 from .table import schedule, tiles, workspace
 
 if TYPE_CHECKING:
     from ..blocks import Block
-
-
-@triton.jit
-def factor_tile(row, r, c, k, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
-    """F at rows r and columns c, of shapes that broadcast."""
-    start = address(row, K_LAMBDA, tl.float32, ALIGN)
-    ld = leading(row, K_LD, ALIGN)
-    if TRANSPOSED:
-        at = start + c * ld + r
-    else:
-        at = start + r * ld + c
-    return tl.load(at, mask=(r < k) & (c < k), other=0)
 
 
 @triton.jit
@@ -156,7 +144,9 @@ def adopt(block: Block) -> None:
 
 
 def refresh_all(blocks: Sequence[Block]) -> None:
-    """P and S of those blocks, all of Kron's kind, whose λ was written to since."""
+    """P and S of those blocks, all FACTORED, whose λ was written to since; of DiagKron's, the copies of L and R."""
+    copy_factors([b for b in blocks if layout(b) == "diagkron"])
+    blocks = [b for b in blocks if layout(b) == "kron"]
     stale = [b for b in blocks if workspace(b).version != b.structure.version]
     groups: dict[tuple[str, torch.device], Factors] = {}
     for block in stale:
@@ -177,7 +167,7 @@ def refresh_all(blocks: Sequence[Block]) -> None:
 
 def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
     """As ``reference.refresh``; P and S of the blocks that the kernels cover are always formed."""
-    refresh_all([b for b in blocks if layout(b) == "kron"])
+    refresh_all([b for b in blocks if layout(b) == "kron" or kind(b) == "diagkron"])
     for block, uses in zip(blocks, vectors or [None] * len(blocks), strict=True):
         if layout(block) is None:
             block.structure.refresh(uses)

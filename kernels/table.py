@@ -130,6 +130,16 @@ class Workspace:
         return self.more[name]
 
 
+class Memory(NamedTuple):
+    """What products need of a ``Workspace``, elsewhere."""
+
+    terms: int
+    S: Tensor
+    P: Tensor
+    XT: Tensor
+    out: Tensor
+
+
 _workspaces: weakref.WeakKeyDictionary[Block, Workspace] = weakref.WeakKeyDictionary()
 
 

@@ -2,6 +2,7 @@
 
 Launches, whatever the number of blocks: 3 for all of Kron, Kron(scale=True) and SumKron (right and left product of
 ``products.py``, then ``update_kernel``); 2 with normalize=None, where the update is the left product's epilogue. All
+DiagKron blocks share these 3, with any normalize, and take 2 more between the two products (``diagkron.py``). All
 Diagonal blocks take 1 more (``diagonal_kernel``, each block's ‖nat‖²), and share the update.
 
 Everything is decided on the device. Non-finite numbers are found by the blocks' sums of squares, in ``update_kernel``
@@ -22,10 +23,11 @@ from torch import Tensor
 from .. import reference
 from ..reference.thin import Matrix
 from .configurations import ELEMENTWISE
+from .diagkron import launch_between
 from .launch import launch
 from .plan import Plan, counts_on_device, plan_of
 from .products import left_kernel, left_tile, matrix, outer, right_kernel, sums
-from .rows import DTYPES, kind, kinds_of
+from .rows import DTYPES, FACTORED, kind, kinds_of
 from .shared import (
     F_A,
     F_COLS,
@@ -276,10 +278,11 @@ def run(plan: Plan, kappa: float) -> None:
             right_kernel, count, rows, values, entries, plan.corrections, plan.corrections, device=device,
             SOURCE="g" if plan.after else "mg", COUNT=True, CHECK=False, **constants, **shared,
         )  # fmt: skip
+        launch_between(group.between(device), device)
         entries, count = group.left(device)
         launch(
             left_kernel, count, rows, values, entries, *scalars, device=device,
-            SUMS=sums, AFTER=plan.after, **constants, **shared,
+            SUMS=sums, AFTER=plan.after, SQUARED=False, **constants, **shared,
         )  # fmt: skip
     wide = dict(zip(("ROWS", "COLS", "num_warps"), ELEMENTWISE, strict=True))
     for group, rows, values in tables:
@@ -320,7 +323,7 @@ def theta_step(
         )
     how = momentum, 2 if nesterov else 1, normalize, capturable
     plan = plan_of(blocks, gs, lambda: kinds_of(blocks), *how)
-    refresh_all([b for b, k in zip(blocks, plan.kinds, strict=True) if k == "kron"])
+    refresh_all([b for b, k in zip(blocks, plan.kinds, strict=True) if k in FACTORED])
     plan.add_reference()
     if plan.fuses:
         run_fused(plan)

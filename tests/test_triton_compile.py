@@ -19,8 +19,8 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from fishleg_fast.kernels import diagonal, inner, lambda_kernels, products, qv, symmetric, theta  # noqa: E402
-from fishleg_fast.kernels.configurations import ELEMENTWISE, INNER, TILES, Tile, tile  # noqa: E402
+from fishleg_fast.kernels import diagkron, diagonal, inner, lambda_kernels, products, qv, symmetric, theta  # noqa: E402
+from fishleg_fast.kernels.configurations import COPY, ELEMENTWISE, INNER, TILES, Tile, tile  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRECISIONS = sorted(TILES["small"])
@@ -34,7 +34,7 @@ ALIGNED = {**GRADIENT, "ALIGN_X": 16}
 WIDE = {"ROWS": ELEMENTWISE[0], "COLS": ELEMENTWISE[1]}
 NARROW = {"ROWS": INNER[0], "COLS": INNER[1]}
 RIGHT = {"SOURCE": "mg", "SCALED": False, "COUNT": True, "CHECK": False, **ALIGNED}
-LEFT = {"SUMS": "rms", "AFTER": False, "SCALED": False, **ALIGNED}
+LEFT = {"SUMS": "rms", "AFTER": False, "SCALED": False, "SQUARED": False, **ALIGNED}
 FUSED = {"AFTER": False, "SCALED": False, "W": tl.float32, **ALIGNED}
 PRODUCTS = {"RESCALE": True, "PRECONDITION": False, "SOURCE": "residual", **NARROW, **ALIGNED}
 UPDATE = {"RULE": "rms", "AFTER": False, "DIAGONAL": True, "W": tl.float32, **WIDE, **ALIGNED}
@@ -58,8 +58,10 @@ ELEMENTWISES = {
     "diagonal sums": (diagonal.diagonal_sums_kernel, {"PRECONDITION": True, **GRADIENT, **WIDE}),
     "diagonal adam": (diagonal.diagonal_adam_kernel, {"RESCALE": True, "PRECONDITION": True, **GRADIENT, **WIDE}),
     "diagonal product": (qv.diagonal_product_kernel, {**GRADIENT, **WIDE}),
+    "copy": (diagkron.copy_kernel, {"ALIGN": 16, "ROWS": COPY[0], "COLS": COPY[1]}),
     "inner": (inner.inner_kernel, {"X": tl.float32, "Y": tl.bfloat16, "CHUNK": inner.CHUNK}),
 }
+BETWEEN_RIGHT, BETWEEN_LEFT = {"SOURCE": "x", "COUNT": False}, {"SUMS": "none", "SCALED": True, "SQUARED": True}
 LOOSE = {"ALIGN": 1, "ALIGN_X": 1}
 GENERAL = {"GENERAL": True, "G": tl.bfloat16, **LOOSE}
 # What else kernels are compiled for at run time, and in which shape class.
@@ -70,6 +72,10 @@ VARIANTS = {
     "left trust": (products.left_kernel, {**LEFT, "SUMS": "trust", "SCALED": True, **LOOSE}, "epilogue"),
     "left scaled": (products.left_kernel, {**LEFT, "SCALED": True, "AFTER": True, **LOOSE}, "epilogue"),
     "left loose": (products.left_kernel, {**LEFT, **LOOSE}, "large"),
+    "right between": (products.right_kernel, {**RIGHT, **BETWEEN_RIGHT}, "large"),
+    "right between loose": (products.right_kernel, {**RIGHT, **BETWEEN_RIGHT, **LOOSE}, "epilogue"),
+    "left between": (products.left_kernel, {**LEFT, **BETWEEN_LEFT}, "large"),
+    "left between loose": (products.left_kernel, {**LEFT, **BETWEEN_LEFT, **LOOSE}, "epilogue"),
     "left general": (products.left_kernel, {**LEFT, "SUMS": "trust", "SCALED": True, **GENERAL}, "epilogue"),
     "left after": (products.left_kernel, {**LEFT, "AFTER": True}, "epilogue"),
     "left plain": (products.left_kernel, {**LEFT, "SUMS": "none"}, "large"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fishleg_fast import CategoricalLikelihood, DiagKron, Diagonal, FishLeg, Kron, SumKron, backends
 from fishleg_fast.blocks import Block, Part
 from fishleg_fast.kernels import backend, configurations, launch, table
+from fishleg_fast.kernels.diagkron import middle
 from fishleg_fast.kernels.qv import kron_qv
 from fishleg_fast.reference import steps
 from fishleg_fast.reference.thin import Split, Thin
@@ -62,7 +63,7 @@ def launches() -> Iterator[list[str]]:
 def poison(blocks: list[Block]) -> None:
     """NaN wherever kernels have to write before they read."""
     for b in blocks:
-        if backend_kind(b) != "kron":
+        if backend_kind(b) not in ("kron", "diagkron"):
             continue
         own, (m, n) = table.workspace(b), b.shape
         k = table.padded
@@ -75,6 +76,8 @@ def poison(blocks: list[Block]) -> None:
             t.fill_(NAN)
         if own.version is None:
             own.S.fill_(NAN), own.P.fill_(NAN)
+            if backend_kind(b) == "diagkron":
+                middle(b).S.fill_(NAN), middle(b).P.fill_(NAN)
 
 
 def backend_kind(block: Block) -> str | None:
@@ -109,7 +112,27 @@ def sized_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Bl
             make_block(Kron(m, n, **f), [randn(m, n - 1, **f), randn(m, **f)] if n > 1 else [randn(m, 1, **f)], **group)
         )
         for m, n in shapes
+    ] + [
+        tamed(make_block(DiagKron(m, n, **f), [randn(m, n, **f)], seed=m, **group))
+        for m, n in [(257, 63), (1, 257), (63, 1)]
     ]
+
+
+def diagkron_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Block]:
+    """As ``kron_blocks``."""
+    o, f = {"dtype": dtype}, {"dtype": dtype}
+    blocks = [
+        make_block(DiagKron(3, 4, **o), [randn(3, 4, **f)], seed=7, **group),
+        make_block(DiagKron(18, 35, **o), [randn(18, 34, **f), randn(18, seed=1, **f)], seed=9, **group),
+        make_block(DiagKron(1, 1, **o), [randn(1, 1, seed=2, **f)], seed=10, **group),
+        make_block(DiagKron(1, 17, **o), [randn(1, 17, seed=3, **f)], seed=11, **group),
+        make_block(DiagKron(17, 1, **o), [randn(17, 1, seed=4, **f)], seed=12, **group),
+    ]
+    return [tamed(b) for b in blocks]
+
+
+def factored_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Block]:
+    return kron_blocks(dtype, **group) + diagkron_blocks(dtype, **group)
 
 
 def all_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Block]:
@@ -118,7 +141,7 @@ def all_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Bloc
     return kron_blocks(dtype, **group) + [
         tamed(make_block(Diagonal((70, 1), **o), [randn(63, **f), randn(7, **f)], 0, 5, **group)),
         tamed(make_block(Diagonal((3, 5), **o), [randn(3, 4, **f), randn(3, **f)], 1, 6, **group)),
-        tamed(make_block(DiagKron(3, 4, **o), [randn(3, 4, **f)], seed=7, **group)),
+        *diagkron_blocks(dtype, **group)[:2],
         tamed(make_block(Kron(6, 5, max_factor_size=2, **o), [randn(6, 5, **f)], seed=8, **group)),
     ]
 
@@ -157,6 +180,10 @@ def products(block: Block) -> list[tuple[Tensor, Tensor, Tensor]]:
 def dense_qv(block: Block, u: Tensor) -> Tensor:
     if isinstance(block.structure, Diagonal):
         return block.structure.fishleg_aux["d"].double() ** 2 * u.double()
+    if isinstance(block.structure, DiagKron):
+        R, L, A, B = (block.structure.fishleg_aux[name].double() for name in "RLAB")
+        left = A.flatten()[:, None] * torch.kron(R.T, L) @ torch.diag(B.flatten())
+        return (left @ left.T @ u.double().flatten()).view(block.shape)
     return sum(A * (P @ (A * u.double()) @ S) for P, S, A in products(block))
 
 
@@ -164,15 +191,16 @@ def dense_qv(block: Block, u: Tensor) -> Tensor:
 
 
 def test_qv_and_refresh(launches: list[str]) -> None:
-    """Tensors, with Diagonal blocks among them: 2 launches, 1 for those, and 1 for all P and S."""
+    """Tensors: 2 launches, 2 more for DiagKron, 1 for Diagonal; 1 for all P and S, 1 for all copies of DiagKron."""
     _, blocks = pair(all_blocks)
     blocks = [b for b in blocks if backend_kind(b)]
     us = matrices(blocks, 1)
     vs = backend.qv(blocks, us)
-    assert sorted(launches) == ["diagonal_product_kernel", "left_kernel", "refresh_kernel", "right_kernel"]
+    products_in_order = ["right_kernel", "left_kernel"] * 2
+    assert launches == ["copy_kernel", "refresh_kernel", *products_in_order, "diagonal_product_kernel"]
     for b, u, v in zip(blocks, us, vs, strict=True):
         assert relative(v, dense_qv(b, u)) <= CLOSE, b.shape
-    kron = [b for b in blocks if "d" not in b.structure.fishleg_aux]
+    kron = [b for b in blocks if backend_kind(b) == "kron"]
     for b in kron:
         for k, (P, S, _) in enumerate(products(b), 1):
             name = str(k) if "P1" in b.structure.cache else ""
@@ -218,6 +246,7 @@ def test_gradients_are_read_where_they_are(dtype: torch.dtype) -> None:
         ),
         (Kron(5, 8, **o), [randn(9, 2, 4, 2, dtype=dtype)[1:6, :, :, 1].transpose(1, 2)]),
         (Kron(4, 24, **o), [randn(4, 2, 3, 4, dtype=dtype).permute(0, 2, 1, 3)]),
+        (DiagKron(6, 13, **o), [randn(12, 6, dtype=dtype).T, randn(6, 3, dtype=dtype)[:, 1]]),
         (Diagonal((24, 1), **o), [randn(4, 3, 2, dtype=dtype).permute(1, 0, 2)]),
         (Diagonal((6, 5), **o), [randn(4, 6, dtype=dtype).T, randn(6, dtype=dtype)]),
     ]
@@ -232,11 +261,12 @@ def test_gradients_are_read_where_they_are(dtype: torch.dtype) -> None:
 
 
 def test_thin_and_uncovered_blocks_go_to_the_reference() -> None:
-    blocks = [tamed(make_block(Kron(6, 5, dtype=torch.float32), [randn(6, 5).float()])), all_blocks(torch.float32)[-2]]
+    blocks = [tamed(make_block(Kron(6, 5, dtype=torch.float32), [randn(6, 5).float()])), all_blocks(torch.float32)[-1]]
     thin = Thin(randn(2, 6).float(), randn(2, 5).float())
-    v, w = backend.qv(blocks, [thin, randn(3, 4).float()])
+    assert backend_kind(blocks[1]) is None
+    v, w = backend.qv(blocks, [thin, randn(6, 5).float()])
     assert isinstance(v, Thin) and relative(v.dense, dense_qv(blocks[0], thin.dense)) <= CLOSE
-    assert relative(w, steps.qv(blocks[1:], [randn(3, 4).float()])[0]) <= 1e-6
+    assert relative(w, steps.qv(blocks[1:], [randn(6, 5).float()])[0]) <= 1e-6
 
 
 def test_inner() -> None:
@@ -276,7 +306,10 @@ THETA_LAUNCHES = {"rms": 3, "trust": 3, None: 2}
 
 @pytest.mark.parametrize("normalize", ["rms", "trust", None])
 @pytest.mark.parametrize("momentum", ["before", "after"])
-@pytest.mark.parametrize(("capturable", "nesterov", "make"), [(False, True, all_blocks), (True, False, kron_blocks)])
+@pytest.mark.parametrize(
+    ("capturable", "nesterov", "make"),
+    [(False, True, all_blocks), (True, False, kron_blocks), (True, False, diagkron_blocks)],
+)
 def test_theta_step(
     make: Maker, nesterov: bool, capturable: bool, momentum: str, normalize: str | None, launches: list[str]
 ) -> None:
@@ -296,9 +329,10 @@ def test_theta_step(
         norms, ok = backend.theta_step(ours, gs, **options, capturable=capturable)
         assert ok and ok.dtype == torch.bool and relative(norms, want) <= CLOSE
         assert all(b.parts[0].param._version > v for b, v in zip(ours, versions, strict=True))
-    launches.remove("refresh_kernel")
-    diagonal = 1 if make is all_blocks else 0
-    assert len(launches) == (THETA_LAUNCHES[normalize] if not diagonal else 4), launches
+    made = ["copy_kernel", "refresh_kernel"]
+    assert [name for name in launches if name in made] == {all_blocks: made, kron_blocks: made[1:]}.get(make, made[:1])
+    launches = [name for name in launches if name not in made]
+    assert len(launches) == {all_blocks: 6, kron_blocks: THETA_LAUNCHES[normalize], diagkron_blocks: 5}[make], launches
     for a, b, old in zip(exact, ours, before, strict=True):
         assert relative(theta(b) - old, theta(a) - old) <= CLOSE, b.shape
         assert relative(b.momentum, a.momentum) <= CLOSE and b.step == 2
@@ -312,7 +346,7 @@ def test_a_gradient_that_is_not_finite_writes_nothing(make: Maker, normalize, ba
     _, blocks = pair(make)
     backend.theta_step(blocks, matrices(blocks, 1), normalize=normalize, capturable=capturable)
     before = everything(blocks)
-    for index in (0, len(blocks) - 1):  # of the kernels' and of the reference's blocks
+    for index in (0, len(blocks) - 2, len(blocks) - 1):  # Kron's and DiagKron's kernels, and the reference's blocks
         gs = matrices(blocks, 2)
         gs[index][0, 0] = bad
         _, ok = backend.theta_step(blocks, gs, normalize=normalize, capturable=capturable)
@@ -343,13 +377,15 @@ def test_narrow_parameters_and_layouts(dtype: torch.dtype) -> None:
         [randn(12, 6, dtype=dtype).T, randn(6, dtype=dtype)],
         [randn(8, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last), randn(8, dtype=dtype)],
         [randn(5, 3, dtype=dtype), randn(4, dtype=dtype)],
+        [randn(7, 5, dtype=dtype).T, randn(5, dtype=dtype)],
     ]
     makes = [lambda: Kron(6, 13, **o), lambda: Kron(8, 28, **o), lambda: Diagonal((19, 1), **o)]
+    makes.append(lambda: DiagKron(5, 8, **o))
     two = []
     for _ in range(2):
         blocks = []
         for k, (make, ps) in enumerate(zip(makes, params, strict=True)):
-            block = tamed(make_block(make(), copy.deepcopy(ps), int(k < 2), k, weight_decay=0.1))
+            block = tamed(make_block(make(), copy.deepcopy(ps), int(k != 2), k, weight_decay=0.1))
             other = {**block.groups[0], "lr": torch.tensor(0.2), "weight_decay": 0.3}
             block.groups = [block.groups[0], other]
             block.grads = [randn(*p.shape, seed=9, dtype=dtype) for p in ps]
@@ -372,7 +408,7 @@ def test_narrow_parameters_and_layouts(dtype: torch.dtype) -> None:
 
 def test_plans_follow_what_changes() -> None:
     """Step after step on the same tensors, of which a plan is kept; then lr, gradients and parameters change places."""
-    exact, ours = pair(kron_blocks, lr=0.05)
+    exact, ours = pair(factored_blocks, lr=0.05)
     gs = [[p.detach().clone() for p in (part.param for part in b.parts)] for b in ours]
     for step in range(6):
         for a, b, pieces in zip(exact, ours, gs, strict=True):
@@ -381,6 +417,9 @@ def test_plans_follow_what_changes() -> None:
             if step == 3:  # another place
                 b.parts[0].param.data = b.parts[0].param.data.clone()
                 pieces[0] = pieces[0].clone()
+                if "B" in (aux := b.structure.fishleg_aux):
+                    aux["B"] = 2 * aux["B"]
+                    a.structure.fishleg_aux["B"].mul_(2)
             pieces[0].mul_(-0.7)
             b.grads = [None if step == 4 and k else g for k, g in enumerate(pieces)]
             a.grads = [None if g is None else g.double() for g in b.grads]
@@ -392,7 +431,7 @@ def test_plans_follow_what_changes() -> None:
 
 def test_nothing_is_kept_alive() -> None:
     """Neither blocks nor gradients, by plans and workspaces."""
-    blocks = [tamed(make_block(Kron(3, 4, dtype=torch.float32), [randn(3, 4).float()])) for _ in range(2)]
+    blocks = [tamed(make_block(m(3, 4, dtype=torch.float32), [randn(3, 4).float()])) for m in (Kron, DiagKron)]
     for b in blocks:
         b.grads = [g.clone() for g in b.grads]
     backend.theta_step(blocks, [Split(b) for b in blocks])
@@ -405,8 +444,8 @@ def test_nothing_is_kept_alive() -> None:
 
 
 def test_large_blocks_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
-    monkeypatch.setattr(configurations, "LIBRARY", 16)  # of which there is one
-    exact, ours = pair(kron_blocks)
+    monkeypatch.setattr(configurations, "LIBRARY", 16)  # of which there are two
+    exact, ours = pair(factored_blocks)
     gs = matrices(ours, 1)
     backend.refresh(ours)
     for b, g, v in zip(ours, gs, backend.qv(ours, gs), strict=True):
@@ -416,6 +455,7 @@ def test_large_blocks_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch, l
     for a, b in zip(exact, ours, strict=True):
         assert relative(theta(b), theta(a)) <= CLOSE and relative(b.momentum, a.momentum) <= CLOSE
     assert launches.count("refresh_kernel") == 1  # P and S by half their tiles, of these blocks too
+    assert sum(backend_kind(b) is None for b in ours) == 2 and launches.count("copy_kernel") == 1
     assert not configurations.library_product(64, 64, "bf16")
 
 
@@ -433,7 +473,7 @@ def test_rows_of_one_parameter() -> None:
 
 def test_momentum_with_padding() -> None:
     """As on a GPU: rows that begin at multiples of 16 elements."""
-    exact, ours = pair(kron_blocks)
+    exact, ours = pair(factored_blocks)
     for b in ours:
         m, n = b.shape
         b.momentum = torch.zeros(m, table.padded(n))[:, :n]
@@ -560,7 +600,11 @@ def trained(name: str | None, structure: str, count: int, **options: object) -> 
 
 @pytest.mark.parametrize(
     ("structure", "options"),
-    [("kron", {}), ("sumkron", {"thin_gradients": False, "normalize": None, "lr": 1e-3, "capturable": True})],
+    [
+        ("kron", {}),
+        ("diagkron", {"normalize": "trust", "lr": 1e-3}),
+        ("sumkron", {"thin_gradients": False, "normalize": None, "lr": 1e-3, "capturable": True}),
+    ],
 )
 def test_trajectory(structure: str, options: dict) -> None:
     """20 steps, 10 updates of λ and 3 anchorings: θ within 1e-5 of the reference's distance from the start."""
