@@ -2,9 +2,9 @@
 
 Launches for all blocks together, whatever their number (each dtype of parameters and precision apart):
 
-    θ step   Kron, Kron(scale=True), SumKron: 3; 2 with normalize=None. DiagKron: 5; among others 2 more than theirs, which
-             are then 3. Diagonal: 1 more
-    Q u      Kron, Kron(scale=True), SumKron: 2. DiagKron: 4; among others 2 more. Diagonal: 1
+    θ step   Kron, Kron(scale=True), SumKron: 3; 2 with normalize=None and nothing else. DiagKron: 5; among those
+             2 more. Diagonal: 1 more
+    Q u      Kron, Kron(scale=True), SumKron: 2. DiagKron: 4; among those 2 more. Diagonal: 1
     λ step   Kron, SumKron: 4 (5 without learn_scale), 2 more with precondition. Diagonal: 2 more
     refresh  Kron, Kron(scale=True), SumKron: 1 (P and S). DiagKron: 1 (padded copies of its factors)
     inner    1

@@ -182,8 +182,7 @@ def dense_qv(block: Block, u: Tensor) -> Tensor:
         return block.structure.fishleg_aux["d"].double() ** 2 * u.double()
     if isinstance(block.structure, DiagKron):
         R, L, A, B = (block.structure.fishleg_aux[name].double() for name in "RLAB")
-        left = A.flatten()[:, None] * torch.kron(R.T, L) @ torch.diag(B.flatten())
-        return (left @ left.T @ u.double().flatten()).view(block.shape)
+        return A * torch.linalg.multi_dot([R.T, B**2 * torch.linalg.multi_dot([R, A * u.double(), L]), L.T])
     return sum(A * (P @ (A * u.double()) @ S) for P, S, A in products(block))
 
 
