@@ -54,12 +54,19 @@ def middle(block: Block) -> Memory:
 
 
 def copy_factors(blocks: Sequence[Block]) -> None:
-    """L, R and their transposes of DiagKron blocks whose λ was written to since, with padding: one launch."""
+    """L, R and their transposes of DiagKron blocks whose λ was written to since, with padding: one launch.
+
+    ValueError where A or B is not row-major (``Factors.add``: L and R).
+    """
     stale = [b for b in blocks if workspace(b).version != b.structure.version]
     groups: dict[torch.device, Factors] = {}
     for block in stale:
         rows = groups.setdefault(block.momentum.device, Factors())
         aux, outer, inner = block.structure.fishleg_aux, workspace(block), middle(block)
+        for name in "AB":
+            if aux[name].stride(1) != 1 and block.shape[1] > 1:
+                given = aux[name].stride()
+                raise ValueError(f"{name} should be row-major but has strides: {given}; assign with copy_()")
         for name, copies in (("L", (inner.S, outer.S[0])), ("R", (inner.P, outer.P))):
             for transposed, copy in enumerate(copies):
                 rows.add(aux[name], copy, bool(transposed))
