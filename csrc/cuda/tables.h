@@ -1,0 +1,120 @@
+// What kernels are told: descriptors of matrix products and of parameters, passed by value as kernel parameters.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace fishleg::cuda {
+
+enum class Precision : int32_t { ieee, tf32x3, tf32, bf16 };  // what float32 is multiplied in; sums are float32
+
+/// Which operands of C = A B are stored transposed.
+enum class Layout : int32_t { nn, tn, nt };
+
+/// One product C (M, N) = A (M, K) B (K, N), row-major with leading dimensions.
+struct Product {
+    const float* A;
+    const float* B;
+    float* C;
+    const float* outer;  // (M, N) dense or null: C ← outer∘(A B)
+    const float* pair;   // as C's layout or null: Σ pair∘(A B) is wanted
+    Sums* sums;          // of each tile: (Σ C², Σ pair∘(A B), 0); or null
+    int32_t lda, ldb, ldc;
+    int32_t M, N, K;
+    Layout layout;
+    int32_t symmetric;  // M = N: C is, and half its tiles are computed
+    int32_t aligned_a, aligned_b;  // whether rows start at multiples of 16 bytes
+    int32_t tiles_n;
+    int32_t first_tile;
+};
+
+/// Q u of a block whose rows of n entries fit in shared memory: C (m, n) = outer∘(P X S).
+struct Chain {
+    const float* P;  // (m, m)
+    const float* X;  // (m, n) with leading dimension ld
+    const float* S;  // (n, n)
+    float* C;        // (m, n) with leading dimension ldc
+    const float* outer;
+    Sums* sums;  // of each tile: (Σ C², Σ X∘(P X S), 0); or null
+    int32_t m, n, ld, ldc;
+    int32_t aligned_p, aligned_s;
+    int32_t first_tile;
+};
+
+/// M ← M + Mᵀ in place, for M (n, n).
+struct Square {
+    float* M;
+    int32_t n, ld;
+    int32_t first_tile;
+};
+
+enum class Type : int32_t { f32, bf16, f16 };
+
+constexpr int most_dims = 4;
+
+/// A parameter, or some of its rows, beside the block's matrices. Dimensions are outermost first; unused ones are 1.
+struct Part {
+    int64_t sizes[most_dims];
+    int64_t theta_strides[most_dims], g_strides[most_dims];       // of the parameter and of its gradient
+    int64_t matrix_strides[most_dims], padded_strides[most_dims];  // of (m, n) dense, and with the room's leading dimension
+    void* theta;                                                   // null: keep it
+    const void* g;     // null: zeros
+    const float* scale;  // a factor of g, or null
+    float* momentum;     // all from here on at the part's first entry
+    const float* factor;  // A (m, n) of a Kron or null; d of a Diagonal
+    float* x;             // padded
+    float* y;             // padded: the block's Q m̂, or the residual w
+    const float* v;       // (m, n) dense
+    const float* fv;
+    float* grad;  // (m, n) dense: of d
+    Sums* sums;   // of each tile
+    const double* step_scale;  // c over the bias correction of the block
+    const float* lr_pointer;   // null: lr
+    float lr, decay, beta;
+    int32_t diagonal;  // Q u = d²∘u
+    Type theta_type, g_type;
+    int32_t count_is_small;  // below 2³¹: 32-bit divisions
+    int32_t dims;
+    int32_t first_tile;
+    int64_t count;
+};
+
+constexpr int tile_entries = 4096;  // of a part, by one thread block
+
+/// One tensor of λ under Adam.
+struct Lambda {
+    float* value;
+    const float* grad;
+    float* exp_avg;
+    float* exp_avg_sq;
+    const float* step_pointer;  // steps so far, on the device; null: ``step``
+    float step;
+    int32_t first_tile;
+    int64_t count;
+};
+
+/// Where one block's sums are, for the decision about a step.
+struct Account {
+    const Sums* first;  // runs of tiles: of the pass over the parameters …
+    const Sums* second;  // … and of the products
+    int32_t first_count, second_count;
+    int64_t entries;              // m n
+    const float* step_pointer;    // steps so far, on the device; null: ``correction``
+    double correction;            // 1 − βᵗ
+    double beta, base_lr;
+    int32_t times;                // t = steps + times
+    int32_t first_tile;           // its number among the accounts
+};
+
+/// (Σ of ``pairs``) of each pair of pieces; see inner().
+struct Pair {
+    const void* x;
+    const void* y;
+    const float* x_scale;
+    const float* y_scale;
+    Sums* sums;
+    int64_t count;
+    Type x_type, y_type;
+    int32_t first_tile;
+};
+
+}  // namespace fishleg::cuda
