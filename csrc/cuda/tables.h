@@ -50,6 +50,7 @@ struct Square {
 enum class Type : int32_t { f32, bf16, f16 };
 
 constexpr int most_dims = 4;
+struct AuxLoss;
 
 /// A parameter, or some of its rows, beside the block's matrices. Dimensions are outermost first; unused ones are 1.
 struct Part {
@@ -66,16 +67,19 @@ struct Part {
     const float* v;       // (m, n) dense
     const float* fv;
     float* grad;  // (m, n) dense: of d
+    const AuxLoss* aux;
     Sums* sums;   // of each tile
     const double* step_scale;  // c over the bias correction of the block
     const float* lr_pointer;   // null: lr
-    float lr, decay, beta;
-    int32_t diagonal;  // Q u = d²∘u
+    const uint8_t* ok;         // whether the step is taken
+    float lr, decay;            // decay: of the λ step's residual γ
+    float weight, lead_weight;  // of g in m, 1 − β; and in m̂, 1 − βᵗⁱᵐᵉˢ
+    int32_t diagonal;           // Q u = d²∘u
     Type theta_type, g_type;
-    int32_t count_is_small;  // below 2³¹: 32-bit divisions
     int32_t dims;
     int32_t first_tile;
     int64_t count;
+    int64_t offset;  // of its first entry in (m, n) dense
 };
 
 constexpr int tile_entries = 4096;  // of a part, by one thread block
@@ -87,34 +91,95 @@ struct Lambda {
     float* exp_avg;
     float* exp_avg_sq;
     const float* step_pointer;  // steps so far, on the device; null: ``step``
-    float step;
-    int32_t first_tile;
+    const float* lr_pointer;    // null: lr
+    const uint8_t* ok;
+    double lr, beta1, beta2, eps, step;
     int64_t count;
+    int32_t first_tile;
 };
 
-/// Where one block's sums are, for the decision about a step.
+/// A counter of steps on the device, to go up by one where the step is taken.
+struct Counter {
+    float* value;
+    const uint8_t* ok;
+    int32_t first_tile;
+};
+
+/// What is known of a block's nat when the step is decided.
 struct Account {
-    const Sums* first;  // runs of tiles: of the pass over the parameters …
-    const Sums* second;  // … and of the products
-    int32_t first_count, second_count;
-    int64_t entries;              // m n
-    const float* step_pointer;    // steps so far, on the device; null: ``correction``
-    double correction;            // 1 − βᵗ
-    double beta, base_lr;
-    int32_t times;                // t = steps + times
-    int32_t first_tile;           // its number among the accounts
+    double norm;   // ‖nat‖, corrected
+    double power;  // lr₀² m̂ᵀnat, corrected
+    double correction;
+    int64_t entries;  // m n
+    int32_t still;    // g is all zero
 };
 
-/// (Σ of ``pairs``) of each pair of pieces; see inner().
+/// Where one block's sums are: (Σ nat², Σ m̂∘nat, entries of g that are not zero).
+struct Claim {
+    const Sums* first;  // of the pass over the parameters
+    const Sums* second;  // of the products
+    int32_t first_count, second_count;
+    int64_t entries;
+    const float* step_pointer;  // steps so far, on the device; null: ``step``
+    double step, beta, base_lr;
+    int32_t times;              // how often g is averaged into m̂
+    int32_t squared;            // both factors of the power are without their bias correction
+    Account* account;
+    int32_t first_tile;
+};
+
+enum class Normalize : int32_t { none, rms, trust };
+
+/// The decision about a θ step.
+struct ThetaVerdict {
+    const Account* accounts;
+    int32_t count;
+    Normalize normalize;
+    double kappa;
+    double* scales;       // of each block: c over the bias correction
+    float* norms;         // of each block
+    double* wide_norms;   // the same
+    uint8_t* ok;
+};
+
+/// 𝒜 and the best multiple of Q, from the sums (uᵀv, vᵀF v, vᵀv) of all tiles.
+struct AuxLoss {
+    double alpha, loss, power;
+};
+
+struct AuxLossJob {
+    const Sums* sums;
+    int64_t count;
+    double damping;
+    int32_t learn_scale;
+    AuxLoss* out;
+    float* loss;
+    float* alpha;
+};
+
+/// The decision about a λ step, from the sums of squares of all gradients.
+struct AuxVerdict {
+    const Sums* sums;
+    int64_t count;
+    const AuxLoss* aux;
+    uint8_t* ok;
+};
+
+/// ⟨x, y⟩ of two pieces that lie alike, without gaps.
 struct Pair {
     const void* x;
     const void* y;
-    const float* x_scale;
-    const float* y_scale;
     Sums* sums;
     int64_t count;
     Type x_type, y_type;
     int32_t first_tile;
+};
+
+/// The sum of Σ a of all tiles, times up to two factors.
+struct Total {
+    const Sums* sums;
+    int64_t count;
+    float* out;
 };
 
 }  // namespace fishleg::cuda
