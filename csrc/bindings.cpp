@@ -3,6 +3,9 @@
 
 #include "build_info.h"
 #include "cuda/device_status.h"
+#if defined(FISHLEG_WITH_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -22,4 +25,8 @@ PYBIND11_MODULE(_native, m) {
         const fishleg::DeviceStatus status = fishleg::device_status();
         return py::make_tuple(status.devices > 0, status.detail);
     }, "(whether a CUDA device can be used, what was found or why not).");
+
+#if defined(FISHLEG_WITH_CUDA)
+    bind_cuda(m);
+#endif
 }

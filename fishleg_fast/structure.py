@@ -107,6 +107,22 @@ class Structure:
         self._memory = {**self._memory, **self._cache}
         self._cache_key = key
 
+    def holds(self, *names: str) -> bool:
+        """Whether the cached products of those names are there, and of today's λ."""
+        key = self._cache_key
+        return key is not None and key[:2] == (self.version, self.operands) and all(n in self._cache for n in names)
+
+    @torch.inference_mode(False)
+    def rooms(self, **like: Tensor) -> Aux:
+        """Memory for the cached products of those names, laid out as the tensors given: to be filled and adopted."""
+        old = self._memory
+        return {n: old[n] if n in old and old[n].dtype == t.dtype else torch.empty_like(t) for n, t in like.items()}
+
+    def adopt(self, cache: Aux) -> None:
+        """Take products that a backend computed from today's λ for what ``refresh`` would compute."""
+        self._cache, self._memory, self._rounded = cache, {**self._memory, **cache}, {}
+        self._cache_key = (self.version, self.operands, None)
+
     def _factors_as_operands(self) -> Aux:
         """λ, rounded where products are to be; kept until λ changes."""
         if not self.thin or self.operands is None:  # elementwise products stay at full precision

@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "cuda/tables.h"
 #include "formulas.h"
 
 namespace fishleg::cuda {
@@ -21,8 +22,6 @@ namespace fishleg::cuda {
 constexpr int warp_size = 32;
 
 #if defined(FISHLEG_CUDA_ON_CPU)
-
-using Stream = void*;
 
 template <class Table>
 void launch(const char*, void (*kernel)(Table), int64_t grid, int threads, size_t shared, Stream, const Table& table) {
@@ -32,8 +31,6 @@ void launch(const char*, void (*kernel)(Table), int64_t grid, int threads, size_
 }
 
 #else
-
-using Stream = cudaStream_t;
 
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
@@ -95,11 +92,6 @@ __device__ __forceinline__ int item_of(const Table<Item>& table, int tile) {
 }
 
 __device__ __forceinline__ bool finite(double x) { return x - x == 0; }
-
-/// What a thread block found of one tile, and sums of it. Their order is fixed, so that a step repeats bit for bit.
-struct Sums {
-    double a, b, c;
-};
 
 __device__ __forceinline__ Sums operator+(Sums x, Sums y) { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
 

@@ -1,7 +1,7 @@
 // Passes over the entries of parts: where each entry lies, and how 16-bit ones are read and written.
 #pragma once
 
-#include "cuda/tables.h"
+#include "cuda/device.h"
 
 namespace fishleg::cuda {
 

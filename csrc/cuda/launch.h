@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cuda/tables.h"
+#include "cuda/device.h"
 
 namespace fishleg::cuda {
 

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "cuda/device.h"
 #include "cuda/plan.h"
 
 namespace fishleg::cuda {

@@ -1,9 +1,18 @@
 // What kernels are told: descriptors of matrix products and of parameters, passed by value as kernel parameters.
 #pragma once
 
-#include "cuda/device.h"
+#include <cstdint>
+
+struct CUstream_st;
 
 namespace fishleg::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t, without CUDA's headers
+
+/// What a thread block found of one tile, and sums of it. Their order is fixed, so that a step repeats bit for bit.
+struct Sums {
+    double a, b, c;
+};
 
 enum class Precision : int32_t { ieee, tf32x3, tf32, bf16 };  // what float32 is multiplied in; sums are float32
 

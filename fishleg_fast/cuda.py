@@ -1,0 +1,307 @@
+"""The ops by our own CUDA kernels (csrc/cuda): a plan for a list of blocks, and one call a step.
+
+Theirs are ``Kron`` and ``Diagonal`` blocks with λ in float32, dense factors, and parameters and gradients in float32,
+bfloat16 or float16, read and written where they are. ``why_outside`` says which blocks are not: those go through the
+reference's functions in the same op, with the same decision, norms and trust scale. Nothing waits for the device,
+but for counters of steps that are on the CPU (``capturable=False``).
+
+A plan has one workspace: steps of one optimizer on several streams have to be ordered by the caller.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .blocks import Block
+from .cuda_plans import TYPES, Op, Views, contents, machine, plan_of, why_outside
+from .reference import steps
+from .reference.products import Vectors
+from .reference.thin import Image, Matrix, Split, Sum, Thin, dense, dot, is_zero
+
+NORMALIZE = {None: 0, "rms": 1, "trust": 2}
+LEAST_CAPABILITY = (8, 0)
+
+
+def available(device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
+    """Whether the extension has CUDA kernels and a device for them, and why not."""
+    ok, reason = native.available()
+    if not ok:
+        return False, reason
+    if not native.features()["cuda"]:
+        return native.cuda_status()
+    if device is not None and device.type != "cuda":
+        return False, f"its kernels are for CUDA devices, not for {device.type}"
+    if dtype is not None and dtype not in TYPES:
+        return False, f"it has no kernels for parameters of {dtype}"
+    if not torch.cuda.is_available():
+        return False, f"torch finds no CUDA device ({native.cuda_status()[1]})"
+    ok, detail = native.cuda_status()
+    if ok and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return False, f"its kernels need compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (A100) or newer"
+    return ok, detail
+
+
+def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
+    """Bring every block's cached products (P and S) up to date with its λ. Reading them does so too.
+
+    ``vectors`` as the reference has it, for blocks outside; of the others both products are always formed.
+    """
+    counts: Sequence[Vectors] = vectors or [None] * len(blocks)
+    ours = []
+    for block, count in zip(blocks, counts, strict=True):
+        if why_outside(block) is not None:
+            block.structure.refresh(count)
+        elif contents(block).kronecker and not block.structure.holds("P", "S"):
+            ours.append(block)
+    if not ours:
+        return
+    plan = plan_of(Op.REFRESH, ours, [None] * len(ours))
+    caches = []
+    for block in ours:
+        aux = block.structure.fishleg_aux
+        cache = block.structure.rooms(P=aux["R"], S=aux["L"])
+        plan.point(aux["R"], aux["L"], cache["P"], cache["S"])
+        caches.append(cache)
+    plan.native.refresh(plan.stream, plan.pointers)
+    plan.begin()
+    for block, cache in zip(ours, caches, strict=True):
+        block.structure.adopt(cache)
+
+
+def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
+    """Q u for each block, thin where u is (which ``structure.thin`` has to allow)."""
+    inside = [why_outside(b, u) is None for b, u in zip(blocks, us, strict=True)]
+    ours = [(b, u) for b, u, native_one in zip(blocks, us, inside, strict=True) if native_one]
+    outs: list[Matrix] = []
+    if ours:
+        refresh([b for b, _ in ours])
+        views = [Views(b, u) for b, u in ours]
+        plan = plan_of(Op.QV, [b for b, _ in ours], views)
+        for (block, _), view in zip(ours, views, strict=True):
+            out = torch.empty(block.shape, dtype=torch.float32, device=block.momentum.device)
+            plan.point(*contents(block).operator, out)
+            plan.take(view)
+            outs.append(out)
+        plan.native.qv(plan.stream, plan.workspace.data_ptr(), plan.pointers)
+        plan.begin()
+    found = iter(outs)
+    return [
+        next(found) if native_one else reference.qv([b], [u])[0]
+        for b, u, native_one in zip(blocks, us, inside, strict=True)
+    ]
+
+
+def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
+    """⟨x, y⟩ over all blocks together: a scalar, float64 where any block is."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    others: list[Tensor] = []
+    for x, y in zip(xs, ys, strict=True):
+        found = _pairs(x, y)
+        if found is None:
+            others.append(dot(x, y))
+        else:
+            pairs += found
+    if not pairs or any(t.dtype == torch.float64 for t in others):
+        return reference.inner(xs, ys)
+    device, (extension, _, stream) = pairs[0][0].device, machine()
+    entries = extension.cuda_tile_entries
+    tiles = sum(-(-x.numel() // entries) for x, _ in pairs)
+    sums = torch.zeros if others else torch.empty
+    room = sums(tiles + len(others), 3, dtype=torch.float64, device=device)
+    if others:
+        room[tiles:, 0] = torch.stack([t.to(device, torch.float64) for t in others])
+    out = torch.empty((), dtype=torch.float32, device=device)
+    flat = [t for pair in pairs for t in pair]
+    extension.cuda_inner(
+        device.index or 0,
+        stream(device),
+        array("q", [t.data_ptr() for t in flat]),
+        array("q", [x.numel() for x, _ in pairs]),
+        array("q", [TYPES[t.dtype] for t in flat]),
+        room.data_ptr(),
+        len(others),
+        out.data_ptr(),
+    )
+    return out
+
+
+def _pairs(x: Matrix, y: Matrix) -> list[tuple[Tensor, Tensor]] | None:
+    """Pieces of x and y that lie alike, without gaps; None where there are none."""
+    if isinstance(x, Split) and isinstance(y, Split):
+        if x.block is not y.block or x.scale is not None or y.scale is not None:
+            return None
+        found = [(g, g) for g in x.block.grads if g is not None]
+    elif isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.device == y.device:
+        found = [(x, y)]
+    else:
+        return None
+    kind = machine().kind
+    fit = all(t.is_contiguous() and t.dtype in TYPES and t.device.type == kind for pair in found for t in pair)
+    return found if fit else None
+
+
+def theta_step(
+    blocks: Sequence[Block],
+    gs: Sequence[Matrix],  # (m, n) each: the gradient, negated where the group maximizes
+    *,
+    momentum: str = "before",
+    nesterov: bool = False,
+    normalize: str | None = "rms",
+    kappa: float = 1e-3,
+    capturable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """m ← βm + (1−β)g; nat = Q m̂; θ ← θ − lr·(c·nat + wd·θ), in place: see ``reference.steps.theta_step``."""
+    options: dict[str, Any] = {
+        "momentum": momentum, "nesterov": nesterov, "normalize": normalize, "kappa": kappa, "capturable": capturable,
+    }  # fmt: skip
+    views = [Views(b, g) if why_outside(b, g) is None else None for b, g in zip(blocks, gs, strict=True)]
+    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
+    if not ours:
+        return reference.theta_step(blocks, gs, **options)
+    refresh(ours)
+    plan = plan_of(Op.THETA, blocks, views)
+    times, before = 2 if nesterov else 1, momentum == "before"
+    outside = []
+    for k, (block, g, view) in enumerate(zip(blocks, gs, views, strict=True)):
+        step = block.step if capturable and block.step.device == plan.device else None
+        plan.count(block.beta, block.groups[0]["base_lr"], 0 if step is not None else block.step.item())
+        if view is None:
+            x, nat, sums = _outside_theta(block, g, times, before, normalize)
+            plan.external[len(outside)] = sums.to(plan.device)
+            outside.append((k, block, x, nat))
+            plan.point(step)
+            continue
+        plan.point(block.momentum, *contents(block).operator, step)
+        plan.take(view)
+        for part, grad, group in zip(block.parts, block.grads, block.groups, strict=True):
+            lr = group["lr"]
+            on_device = isinstance(lr, Tensor) and lr.device == plan.device
+            plan.point(None if grad is None else part.of(part.param), plan.hold(lr.float()) if on_device else None)
+            plan.count(0.0 if on_device else float(lr), group["weight_decay"])
+    norms = torch.empty(len(blocks), dtype=torch.float32, device=plan.device)
+    wide = norms.double() if any(b.dtype == torch.float64 for b in blocks) else None
+    ok = torch.empty((), dtype=torch.bool, device=plan.device)
+    plan.native.theta_step(
+        plan.stream, plan.workspace.data_ptr(), plan.pointers, plan.numbers, not before, times, NORMALIZE[normalize],
+        kappa, norms.data_ptr(), 0 if wide is None else wide.data_ptr(), ok.data_ptr(),
+    )  # fmt: skip
+    plan.begin()
+    for k, block, x, nat in outside:
+        steps._average(block, x, ok)
+        for part, piece, grad, group in zip(block.parts, block.split(nat), block.grads, block.groups, strict=True):
+            if grad is not None:
+                steps._move(part.of(part.param), piece, plan.scales[k], group, ok)
+    for block in ours:
+        block.product_version = None
+    written = [p.param for b in ours for p, g in zip(b.parts, b.grads, strict=True) if g is not None]
+    torch.autograd.graph.increment_version([*written, *(b.momentum for b in ours)])
+    _count(blocks, "step", ok, {id(b) for b in ours} if capturable else set(), plan.device)
+    if not capturable and not ok:
+        for block in blocks:
+            block.product_version = None  # it is ahead of m
+    return norms if wide is None else wide, ok
+
+
+def _count(blocks: Sequence[Block], name: str, ok: Tensor, counted: set[int], device: torch.device) -> None:
+    """Counters of steps that the kernels have not advanced: those of blocks outside, and those on the CPU."""
+    for block in blocks:
+        counter: Tensor = getattr(block, name)
+        if id(block) not in counted or counter.device != device:
+            counter.add_(ok.to(counter.device))
+
+
+def _outside_theta(
+    block: Block, g: Matrix, times: int, before: bool, normalize: str | None
+) -> tuple[Matrix, Tensor, Tensor]:
+    """What m averages, nat, and (‖nat‖², ⟨m̂, nat⟩ or ⟨g, nat⟩, whether g is not zero), by the reference's functions."""
+    x = g if before else dense(reference.qv([block], [g])[0]).to(block.dtype)
+    nat = steps._natural(block, x, times) if before else steps._averaged(block, x, times)
+    power = torch.zeros((), device=nat.device)
+    if normalize == "trust":
+        power = dot(steps._averaged(block, g, times) if before else g, nat)
+    moving = torch.ones((), device=nat.device) if isinstance(g, Thin) else ~is_zero(dense(g))
+    norm = torch.linalg.vector_norm(nat).double()
+    return x, nat, torch.stack([norm.square(), power.double(), moving.double()])
+
+
+def lambda_step(
+    blocks: Sequence[Block],
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix],  # Q u
+    fvs: Sequence[Tensor],  # F v
+    *,
+    damping: float,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    precondition: bool = False,
+    learn_scale: bool = True,
+    capturable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One Adam step of every block's λ on 𝒜 = ½ vᵀ(F+γI)v − uᵀv, in place: see ``reference.steps.lambda_step``."""
+    views = [
+        Views(b, u) if why_outside(b, u, v, scaled=False) is None else None
+        for b, u, v in zip(blocks, us, vs, strict=True)
+    ]
+    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
+    if not ours:
+        return reference.lambda_step(
+            blocks, us, vs, fvs, damping=damping, lr=lr, betas=betas, eps=eps, precondition=precondition,
+            learn_scale=learn_scale, capturable=capturable,
+        )  # fmt: skip
+    refresh(ours)
+    plan = plan_of(Op.LAMBDA, blocks, views)
+    outside = []
+    for block, u, v, fv, view in zip(blocks, us, vs, fvs, views, strict=True):
+        if view is None:
+            dots = [dot(u, v), dot(v, fv), dot(v, v)]
+            plan.external[len(outside)] = torch.stack([d.to(plan.device, torch.float64) for d in dots])
+            outside.append((block, u, v, fv))
+            continue
+        factors = contents(block)
+        plan.point(*factors.operator[:2])
+        for name in factors.lambdas:
+            moments = (block.exp_avg[name], block.exp_avg_sq[name]) if name else (None, None)
+            plan.point(block.structure.fishleg_aux[name] if name else None, *moments)
+        step = block.aux_step if capturable and block.aux_step.device == plan.device else None
+        plan.point(plan.hold(dense(v).float().contiguous()), plan.hold(fv.float().contiguous()), step)
+        plan.count(0 if step is not None else block.aux_step.item())
+        plan.take(view)
+    loss, alpha = (torch.empty((), dtype=torch.float32, device=plan.device) for _ in range(2))
+    ok = torch.empty((), dtype=torch.bool, device=plan.device)
+    workspace = plan.workspace.data_ptr()
+    plan.native.aux_loss(
+        plan.stream, workspace, plan.pointers, damping, learn_scale, loss.data_ptr(), alpha.data_ptr()
+    )
+    gradients = []
+    for i, (block, u, v, fv) in enumerate(outside):
+        w = steps._residual(u, v, fv, damping, None if learn_scale else alpha)
+        if precondition:
+            w = block.structure.product(steps._whole(w))
+        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
+            grads = block.structure.thin_gradients(u, v, w)
+        else:
+            grads = block.structure.gradients(dense(u), steps._whole(w))
+        size = sum(torch.linalg.vector_norm(g).to(plan.device, torch.float64).square() for g in grads.values())
+        plan.external_2[i, 0] = size
+        gradients.append((block, grads))
+    on_device = isinstance(lr, Tensor) and lr.device == plan.device
+    pointer = plan.hold(lr.float()).data_ptr() if isinstance(lr, Tensor) and on_device else 0
+    plan.native.aux_update(
+        plan.stream, workspace, plan.numbers, damping, precondition, 0.0 if on_device else float(lr), pointer,
+        *betas, eps, ok.data_ptr(),
+    )  # fmt: skip
+    plan.begin()
+    for block, grads in gradients:
+        steps._adam(block, grads, lr, betas, eps, ok)
+    torch.autograd.graph.increment_version(
+        [t for b in ours for name in contents(b).lambdas if name for t in (b.structure.fishleg_aux[name],)]
+    )
+    _count(ours, "aux_step", ok, {id(b) for b in ours} if capturable else set(), plan.device)
+    return loss, ok
