@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +23,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if p.name != "device_status.cu"]
-SOURCES = [*KERNELS, ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/tests/cuda_module.cpp"]
+MODULE = [ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/tests/cuda_module.cpp"]
 FLAGS = [
-    "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
+    "-x", "c++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFISHLEG_CUDA_ON_CPU", f"-I{ROOT / 'csrc'}",
 ]  # fmt: skip
 
@@ -38,7 +38,7 @@ def compiler() -> str | None:
 def fingerprint(*more: str) -> str:
     """Of all that the build depends on."""
     digest = hashlib.sha256(" ".join([*more, *FLAGS, sys.version]).encode())
-    for path in sorted((ROOT / "csrc").rglob("*.*")):
+    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/tests/cuda_*")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -54,41 +54,45 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def build(folder: Path, *flags: str) -> Path:
-    """The module in ``folder``, built where it is not there yet."""
-    import pybind11
-
+def build(sources: Sequence[Path], name: str, flags: Sequence[str], link: Sequence[str]) -> Path:
+    """The kernels and ``sources`` as a program or module, built where it is not there yet."""
     cxx = compiler()
-    assert cxx is not None
-    target = folder / f"_cuda_on_cpu-{fingerprint(cxx, *flags)}" / "_cuda_on_cpu.so"
+    if sys.platform != "linux" or cxx is None:
+        pytest.skip("the kernels are compiled for the CPU by g++ or clang++ on Linux")
+    folder = ROOT / "build/cuda_on_cpu"
+    target = folder / fingerprint(cxx, name, *flags, *link) / name
     with only_one(folder):
         if target.exists():
             return target
         target.parent.mkdir(exist_ok=True)
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
-        def compile_one(source: Path) -> Path:
-            made = target.parent / f"{source.name}.o"
-            command = [cxx, *FLAGS, *flags, *includes, "-c", str(source), "-o", str(made)]
+        def run(*command: str) -> None:
             done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+        def compile_one(source: Path) -> str:
+            made = str(target.parent / f"{name}-{source.name}.o")
+            quick = [] if source.suffix == ".cu" else ["-O0"]  # what runs long are the kernels
+            run(cxx, *FLAGS, *flags, *quick, "-c", str(source), "-o", made)
             return made
 
         with ThreadPoolExecutor(2) as pool:
-            objects = [str(path) for path in pool.map(compile_one, SOURCES)]
-        made = target.with_suffix(".tmp")
-        done = subprocess.run([cxx, "-shared", *flags, *objects, "-o", str(made)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        made.rename(target)
+            objects = list(pool.map(compile_one, [*KERNELS, *sources]))
+        made = str(target.with_suffix(".tmp"))
+        run(cxx, *flags, *link, *objects, "-o", made)
+        os.replace(made, target)
     return target
 
 
 @functools.cache
 def emulated() -> ModuleType:
-    """The module; skips the test where it cannot be built."""
-    if sys.platform != "linux" or compiler() is None:
-        pytest.skip("the kernels are compiled for the CPU by g++ or clang++ on Linux")
-    spec = importlib.util.spec_from_file_location("_cuda_on_cpu", build(ROOT / "build/cuda_on_cpu"))
+    """The kernels as a Python module; skips the test where it cannot be built."""
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    spec = importlib.util.spec_from_file_location(
+        "_cuda_on_cpu", build(MODULE, "_cuda_on_cpu.so", [*includes, "-O2"], ["-shared"])
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
