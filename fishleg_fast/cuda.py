@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import native, reference
 from .blocks import Block
-from .cuda_plans import TYPES, Op, Views, contents, machine, plan_of, why_outside
+from .cuda_plans import TYPES, Known, Op, Plan, Views, known, machine, plan_of, why_outside
 from .reference import steps
 from .reference.products import Vectors
 from .reference.thin import Image, Matrix, Split, Sum, Thin, dense, dot, is_zero
@@ -53,48 +53,70 @@ def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -
     ``vectors`` as the reference has it, for blocks outside; of the others both products are always formed.
     """
     counts: Sequence[Vectors] = vectors or [None] * len(blocks)
-    ours = []
+    ours, facts = [], []
     for block, count in zip(blocks, counts, strict=True):
-        if why_outside(block) is not None:
+        found = known(block)
+        if why_outside(found) is not None:
             block.structure.refresh(count)
-        elif contents(block).kronecker and not block.structure.holds("P", "S"):
+        else:
             ours.append(block)
-    if not ours:
+            facts.append(found)
+    _form(ours, facts)
+
+
+def _form(blocks: Sequence[Block], facts: Sequence[Known]) -> None:
+    """P and S of blocks that are not outside, where they are not today's."""
+    stale = [
+        k for k, (b, f) in enumerate(zip(blocks, facts, strict=True)) if f.kronecker and not b.structure.holds("P", "S")
+    ]
+    if not stale:
         return
-    plan = plan_of(Op.REFRESH, ours, [None] * len(ours))
+    ours = [blocks[k] for k in stale]
+    plan = plan_of(Op.REFRESH, ours, [facts[k] for k in stale], [None] * len(ours))
     caches = []
     for block in ours:
         aux = block.structure.fishleg_aux
         cache = block.structure.rooms(P=aux["R"], S=aux["L"])
         plan.point(aux["R"], aux["L"], cache["P"], cache["S"])
         caches.append(cache)
-    plan.native.refresh(plan.stream, plan.pointers)
+    plan.native.refresh(plan.stream, plan.lists[0])
     plan.begin()
     for block, cache in zip(ours, caches, strict=True):
         block.structure.adopt(cache)
 
 
+def _prepare(
+    op: Op, blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix | None] | None = None
+) -> tuple[Plan | None, list[Known], list[Views | None]]:
+    """A plan, with P and S formed, and where each u is, None for a block outside; no plan where all are outside."""
+    facts = [known(b) for b in blocks]
+    views: list[Views | None] = []
+    for block, found, u, v in zip(blocks, facts, us, vs or [None] * len(blocks), strict=True):
+        outside = why_outside(found, u, v, learning=op is Op.LAMBDA) is not None
+        views.append(None if outside else Views(block, found, u))
+    inside = [k for k, view in enumerate(views) if view is not None]
+    if not inside:
+        return None, facts, views
+    _form([blocks[k] for k in inside], [facts[k] for k in inside])
+    return plan_of(op, blocks, facts, views), facts, views
+
+
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """Q u for each block, thin where u is (which ``structure.thin`` has to allow)."""
-    inside = [why_outside(b, u) is None for b, u in zip(blocks, us, strict=True)]
-    ours = [(b, u) for b, u, native_one in zip(blocks, us, inside, strict=True) if native_one]
+    plan, facts, views = _prepare(Op.QV, blocks, us)
     outs: list[Matrix] = []
-    if ours:
-        refresh([b for b, _ in ours])
-        views = [Views(b, u) for b, u in ours]
-        plan = plan_of(Op.QV, [b for b, _ in ours], views)
-        for (block, _), view in zip(ours, views, strict=True):
-            out = torch.empty(block.shape, dtype=torch.float32, device=block.momentum.device)
-            plan.point(*contents(block).operator, out)
-            plan.take(view)
-            outs.append(out)
-        plan.native.qv(plan.stream, plan.workspace.data_ptr(), plan.pointers)
+    for block, found, view, u in zip(blocks, facts, views, us, strict=True):
+        if plan is None or view is None:
+            outs.append(reference.qv([block], [u])[0])
+            continue
+        out = torch.empty(block.shape, dtype=torch.float32, device=block.momentum.device)
+        plan.point(*found.operator(block), out)
+        plan.take(view)
+        outs.append(out)
+    if plan is not None:
+        plan.native.qv(plan.stream, plan.workspace.data_ptr(), plan.lists[0])
         plan.begin()
-    found = iter(outs)
-    return [
-        next(found) if native_one else reference.qv([b], [u])[0]
-        for b, u, native_one in zip(blocks, us, inside, strict=True)
-    ]
+    return outs
 
 
 def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
@@ -160,35 +182,33 @@ def theta_step(
     options: dict[str, Any] = {
         "momentum": momentum, "nesterov": nesterov, "normalize": normalize, "kappa": kappa, "capturable": capturable,
     }  # fmt: skip
-    views = [Views(b, g) if why_outside(b, g) is None else None for b, g in zip(blocks, gs, strict=True)]
-    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
-    if not ours:
+    plan, facts, views = _prepare(Op.THETA, blocks, gs)
+    if plan is None:
         return reference.theta_step(blocks, gs, **options)
-    refresh(ours)
-    plan = plan_of(Op.THETA, blocks, views)
+    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
     times, before = 2 if nesterov else 1, momentum == "before"
-    outside = []
-    for k, (block, g, view) in enumerate(zip(blocks, gs, views, strict=True)):
+    outside: list[tuple[int, Block, Matrix, Tensor]] = []
+    for k, (block, found, g, view) in enumerate(zip(blocks, facts, gs, views, strict=True)):
         step = block.step if capturable and block.step.device == plan.device else None
-        plan.count(block.beta, block.groups[0]["base_lr"], 0 if step is not None else block.step.item())
+        plan.numbers += (block.beta, block.groups[0]["base_lr"], 0.0 if step is not None else block.step.item())
         if view is None:
             x, nat, sums = _outside_theta(block, g, times, before, normalize)
             plan.external[len(outside)] = sums.to(plan.device)
             outside.append((k, block, x, nat))
             plan.point(step)
             continue
-        plan.point(block.momentum, *contents(block).operator, step)
+        plan.point(block.momentum, *found.operator(block), step)
         plan.take(view)
         for part, grad, group in zip(block.parts, block.grads, block.groups, strict=True):
             lr = group["lr"]
             on_device = isinstance(lr, Tensor) and lr.device == plan.device
             plan.point(None if grad is None else part.of(part.param), plan.hold(lr.float()) if on_device else None)
-            plan.count(0.0 if on_device else float(lr), group["weight_decay"])
+            plan.numbers += (0.0 if on_device else float(lr), group["weight_decay"])
     norms = torch.empty(len(blocks), dtype=torch.float32, device=plan.device)
     wide = norms.double() if any(b.dtype == torch.float64 for b in blocks) else None
     ok = torch.empty((), dtype=torch.bool, device=plan.device)
     plan.native.theta_step(
-        plan.stream, plan.workspace.data_ptr(), plan.pointers, plan.numbers, not before, times, NORMALIZE[normalize],
+        plan.stream, plan.workspace.data_ptr(), *plan.lists, not before, times, NORMALIZE[normalize],
         kappa, norms.data_ptr(), 0 if wide is None else wide.data_ptr(), ok.data_ptr(),
     )  # fmt: skip
     plan.begin()
@@ -245,40 +265,33 @@ def lambda_step(
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One Adam step of every block's λ on 𝒜 = ½ vᵀ(F+γI)v − uᵀv, in place: see ``reference.steps.lambda_step``."""
-    views = [
-        Views(b, u) if why_outside(b, u, v, scaled=False) is None else None
-        for b, u, v in zip(blocks, us, vs, strict=True)
-    ]
-    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
-    if not ours:
+    plan, facts, views = _prepare(Op.LAMBDA, blocks, us, vs)
+    if plan is None:
         return reference.lambda_step(
             blocks, us, vs, fvs, damping=damping, lr=lr, betas=betas, eps=eps, precondition=precondition,
             learn_scale=learn_scale, capturable=capturable,
         )  # fmt: skip
-    refresh(ours)
-    plan = plan_of(Op.LAMBDA, blocks, views)
-    outside = []
-    for block, u, v, fv, view in zip(blocks, us, vs, fvs, views, strict=True):
+    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
+    outside: list[tuple[Block, Matrix, Matrix, Tensor]] = []
+    for block, found, u, v, fv, view in zip(blocks, facts, us, vs, fvs, views, strict=True):
         if view is None:
             dots = [dot(u, v), dot(v, fv), dot(v, v)]
             plan.external[len(outside)] = torch.stack([d.to(plan.device, torch.float64) for d in dots])
             outside.append((block, u, v, fv))
             continue
-        factors = contents(block)
-        plan.point(*factors.operator[:2])
-        for name in factors.lambdas:
-            moments = (block.exp_avg[name], block.exp_avg_sq[name]) if name else (None, None)
-            plan.point(block.structure.fishleg_aux[name] if name else None, *moments)
+        plan.point(*(found.operator(block)[:2] if found.kronecker else (None, None)))
+        for name in found.lambdas:
+            plan.point(block.structure.fishleg_aux[name], block.exp_avg[name], block.exp_avg_sq[name])
+        if not found.kronecker:
+            plan.point(None, None, None)
         step = block.aux_step if capturable and block.aux_step.device == plan.device else None
         plan.point(plan.hold(dense(v).float().contiguous()), plan.hold(fv.float().contiguous()), step)
-        plan.count(0 if step is not None else block.aux_step.item())
+        plan.numbers.append(0.0 if step is not None else block.aux_step.item())
         plan.take(view)
     loss, alpha = (torch.empty((), dtype=torch.float32, device=plan.device) for _ in range(2))
     ok = torch.empty((), dtype=torch.bool, device=plan.device)
     workspace = plan.workspace.data_ptr()
-    plan.native.aux_loss(
-        plan.stream, workspace, plan.pointers, damping, learn_scale, loss.data_ptr(), alpha.data_ptr()
-    )
+    plan.native.aux_loss(plan.stream, workspace, plan.lists[0], damping, learn_scale, loss.data_ptr(), alpha.data_ptr())
     gradients = []
     for i, (block, u, v, fv) in enumerate(outside):
         w = steps._residual(u, v, fv, damping, None if learn_scale else alpha)
@@ -294,14 +307,12 @@ def lambda_step(
     on_device = isinstance(lr, Tensor) and lr.device == plan.device
     pointer = plan.hold(lr.float()).data_ptr() if isinstance(lr, Tensor) and on_device else 0
     plan.native.aux_update(
-        plan.stream, workspace, plan.numbers, damping, precondition, 0.0 if on_device else float(lr), pointer,
+        plan.stream, workspace, plan.lists[1], damping, precondition, 0.0 if on_device else float(lr), pointer,
         *betas, eps, ok.data_ptr(),
     )  # fmt: skip
     plan.begin()
     for block, grads in gradients:
         steps._adam(block, grads, lr, betas, eps, ok)
-    torch.autograd.graph.increment_version(
-        [t for b in ours for name in contents(b).lambdas if name for t in (b.structure.fishleg_aux[name],)]
-    )
+    torch.autograd.graph.increment_version([t for b in ours for t in b.structure.fishleg_aux.values()])
     _count(ours, "aux_step", ok, {id(b) for b in ours} if capturable else set(), plan.device)
     return loss, ok

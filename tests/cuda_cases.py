@@ -55,7 +55,7 @@ def layer(device: torch.device, m: int, n: int, seed: int = 0, dtype: torch.dtyp
 
 
 def model(device: torch.device, dtype: torch.dtype = torch.float32, **group: object) -> list[Block]:
-    """Blocks of many shapes and layouts: ours and outside, with 16-bit parameters, transposed and channels-last ones."""
+    """Blocks of many shapes and layouts, transposed and channels-last among them; ours and outside."""
     options = {"dtype": torch.float32, "device": device}
 
     def new(structure, *params: Tensor, axis: int = 1, seed: int = 0) -> Block:
@@ -280,7 +280,7 @@ def test_writes_are_seen_by_autograd_and_steps_repeat_bit_for_bit(device: torch.
 
 def aux_inputs(blocks: list[Block], op, step: int, scale: float = 0.1):
     """u where the parameters' gradients are, v and a random F v."""
-    us = [u.scaled(torch.tensor(scale, device=b.momentum.device)) for b, u in zip(blocks, set_gradients(blocks, step))]
+    us = [u.scaled(torch.tensor(scale, device=u.block.momentum.device)) for u in set_gradients(blocks, step)]
     vs = op.qv(blocks, us)
     fvs = [randn(*b.shape, seed=77 * step + i, dtype=b.dtype).to(b.momentum.device) for i, b in enumerate(blocks)]
     return us, vs, [0.3 * f + 0.5 * v for f, v in zip(fvs, vs, strict=True)]

@@ -118,7 +118,7 @@ def compiled() -> list[dict]:
         )
         found = re.findall(pattern, done.stderr, re.DOTALL)
         assert len(found) == done.stderr.count("Compiling entry function")
-        bodies = {name: body for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL)}
+        bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL))
         keys = ("frame", "spill_stores", "spill_loads", "registers")
         return [
             {"kernel": name, "architecture": int(a), **dict(zip(keys, map(int, numbers), strict=True)),
@@ -141,7 +141,10 @@ def test_no_kernel_spills_or_uses_local_memory() -> None:
     for source in DEVICE_KERNELS:
         for name in re.findall(r"__global__ void(?: __launch_bounds__\(\w+\))? (\w+)\(", source.read_text("utf-8")):
             for architecture in ARCHITECTURES:
-                assert any(name in r["kernel"] and r["architecture"] == architecture for r in rows), (name, architecture)
+                assert any(name in r["kernel"] and r["architecture"] == architecture for r in rows), (
+                    name,
+                    architecture,
+                )
     for row in rows:
         assert row["spill_stores"] == row["spill_loads"] == row["frame"] == 0, row
 

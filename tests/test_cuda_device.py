@@ -64,7 +64,7 @@ def test_a_capturable_step_does_not_wait_for_the_device(device: torch.device) ->
     blocks = model(device)
     for b in blocks:
         b.step, b.aux_step = b.step.to(device), b.aux_step.to(device)
-    ours = [b for b in blocks if cuda.why_outside(b) is None]
+    ours = [b for b in blocks if cuda.why_outside(cuda.known(b)) is None]
     cuda.theta_step(ours, set_gradients(ours, 1), capturable=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
