@@ -26,6 +26,7 @@ from .reference.thin import Image, Matrix, Split, Sum, Thin, dense, dot, is_zero
 
 NORMALIZE = {None: 0, "rms": 1, "trust": 2}
 LEAST_CAPABILITY = (8, 0)
+ALIGNED = 4  # entries: rows of P and S at multiples of 16 bytes, which the kernels copy four times as fast as others
 
 
 def available(device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
@@ -76,8 +77,10 @@ def _form(blocks: Sequence[Block], facts: Sequence[Known]) -> None:
     caches = []
     for block in ours:
         aux = block.structure.fishleg_aux
-        cache = block.structure.rooms(P=aux["R"], S=aux["L"])
-        plan.point(aux["R"], aux["L"], cache["P"], cache["S"])
+        cache = block.structure.rooms(ALIGNED, P=aux["R"], S=aux["L"])
+        plan.point(aux["R"], aux["L"])
+        for product in (cache["P"], cache["S"]):
+            plan.pointers += (product.data_ptr(), max(product.stride(0), product.shape[0]))
         caches.append(cache)
     plan.native.refresh(plan.stream, plan.lists[0])
     plan.begin()
@@ -110,7 +113,8 @@ def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
             outs.append(reference.qv([block], [u])[0])
             continue
         out = torch.empty(block.shape, dtype=torch.float32, device=block.momentum.device)
-        plan.point(*found.operator(block), out)
+        plan.pointers += found.operator(block)
+        plan.point(found.outer(block), out)
         plan.take(view)
         outs.append(out)
     if plan is not None:
@@ -197,7 +201,9 @@ def theta_step(
             outside.append((k, block, x, nat))
             plan.point(step)
             continue
-        plan.point(block.momentum, *found.operator(block), step)
+        plan.point(block.momentum)
+        plan.pointers += found.operator(block)
+        plan.point(found.outer(block), step)
         plan.take(view)
         for part, grad, group in zip(block.parts, block.grads, block.groups, strict=True):
             lr = group["lr"]
@@ -279,7 +285,7 @@ def lambda_step(
             plan.external[len(outside)] = torch.stack([d.to(plan.device, torch.float64) for d in dots])
             outside.append((block, u, v, fv))
             continue
-        plan.point(*(found.operator(block)[:2] if found.kronecker else (None, None)))
+        plan.pointers += found.operator(block)
         for name in found.lambdas:
             plan.point(block.structure.fishleg_aux[name], block.exp_avg[name], block.exp_avg_sq[name])
         if not found.kronecker:

@@ -72,13 +72,17 @@ class Known:
             self.offsets.append(self.offsets[-1] + v.numel() // (max(v.shape[0], 1) if block.axis else 1))
         self.layout = [(tuple(v.shape), v.stride(), TYPES.get(v.dtype, 0)) for v in views]
 
-    def operator(self, block: Block) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """P, S and A, or d, as they were last refreshed."""
-        aux = block.structure.fishleg_aux
+    def operator(self, block: Block) -> tuple[int, int, int, int]:
+        """P and S with their leading dimensions, or d, as they were last refreshed."""
         if not self.kronecker:
-            return aux["d"], None, None
+            return block.structure.fishleg_aux["d"].data_ptr(), 0, 0, 0
         cache = block.structure.cache
-        return cache["P"], cache["S"], aux.get("A")
+        P, S = cache["P"], cache["S"]
+        return P.data_ptr(), max(P.stride(0), P.shape[0]), S.data_ptr(), max(S.stride(0), S.shape[0])
+
+    def outer(self, block: Block) -> Tensor | None:
+        """A."""
+        return block.structure.fishleg_aux.get("A")
 
     @property
     def lambdas(self) -> tuple[str, ...]:

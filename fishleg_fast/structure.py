@@ -113,10 +113,17 @@ class Structure:
         return key is not None and key[:2] == (self.version, self.operands) and all(n in self._cache for n in names)
 
     @torch.inference_mode(False)
-    def rooms(self, **like: Tensor) -> Aux:
-        """Memory for the cached products of those names, laid out as the tensors given: to be filled and adopted."""
-        old = self._memory
-        return {n: old[n] if n in old and old[n].dtype == t.dtype else torch.empty_like(t) for n, t in like.items()}
+    def rooms(self, multiple: int = 1, **like: Tensor) -> Aux:
+        """Memory for the cached products of those names, to be filled and adopted: as large as the matrices given, with
+        rows that start at multiples of so many entries.
+        """
+        rooms = {}
+        for name, t in like.items():
+            old = self._memory.get(name)
+            if old is None or old.dtype != t.dtype or old.stride(0) % multiple:
+                old = t.new_empty(t.shape[0], -(-t.shape[1] // multiple) * multiple)[:, : t.shape[1]]
+            rooms[name] = old
+        return rooms
 
     def adopt(self, cache: Aux) -> None:
         """Take products that a backend computed from today's λ for what ``refresh`` would compute."""

@@ -81,7 +81,7 @@ def test_the_extension_has_the_plan_and_needs_no_gpu_to_be_imported() -> None:
         from array import array
 
         with pytest.raises(RuntimeError, match="CUDA"):
-            plan.qv(0, 0, array("q", [0] * 6))
+            plan.qv(0, 0, array("q", [16, 4, 16, 3, 0, 16, 16, 0]))
 
 
 # ptxas's report

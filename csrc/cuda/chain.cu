@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(threads) chain_kernel(const __grid_constant__ 
     Accumulator acc;
     clear(acc);
     const auto copy = [&](int k, int stage) {
-        copy_tile<threads>(a_room + stage * a_floats, a_ld, c.P, c.m, rows, depth, row, k, c.m, c.m, c.aligned_p);
+        copy_tile<threads>(a_room + stage * a_floats, a_ld, c.P, c.ldp, rows, depth, row, k, c.m, c.m, c.aligned_p);
         copy_tile<threads>(b_room + stage * depth * b_ld, b_ld, c.X, c.ld, depth, w, k, 0, c.m, c.n, true);
         commit_copies();
     };
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(threads) chain_kernel(const __grid_constant__ 
         __syncthreads();
     }
     const auto copy_s = [&](int k, int stage) {
-        copy_tile<threads>(b_room + stage * depth * b_ld, b_ld, c.S, c.n, depth, w, k, 0, c.n, c.n, c.aligned_s);
+        copy_tile<threads>(b_room + stage * depth * b_ld, b_ld, c.S, c.lds, depth, w, k, 0, c.n, c.n, c.aligned_s);
         commit_copies();
     };
     copy_s(0, 0);

@@ -181,6 +181,24 @@ void Plan::lay_out() {
     workspace_bytes = end;
 }
 
+/// P and S, or d.
+Plan::Operator Plan::operator_at(Pointers& pointers, size_t k) const {
+    Operator q{};
+    q.P = next<const float>(pointers);
+    q.ld_P = next_number(pointers);
+    q.S = next<const float>(pointers);
+    q.ld_S = next_number(pointers);
+    const BlockLayout& b = blocks_[k];
+    require(b, q.P, kronecker(b) ? "P" : "d");
+    if (kronecker(b)) {
+        require(b, q.S, "S");
+        if (q.ld_P < b.m || q.ld_S < b.n) {
+            throw std::invalid_argument("block '" + b.name + "': P and S should be row-major");
+        }
+    }
+    return q;
+}
+
 /// The parts of block ``k`` with their g and scale, and where their entries are in the workspace.
 std::vector<Part> Plan::parts_at(int64_t workspace, Pointers& pointers, size_t k) const {
     const BlockLayout& b = blocks_[k];
@@ -201,20 +219,24 @@ std::vector<Part> Plan::parts_at(int64_t workspace, Pointers& pointers, size_t k
 }
 
 /// Queues out = outer∘(P x S): a chain, or two products.
-void Plan::products_of(int64_t workspace, size_t k, const float* P, const float* S, const float* outer, const float* x,
-                       float* out, int64_t out_ld, Sums* sums) {
+void Plan::products_of(int64_t workspace, size_t k, const Operator& q, const float* outer, const float* x, float* out,
+                       int64_t out_ld, Sums* sums) {
     const BlockLayout& b = blocks_[k];
     const Room& r = rooms_[k];
     const int precision = static_cast<int>(b.precision);
     if (in_chain(b)) {
-        Chain c{P, x, S, out, outer, sums, static_cast<int32_t>(b.m), static_cast<int32_t>(b.n),
-                static_cast<int32_t>(r.ld), static_cast<int32_t>(out_ld), aligned(P, b.m), aligned(S, b.n), 0};
+        Chain c{};
+        c.P = q.P, c.X = x, c.S = q.S, c.C = out, c.outer = outer, c.sums = sums;
+        c.m = static_cast<int32_t>(b.m), c.n = static_cast<int32_t>(b.n);
+        c.ldp = static_cast<int32_t>(q.ld_P), c.lds = static_cast<int32_t>(q.ld_S);
+        c.ld = static_cast<int32_t>(r.ld), c.ldc = static_cast<int32_t>(out_ld);
+        c.aligned_p = aligned(q.P, q.ld_P), c.aligned_s = aligned(q.S, q.ld_S);
         chains_[precision].push_back(c);
         return;
     }
     float* const t = at<float>(workspace, r.t);
-    first_[precision].push_back(product(P, b.m, x, r.ld, t, r.ld, b.m, b.n, b.m));
-    Product second = product(t, r.ld, S, b.n, out, out_ld, b.m, b.n, b.n);
+    first_[precision].push_back(product(q.P, q.ld_P, x, r.ld, t, r.ld, b.m, b.n, b.m));
+    Product second = product(t, r.ld, q.S, q.ld_S, out, out_ld, b.m, b.n, b.n);
     second.outer = outer, second.sums = sums;
     second.pair = sums ? x : nullptr;
     second_[precision].push_back(second);

@@ -45,13 +45,13 @@ public:
     /// the order of the blocks) and finds the scales of all blocks (doubles). ``external_2``: of the λ step's gradients.
     int64_t workspace_bytes = 0, external = 0, external_2 = 0, scales = 0;
 
-    /// Each block: momentum, P or d, S, A, step on the device or 0; each part: g or 0, scale or 0,
+    /// Each block: momentum, P or d, its leading dimension, S, its leading dimension, A, step on the device or 0; each part: g or 0, scale or 0,
     /// θ or 0, lr or 0.
     /// Numbers: each block: β, lr₀, steps so far; each part: lr, decay. Blocks outside have step pointers alone.
     void theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbers numbers, bool after, int times,
                     Normalize normalize, double kappa, int64_t norms, int64_t wide_norms, int64_t ok);
 
-    /// 𝒜 and α. Pointers, each block: P, S; R and its two moments; L and its two moments (d's in R's place);
+    /// 𝒜 and α. Pointers, each block: P, S (as above); R and its two moments; L and its two moments (d's in R's place);
     /// v, fv; aux_step on the device or 0; each part: u, scale or 0. Blocks outside: none.
     void aux_loss(Stream stream, int64_t workspace, Pointers pointers, double damping, bool learn_scale, int64_t loss,
                   int64_t alpha);
@@ -60,18 +60,25 @@ public:
     void aux_update(Stream stream, int64_t workspace, Numbers steps, double damping, bool precondition, double lr,
                     int64_t lr_pointer, double beta1, double beta2, double eps, int64_t ok);
 
-    /// Pointers, each block: P or d, S, A, Q u (m, n); each part: u, scale or 0.
+    /// Pointers, each block: P or d, S (as above), A, Q u (m, n); each part: u, scale or 0.
     void qv(Stream stream, int64_t workspace, Pointers pointers);
 
-    /// Pointers, each block: R, L, P, S.
+    /// Pointers, each block: R, L, P, its leading dimension, S, its leading dimension.
     void refresh(Stream stream, Pointers pointers);
 
 private:
+    /// P and S of one block, with their leading dimensions; or d in P's place.
+    struct Operator {
+        const float* P;
+        int64_t ld_P;
+        const float* S;
+        int64_t ld_S;
+    };
     struct Moments {
         float *value, *exp_avg, *exp_avg_sq;
     };
     struct Factors {  // of one block in a λ step
-        const float *P, *S;
+        Operator q;
         Moments R, L;
         float* step;
     };
@@ -81,10 +88,11 @@ private:
     };
 
     void lay_out();
+    Operator operator_at(Pointers& pointers, size_t k) const;
     std::vector<Part> parts_at(int64_t workspace, Pointers& pointers, size_t k) const;
     bool in_chain(const BlockLayout& b) const;
-    void products_of(int64_t workspace, size_t k, const float* P, const float* S, const float* outer, const float* x,
-                     float* out, int64_t out_ld, Sums* sums);
+    void products_of(int64_t workspace, size_t k, const Operator& q, const float* outer, const float* x, float* out,
+                     int64_t out_ld, Sums* sums);
     void run_products(Stream stream);
 
     Op op_;

@@ -18,19 +18,25 @@ void Plan::aux_loss(Stream stream, int64_t workspace, Pointers pointers, double 
             continue;
         }
         Factors f{};
-        f.P = next<const float>(pointers), f.S = next<const float>(pointers);
+        const bool diagonal = b.kind == Kind::diagonal;
+        f.q = operator_at(pointers, k);
         for (auto* moments : {&f.R, &f.L}) {
             moments->value = next<float>(pointers);
             moments->exp_avg = next<float>(pointers);
             moments->exp_avg_sq = next<float>(pointers);
+            if (moments == &f.R || !diagonal) {
+                require(b, moments->value, "λ"), require(b, moments->exp_avg, "exp_avg");
+                require(b, moments->exp_avg_sq, "exp_avg_sq");
+            }
         }
         const float *const v = next<const float>(pointers), *const fv = next<const float>(pointers);
+        require(b, v, "v"), require(b, fv, "F v");
         f.step = next<float>(pointers);
         factors_.push_back(f);
         for (Part& p : parts_at(workspace, pointers, k)) {
-            p.factor = f.R.value + (b.kind == Kind::diagonal ? p.offset : 0);
+            p.factor = f.R.value + (diagonal ? p.offset : 0);
             p.v = v + p.offset, p.fv = fv + p.offset;
-            p.grad = at<float>(workspace, rooms_[k].dL) + (b.kind == Kind::diagonal ? p.offset : 0);
+            p.grad = at<float>(workspace, rooms_[k].dL) + (diagonal ? p.offset : 0);
             p.aux = at<const AuxLoss>(workspace, aux_);
             parts_.push_back(p);
         }
@@ -81,13 +87,13 @@ void Plan::aux_update(Stream stream, int64_t workspace, Numbers steps, double da
                     *const M = at<float>(workspace, r.M), *const N = at<float>(workspace, r.N);
         const int precision = static_cast<int>(b.precision);
         if (precondition) {  // w ← P w S
-            weigh[0][precision].push_back(product(f.P, b.m, w, r.ld, t, r.ld, b.m, b.n, b.m));
-            weigh[1][precision].push_back(product(t, r.ld, f.S, b.n, other, r.ld, b.m, b.n, b.n));
+            weigh[0][precision].push_back(product(f.q.P, f.q.ld_P, w, r.ld, t, r.ld, b.m, b.n, b.m));
+            weigh[1][precision].push_back(product(t, r.ld, f.q.S, f.q.ld_S, other, r.ld, b.m, b.n, b.n));
             std::swap(w, other);
         }
         // M = uᵀ(P w) and N = (w S)uᵀ; dL = (M+Mᵀ)L and dR = R(N+Nᵀ)
-        sides[precision].push_back(product(f.P, b.m, w, r.ld, t, r.ld, b.m, b.n, b.m));
-        sides[precision].push_back(product(w, r.ld, f.S, b.n, other, r.ld, b.m, b.n, b.n));
+        sides[precision].push_back(product(f.q.P, f.q.ld_P, w, r.ld, t, r.ld, b.m, b.n, b.m));
+        sides[precision].push_back(product(w, r.ld, f.q.S, f.q.ld_S, other, r.ld, b.m, b.n, b.n));
         crosses[precision].push_back(product(x, r.ld, t, r.ld, M, r.ld, b.n, b.n, b.m, Layout::tn));
         crosses[precision].push_back(product(other, r.ld, x, r.ld, N, r.ld_m, b.m, b.m, b.n, Layout::nt));
         squares.push_back({M, static_cast<int32_t>(b.n), static_cast<int32_t>(r.ld), 0});
@@ -126,9 +132,13 @@ void Plan::refresh(Stream stream, Pointers pointers) {
             continue;
         }
         const float *const R = next<const float>(pointers), *const L = next<const float>(pointers);
-        float *const P = next<float>(pointers), *const S = next<float>(pointers);
-        for (Product p : {product(R, b.m, R, b.m, P, b.m, b.m, b.m, b.m, Layout::tn),
-                          product(L, b.n, L, b.n, S, b.n, b.n, b.n, b.n, Layout::nt)}) {
+        float* const P = next<float>(pointers);
+        const int64_t ld_P = next_number(pointers);
+        float* const S = next<float>(pointers);
+        const int64_t ld_S = next_number(pointers);
+        require(b, R, "R"), require(b, L, "L"), require(b, P, "P"), require(b, S, "S");
+        for (Product p : {product(R, b.m, R, b.m, P, ld_P, b.m, b.m, b.m, Layout::tn),
+                          product(L, b.n, L, b.n, S, ld_S, b.n, b.n, b.n, Layout::nt)}) {
             p.symmetric = 1;
             products[static_cast<int>(b.precision)].push_back(p);
         }

@@ -50,6 +50,15 @@ T* next(Pointers& pointers) {
     return first;
 }
 
+inline int64_t next_number(Pointers& pointers) { return reinterpret_cast<int64_t>(next<void>(pointers)); }
+
+/// Pointers that kernels will follow, unless the block is empty.
+inline void require(const BlockLayout& b, const void* pointer, const char* what) {
+    if (!pointer && b.m * b.n > 0) {
+        throw std::invalid_argument("block '" + b.name + "': " + what + " has no memory");
+    }
+}
+
 inline double next(Numbers& numbers) {
     if (numbers.empty()) {
         throw std::invalid_argument("too few numbers for this plan");

@@ -27,8 +27,9 @@ void Plan::theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbe
             continue;
         }
         float* const momentum = next<float>(pointers);
-        const float *const P = next<const float>(pointers), *const S = next<const float>(pointers),
-                    *const A = next<const float>(pointers);
+        require(b, momentum, "momentum");
+        const Operator q = operator_at(pointers, k);
+        const float* const A = next<const float>(pointers);
         float* const step = next<float>(pointers);
         claim.step_pointer = step;
         claim.first_count = static_cast<int32_t>(r.part_tiles);
@@ -48,13 +49,13 @@ void Plan::theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbe
             p.weight = static_cast<float>(1 - claim.beta);
             p.lead_weight = static_cast<float>(times == 2 ? 1 - claim.beta * claim.beta : 1 - claim.beta);
             p.momentum = momentum + p.offset;
-            p.factor = kronecker(b) ? (A ? A + p.offset : nullptr) : P + p.offset;
+            p.factor = kronecker(b) ? (A ? A + p.offset : nullptr) : q.P + p.offset;
             p.step_scale = at<const double>(workspace, scales) + k;
             p.ok = at<const uint8_t>(ok, 0);
             parts.push_back(p);
         }
         if (kronecker(b)) {
-            products_of(workspace, k, P, S, A, at<float>(workspace, r.x), at<float>(workspace, r.y), r.ld,
+            products_of(workspace, k, q, A, at<float>(workspace, r.x), at<float>(workspace, r.y), r.ld,
                         at<Sums>(workspace, r.product_sums));
         }
     }
@@ -84,16 +85,17 @@ void Plan::qv(Stream stream, int64_t workspace, Pointers pointers) {
         if (b.kind == Kind::outside) {
             continue;
         }
-        const float *const P = next<const float>(pointers), *const S = next<const float>(pointers),
-                    *const A = next<const float>(pointers);
+        const Operator q = operator_at(pointers, k);
+        const float* const A = next<const float>(pointers);
         float* const out = next<float>(pointers);
+        require(b, out, "Q u");
         for (Part& p : parts_at(workspace, pointers, k)) {
-            p.factor = kronecker(b) ? (A ? A + p.offset : nullptr) : P + p.offset;
+            p.factor = kronecker(b) ? (A ? A + p.offset : nullptr) : q.P + p.offset;
             p.grad = out + p.offset;
             parts.push_back(p);
         }
         if (kronecker(b)) {
-            products_of(workspace, k, P, S, A, at<float>(workspace, rooms_[k].x), out, b.n, nullptr);
+            products_of(workspace, k, q, A, at<float>(workspace, rooms_[k].x), out, b.n, nullptr);
         }
     }
     all_used(pointers, {});

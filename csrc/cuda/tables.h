@@ -38,13 +38,13 @@ struct Product {
 
 /// Q u of a block whose rows of n entries fit in shared memory: C (m, n) = outer∘(P X S).
 struct Chain {
-    const float* P;  // (m, m)
+    const float* P;  // (m, m) with leading dimension ldp
     const float* X;  // (m, n) with leading dimension ld
-    const float* S;  // (n, n)
+    const float* S;  // (n, n) with leading dimension lds
     float* C;        // (m, n) with leading dimension ldc
     const float* outer;
     Sums* sums;  // of each tile: (Σ C², Σ X∘(P X S), 0); or null
-    int32_t m, n, ld, ldc;
+    int32_t m, n, ldp, lds, ld, ldc;
     int32_t aligned_p, aligned_s;
     int32_t first_tile;
 };

@@ -110,8 +110,9 @@ void run(Precision precision) {
     std::vector<int64_t> pointers;
     for (size_t k = 0; k < without_scale; ++k) {
         const Layer& l = layers[k];
+        const int64_t m = l.layout.m, n = l.layout.n;
         if (l.layout.kind != Kind::diagonal) {
-            pointers.insert(pointers.end(), {number(l.R), number(l.L), number(l.P), number(l.S)});
+            pointers.insert(pointers.end(), {number(l.R), number(l.L), number(l.P), m, number(l.S), n});
         }
     }
     plan(Op::refresh, without_scale).refresh(nullptr, pointers);
@@ -133,7 +134,7 @@ void run(Precision precision) {
     Plan product = plan(Op::qv, all);
     for (const Layer& l : layers) {
         const bool diagonal = l.layout.kind == Kind::diagonal;
-        pointers.insert(pointers.end(), {number(diagonal ? l.R : l.P), number(l.S), number(l.A), number(l.out)});
+        pointers.insert(pointers.end(), {number(diagonal ? l.R : l.P), l.layout.m, number(l.S), l.layout.n, number(l.A), number(l.out)});
         for (float* g : l.gs) {
             pointers.insert(pointers.end(), {number(g), 0});
         }
@@ -174,8 +175,8 @@ void run(Precision precision) {
         std::vector<double> numbers;
         for (const Layer& l : layers) {
             const bool diagonal = l.layout.kind == Kind::diagonal;
-            pointers.insert(pointers.end(), {number(l.momentum), number(diagonal ? l.R : l.P), number(l.S),
-                                             number(l.A), number(l.step)});
+            pointers.insert(pointers.end(), {number(l.momentum), number(diagonal ? l.R : l.P), l.layout.m, number(l.S),
+                                             l.layout.n, number(l.A), number(l.step)});
             for (float* g : l.gs) {
                 pointers.insert(pointers.end(), {number(g), 0});
             }
@@ -197,7 +198,7 @@ void run(Precision precision) {
     const std::vector<double> steps(without_scale, 0.0);
     for (size_t k = 0; k < without_scale; ++k) {
         const Layer& l = layers[k];
-        pointers.insert(pointers.end(), {number(l.P), number(l.S), number(l.R), number(l.moments[0]),
+        pointers.insert(pointers.end(), {number(l.P), l.layout.m, number(l.S), l.layout.n, number(l.R), number(l.moments[0]),
                                          number(l.moments[1]), number(l.L), number(l.moments[2]),
                                          number(l.moments[3]), number(l.v), number(l.fv), number(l.aux_step)});
         for (float* g : l.gs) {
