@@ -168,6 +168,12 @@ inline const Words* exchange(const Words& mine) {
     makecontext(&f.context, enter, 0);
 }
 
+/// How many launches there were.
+inline int64_t& launches() {
+    static int64_t count = 0;
+    return count;
+}
+
 /// Runs ``body`` for every thread of every block of the grid.
 inline void run(const std::function<void()>& body, int64_t grid, int threads, size_t shared) {
     Block& b = block();
@@ -175,6 +181,7 @@ inline void run(const std::function<void()>& body, int64_t grid, int threads, si
         std::fprintf(stderr, "a launch of %d threads with %zu bytes of shared memory\n", threads, shared);
         std::abort();
     }
+    ++launches();
     b.body = &body;
     b.count = threads;
     if (static_cast<int>(b.fibers.size()) < threads) {
