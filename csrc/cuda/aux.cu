@@ -26,7 +26,7 @@ __device__ __forceinline__ Entry loaded(const Part& p, const Place& at) {
     return e;
 }
 
-__global__ void __launch_bounds__(entry_threads) dots_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) dots_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
     const int number = static_cast<int>(blockIdx.x);
     const Part& p = table.items[item_of(table, number)];
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(total_threads) aux_loss_kernel(const __grid_co
 }
 
 template <bool precondition>
-__global__ void __launch_bounds__(entry_threads) residual_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) residual_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
     const int number = static_cast<int>(blockIdx.x);
     const Part& p = table.items[item_of(table, number)];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(total_threads) aux_verdict_kernel(const __grid
 
 constexpr int lambda_entries = 2048;  // a tile's
 
-__global__ void __launch_bounds__(entry_threads) adam_kernel(const __grid_constant__ Table<Lambda> table) {
+__global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_constant__ Table<Lambda> table) {
     FISHLEG_SHARED(Adam<float>, shared);
     const int number = static_cast<int>(blockIdx.x);
     const Lambda& l = table.items[item_of(table, number)];
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(entry_threads) adam_kernel(const __grid_consta
     }
 }
 
-__global__ void __launch_bounds__(entry_threads) inner_kernel(const __grid_constant__ Table<Pair> table) {
+__global__ void __launch_bounds__(entry_threads, 3) inner_kernel(const __grid_constant__ Table<Pair> table) {
     FISHLEG_SHARED(Sums, shared);
     const int number = static_cast<int>(blockIdx.x);
     const Pair& p = table.items[item_of(table, number)];

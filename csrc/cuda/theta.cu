@@ -24,7 +24,7 @@ __device__ __forceinline__ float averaged(const Part& p, const Entry& e) {
 
 /// Before the products: x = A∘m̂ (A∘g where momentum is "after"), whether g is zero, and all of a Diagonal's nat.
 template <bool after>
-__global__ void __launch_bounds__(entry_threads) prepare_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
     const int number = static_cast<int>(blockIdx.x);
     const Part& p = table.items[item_of(table, number)];
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(entry_threads) prepare_kernel(const __grid_con
 }
 
 /// x = A∘u of Kronecker blocks; all of a Diagonal's Q u.
-__global__ void __launch_bounds__(entry_threads) gather_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) gather_kernel(const __grid_constant__ Table<Part> table) {
     const int number = static_cast<int>(blockIdx.x);
     const Part& p = table.items[item_of(table, number)];
     for_entries<Entry>(
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(entry_threads) gather_kernel(const __grid_cons
 }
 
 /// After the products, where momentum is "after": nat = m̂ of Kronecker blocks, from y = Q g.
-__global__ void __launch_bounds__(entry_threads) measure_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
     const int number = static_cast<int>(blockIdx.x);
     const Part& p = table.items[item_of(table, number)];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(entry_threads) measure_kernel(const __grid_con
 
 /// m ← βm + (1−β)g and θ ← θ − lr·(c·nat + wd·θ), where the step is taken.
 template <bool after>
-__global__ void __launch_bounds__(entry_threads) update_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_constant__ Table<Part> table) {
     const int number = static_cast<int>(blockIdx.x);
     const Part& p = table.items[item_of(table, number)];
     if (!*p.ok) {
