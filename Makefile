@@ -1,9 +1,14 @@
 # make help lists the targets. Everything happens in .venv; PYTHON chooses the Python that it is made with.
 PYTHON ?= python3
 ARGS ?=
+OUT ?= outputs/gpu
 PYTEST_ARGS ?=
+OUT ?= outputs/gpu
 # One process per core with one thread each is faster, and steadier, than torch's threads in one process.
 JOBS ?= auto
+
+# What trains with whatever backend is the best one; it is run with the reference too.
+WHOLE_RUNS := $(foreach name,checkpoint gradient_tap learning models thin torch_optim,tests/test_$(name).py)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +18,7 @@ NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint train train-resnet convergence bench wallclock clean
+.PHONY: help setup test lint train train-resnet convergence bench bench-passes bench-gpu wallclock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -39,6 +44,7 @@ $(INSTALLED): $(TOOLS) pyproject.toml $(BUILD_INPUTS)
 
 test: setup  ## run the tests; PYTEST_ARGS='-k name' for some of them, JOBS=0 for one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS) --backend reference $(WHOLE_RUNS) || [ $$? -eq 5 ]  # 5: -k chose none
 
 lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff check .
@@ -55,6 +61,12 @@ convergence: setup  ## the study behind the defaults: optimizers, learning rates
 
 bench: setup  ## what a step costs beside AdamW and the published way (minutes); ARGS='--help' for its options
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+bench-passes: setup  ## what the C++ backend for CPUs does, beside the reference
+	$(BIN)/python benchmarks/passes.py $(ARGS)
+
+bench-gpu:  ## on a GPU: check and time every kernel and whole steps, results to OUT; PYTHON is used as it is (9 minutes)
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(ARGS)
 
 wallclock: setup  ## seconds until the other optimizers' training NLL on CURVES (long)
 	$(BIN)/python benchmarks/wallclock.py $(ARGS)

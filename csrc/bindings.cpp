@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
+#include "cpu/bindings.h"
 #include "cuda/device_status.h"
 #if defined(FISHLEG_WITH_CUDA)
 #include "cuda/bindings.h"
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_native, m) {
         return py::make_tuple(status.devices > 0, status.detail);
     }, "(whether a CUDA device can be used, what was found or why not).");
 
+    fishleg::cpu::bind(m);
 #if defined(FISHLEG_WITH_CUDA)
     bind_cuda(m);
 #endif

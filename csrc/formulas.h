@@ -15,6 +15,9 @@
 
 namespace fishleg {
 
+using std::pow;
+using std::sqrt;
+
 constexpr double rms = 0.2;  // of a normalised update
 
 // --- 16-bit numbers, as bits ----------------------------------------------------------------------------------------
@@ -75,10 +78,10 @@ FISHLEG_INLINE void narrow(float x, Float16& out) {
 
 // --- θ step ---------------------------------------------------------------------------------------------------------
 
-/// a + w (b − a), from the nearer end as torch.lerp does.
+/// a + w (b − a), written without a branch (loops over it become vectors) and exact where w is 0 or 1.
 template <class T>
 FISHLEG_INLINE T lerp(T a, T b, T w) {
-    return w < T(0.5) ? a + w * (b - a) : b - (b - a) * (T(1) - w);
+    return w * b + (T(1) - w) * a;
 }
 
 /// θ − lr·(c·nat + wd·θ), with move = lr·c and decay = lr·wd.

@@ -48,9 +48,8 @@ def _expanded(block: Block, v: Matrix) -> Tensor:
     """(m, n) in λ's dtype; of a thin v in the block's scratch memory."""
     if not isinstance(v, Thin):
         return dense(v)
-    _, scratch = block.buffers()
-    v.into(scratch)
-    return scratch
+    v.into(block.room())
+    return block.room()
 
 
 class Auxiliary:

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = {
+    "cpp": "fishleg_fast.cpp",
     "reference": "fishleg_fast.reference",
     "cuda": "fishleg_fast.cuda",
 }

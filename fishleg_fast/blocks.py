@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,13 @@ class Block:
     product: Tensor | None = None  # Q m, of the λ that product_version tells; kept for thin gradients only
     product_version: Version | None = None  # None: m has moved on
     scratch: Tensor | None = None  # (m, n)
-    groups: list[dict] = field(default_factory=list)  # the parameter group of each part
+    plan: Any = None  # what a backend keeps for a list of blocks that starts with this one
+    groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
+
+    @cached_property
+    def params(self) -> list[nn.Parameter]:
+        """The parameter of each part."""
+        return [part.param for part in self.parts]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,9 +118,15 @@ class Block:
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """``product`` and ``scratch``, of the momentum's shape, made at the first call."""
-        if self.product is None or self.scratch is None:
-            self.product, self.scratch = torch.empty_like(self.momentum), torch.empty_like(self.momentum)
-        return self.product, self.scratch
+        if self.product is None:
+            self.product = torch.empty_like(self.momentum)
+        return self.product, self.room()
+
+    def room(self) -> Tensor:
+        """``scratch``, of the momentum's shape, made at the first call."""
+        if self.scratch is None:
+            self.scratch = torch.empty_like(self.momentum)
+        return self.scratch
 
     def check_placement(self) -> None:
         """RuntimeError where the parameters have left λ's device or dtype."""

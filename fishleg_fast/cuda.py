@@ -22,7 +22,7 @@ from .blocks import Block
 from .cuda_plans import TYPES, Known, Op, Plan, Views, known, machine, plan_of, why_outside
 from .reference import steps
 from .reference.products import Vectors
-from .reference.thin import Image, Matrix, Split, Sum, Thin, dense, dot, is_zero
+from .reference.thin import Matrix, Split, Thin, dense, dot, is_zero
 
 NORMALIZE = {None: 0, "rms": 1, "trust": 2}
 LEAST_CAPABILITY = (8, 0)
@@ -194,9 +194,10 @@ def theta_step(
     outside: list[tuple[int, Block, Matrix, Tensor]] = []
     for k, (block, found, g, view) in enumerate(zip(blocks, facts, gs, views, strict=True)):
         step = block.step if capturable and block.step.device == plan.device else None
-        plan.numbers += (block.beta, block.groups[0]["base_lr"], 0.0 if step is not None else block.step.item())
+        base_lr = 1.0 if view is None else block.groups[0]["base_lr"]  # which the sums of a block outside contain
+        plan.numbers += (block.beta, base_lr, 0.0 if step is not None else block.step.item())
         if view is None:
-            x, nat, sums = _outside_theta(block, g, times, before, normalize)
+            x, nat, sums = _outside_theta(block, g, momentum, times, normalize == "trust")
             plan.external[len(outside)] = sums.to(plan.device)
             outside.append((k, block, x, nat))
             plan.point(step)
@@ -219,15 +220,12 @@ def theta_step(
     )  # fmt: skip
     plan.begin()
     for k, block, x, nat in outside:
-        steps._average(block, x, ok)
-        for part, piece, grad, group in zip(block.parts, block.split(nat), block.grads, block.groups, strict=True):
-            if grad is not None:
-                steps._move(part.of(part.param), piece, plan.scales[k], group, ok)
+        steps.move(block, x, nat, plan.scales[k], ok, True)
     for block in ours:
         block.product_version = None
     written = [p.param for b in ours for p, g in zip(b.parts, b.grads, strict=True) if g is not None]
     torch.autograd.graph.increment_version([*written, *(b.momentum for b in ours)])
-    _count(blocks, "step", ok, {id(b) for b in ours} if capturable else set(), plan.device)
+    _count(ours, "step", ok, {id(b) for b in ours} if capturable else set(), plan.device)
     if not capturable and not ok:
         for block in blocks:
             block.product_version = None  # it is ahead of m
@@ -235,23 +233,19 @@ def theta_step(
 
 
 def _count(blocks: Sequence[Block], name: str, ok: Tensor, counted: set[int], device: torch.device) -> None:
-    """Counters of steps that the kernels have not advanced: those of blocks outside, and those on the CPU."""
+    """Counters of steps that the kernels have not advanced: those on the CPU."""
     for block in blocks:
         counter: Tensor = getattr(block, name)
         if id(block) not in counted or counter.device != device:
             counter.add_(ok.to(counter.device))
 
 
-def _outside_theta(
-    block: Block, g: Matrix, times: int, before: bool, normalize: str | None
-) -> tuple[Matrix, Tensor, Tensor]:
-    """What m averages, nat, and (‖nat‖², ⟨m̂, nat⟩ or ⟨g, nat⟩, whether g is not zero), by the reference's functions."""
-    x = g if before else dense(reference.qv([block], [g])[0]).to(block.dtype)
-    nat = steps._natural(block, x, times) if before else steps._averaged(block, x, times)
-    power = torch.zeros((), device=nat.device)
-    if normalize == "trust":
-        power = dot(steps._averaged(block, g, times) if before else g, nat)
-    moving = torch.ones((), device=nat.device) if isinstance(g, Thin) else ~is_zero(dense(g))
+def _outside_theta(block: Block, g: Matrix, momentum: str, times: int, trust: bool) -> tuple[Matrix, Tensor, Tensor]:
+    """What m averages, nat, and (‖nat‖², lr₀²⟨m̂ or g, nat⟩, whether g is not zero), by the reference's functions."""
+    x, nat = steps.direction(block, g, momentum, times)
+    device = nat.device
+    power = steps.trust_length(block, g, nat, momentum, times) if trust else torch.zeros((), device=device)
+    moving = torch.ones((), device=device) if isinstance(g, Thin) else ~is_zero(dense(g))
     norm = torch.linalg.vector_norm(nat).double()
     return x, nat, torch.stack([norm.square(), power.double(), moving.double()])
 
@@ -300,13 +294,7 @@ def lambda_step(
     plan.native.aux_loss(plan.stream, workspace, plan.lists[0], damping, learn_scale, loss.data_ptr(), alpha.data_ptr())
     gradients = []
     for i, (block, u, v, fv) in enumerate(outside):
-        w = steps._residual(u, v, fv, damping, None if learn_scale else alpha)
-        if precondition:
-            w = block.structure.product(steps._whole(w))
-        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
-            grads = block.structure.thin_gradients(u, v, w)
-        else:
-            grads = block.structure.gradients(dense(u), steps._whole(w))
+        grads = steps.aux_gradients(block, u, v, fv, damping, None if learn_scale else alpha, precondition)
         size = sum(torch.linalg.vector_norm(g).to(plan.device, torch.float64).square() for g in grads.values())
         plan.external_2[i, 0] = size
         gradients.append((block, grads))
@@ -318,7 +306,7 @@ def lambda_step(
     )  # fmt: skip
     plan.begin()
     for block, grads in gradients:
-        steps._adam(block, grads, lr, betas, eps, ok)
+        steps.adam_step(block, grads, lr, betas, eps, ok)
     torch.autograd.graph.increment_version([t for b in ours for t in b.structure.fishleg_aux.values()])
     _count(ours, "aux_step", ok, {id(b) for b in ours} if capturable else set(), plan.device)
     return loss, ok

@@ -47,7 +47,7 @@ def machine() -> Machine:
     """ImportError where the extension is unavailable."""
     global _machine
     if _machine is None:
-        _machine = Machine(native._require(), "cuda", lambda device: torch.cuda.current_stream(device).cuda_stream)
+        _machine = Machine(native.extension(), "cuda", lambda device: torch.cuda.current_stream(device).cuda_stream)
     return _machine
 
 

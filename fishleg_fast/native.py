@@ -11,7 +11,7 @@ from types import ModuleType
 
 from ._version import __version__
 
-__all__ = ["available", "cuda_status", "features", "version"]
+__all__ = ["available", "cuda_status", "extension", "features", "version"]
 
 _REMEDY = "reinstall fishleg_fast (in a checkout: make clean setup)"
 _BUILD_REASON = Path(__file__).with_name("_native_build.txt")  # left by setup.py where the build failed
@@ -36,7 +36,8 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def _require() -> ModuleType:
+def extension() -> ModuleType:
+    """The extension itself. ImportError, with the reason, where it is unavailable."""
     module, reason = _load()
     if module is None:
         raise ImportError(f"fishleg_fast's compiled extension is unavailable: {reason}")
@@ -51,12 +52,12 @@ def available() -> tuple[bool, str]:
 
 def version() -> str:
     """The version of fishleg_fast that the extension was built for."""
-    return str(_require().__version__)
+    return str(extension().__version__)
 
 
 def features() -> dict[str, bool | str]:
     """What was compiled in: ``cuda`` (bool), ``compiler``, ``cuda_compiler`` (empty without CUDA)."""
-    return dict(_require().features())
+    return dict(extension().features())
 
 
 def cuda_status() -> tuple[bool, str]:

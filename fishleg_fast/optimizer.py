@@ -141,6 +141,7 @@ class FishLeg(Optimizer):
         watched = thin_gradients and not capturable  # whether a gradient is thin is decided on the host
         self._gradients = GradientTap(self) if watched else None
         self.blocks = []
+        self._grouped: list[list[int]] = []  # the groups and parameters that the blocks were told of
         self._built = False
         defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, maximize=maximize)
         super().__init__(validate.parameters(self._roots, params), defaults)
@@ -224,9 +225,12 @@ class FishLeg(Optimizer):
     def _own_arithmetic(self) -> ExitStack:
         """The optimizer's own products: at its precision, and out of the user's autocast."""
         precision = self.settings["precision"]
+        kernels, operands = kernel_precision(precision), {}
         for block in self.blocks:
-            block.structure.precision = kernel_precision(precision)
-            block.structure.operands = operand_dtype(precision, block.momentum.device, block.dtype)
+            where = block.momentum.device, block.momentum.dtype
+            if where not in operands:
+                operands[where] = operand_dtype(precision, *where)
+            block.structure.precision, block.structure.operands = kernels, operands[where]
         stack = ExitStack()
         kind = self.blocks[0].parts[0].param.device.type
         if torch.is_autocast_enabled(kind):
@@ -237,30 +241,42 @@ class FishLeg(Optimizer):
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._assign_groups()
         blocks: list[Block] = []
         gs: list[Matrix] = []
         for block in self.blocks:
-            params = [part.param for part in block.parts]
-            if all(p.grad is None for p in params) or any(id(p) not in group_of for p in params):
-                continue  # nothing to do, or its group was taken out
+            grads = [p.grad for p in block.params]
+            if not block.groups or all(g is None for g in grads):
+                continue
             block.check_placement()
-            block.groups = [group_of[id(p)] for p in params]
-            if any(group["beta"] != block.beta for group in block.groups):
-                raise ValueError(
-                    f"beta should be one for all parameters of {block.name!r}, but its groups differ in it"
-                )
-            dense = [None if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
-            block.grads = [None if g is None else part.of(g) for part, g in zip(block.parts, dense, strict=True)]
-            maximize = [bool(group["maximize"]) for group in block.groups]
-            thin = None if self._gradients is None or any(maximize) else self._gradients.thin(block, block.grads)
-            if any(maximize):
-                block.grads = [
-                    -g if sign and g is not None else g for g, sign in zip(block.grads, maximize, strict=True)
-                ]
+            block.grads = [
+                None if g is None else part.of(g if g.layout is torch.strided else g.to_dense())
+                for part, g in zip(block.parts, grads, strict=True)
+            ]
+            signs = [group["maximize"] for group in block.groups]
+            thin = None
+            if any(signs):
+                block.grads = [-g if sign and g is not None else g for g, sign in zip(block.grads, signs, strict=True)]
+            elif self._gradients is not None:
+                thin = self._gradients.thin(block, block.grads)
             blocks.append(block)
             gs.append(Split(block) if thin is None else thin)
         return blocks, gs
+
+    def _assign_groups(self) -> None:
+        """Tell the blocks their parameters' groups: none where one was taken out."""
+        grouped = [[id(group), *map(id, group["params"])] for group in self.param_groups]
+        if grouped != self._grouped:
+            self._grouped = grouped
+            group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+            for block in self.blocks:
+                taken = all(id(p) in group_of for p in block.params)
+                block.groups = [group_of[id(p)] for p in block.params] if taken else []
+        for block in self.blocks:
+            if any(group is not block.groups[0] and group["beta"] != block.beta for group in block.groups[1:]):
+                raise ValueError(
+                    f"beta should be one for all parameters of {block.name!r}, but its groups differ in it"
+                )
 
     def _uses(self, blocks: list[Block], gs: list[Matrix], updating: bool = False) -> list[tuple[int, int]] | None:
         """How much P and S of each block will be used: in an update of λ, or else in steps until λ changes.

@@ -55,7 +55,7 @@ def operand_dtype(precision: str | None, device: torch.device, dtype: torch.dtyp
 
 
 def kernel_precision(precision: str | None) -> str:
-    """What our own GPU kernels multiply float32 in: "ieee", "tf32x3", "tf32" or "bf16". None follows torch's setting."""
+    """What our GPU kernels multiply float32 in: "ieee", "tf32x3", "tf32" or "bf16". None follows torch's setting."""
     return PRECISIONS[precision or _setting()][2]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference.factors import trace
-from .reference.products import Aux, Maths, Vectors
+from .reference.products import Aux, Maths, Vectors, no_cache
 from .reference.thin import Image, Sum, Thin
 
 Version = tuple[tuple[int, int], ...]
@@ -88,15 +88,19 @@ class Structure:
             self.refresh()
         return self._cache
 
-    @torch.inference_mode(False)  # what is kept is written to later
-    @torch.no_grad()
     def refresh(self, vectors: Vectors = None) -> None:
         """Bring the cache up to date with λ, for as much use as ``vectors`` says: products that would not pay for
         themselves are left out, and Q u then takes the factors.
         """
-        key = (self.version, self.operands, vectors)
-        if self._cache_key == key:
+        if self.maths.refresh is no_cache:
             return
+        key = (self.version, self.operands, vectors)
+        if self._cache_key != key:
+            self._refresh(key, vectors)
+
+    @torch.inference_mode(False)  # what is kept is written to later
+    @torch.no_grad()
+    def _refresh(self, key: tuple[Version, torch.dtype | None, Vectors], vectors: Vectors) -> None:
         stale = self._cache_key is None or self._cache_key[:2] != key[:2]
         if self._cache_key is not None and self._cache_key[1] != self.operands:
             self._memory = {}  # of another dtype

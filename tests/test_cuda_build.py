@@ -72,7 +72,7 @@ def test_an_old_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_extension_has_the_plan_and_needs_no_gpu_to_be_imported() -> None:
     if not native.features()["cuda"]:
         pytest.skip(native.cuda_status()[1])
-    extension = native._require()
+    extension = native.extension()
     plan = extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 3), (3, 1), (3, 1), 0, 0, 0)])], 0)
     assert plan.workspace_bytes > 0
     with pytest.raises(ValueError, match="block 'layer': its parts have 8 entries, not 12"):

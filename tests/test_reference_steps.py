@@ -1,4 +1,4 @@
-"""The θ step and the λ step against loops over scalars, dense Q(λ) and torch.optim.Adam."""
+"""The θ step and the λ step of every backend for CPUs against loops over scalars, dense Q(λ) and torch.optim.Adam."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from dense import dense_q, randn, randomise, relative
 from torch import Tensor, nn
 
 from fishleg_fast.blocks import Block, Part
-from fishleg_fast.reference import steps
+from fishleg_fast.reference import steps  # or the ops of another backend, by each_backend
 from fishleg_fast.structure import Structure
 from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 EXACT = {False: 1e-11, True: 1e-6}  # by capturable: the count of steps is then a float32 tensor, and so are powers of β
 

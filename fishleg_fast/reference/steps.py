@@ -46,9 +46,14 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     return _stack([dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
+def common_dtype(things: Sequence[Tensor | Block]) -> torch.dtype:
+    """float64 where anything is, float32 otherwise."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in things) else torch.float32
+
+
 def _stack(scalars: Sequence[Tensor]) -> Tensor:
     """Scalars of whatever dtype and device -> one vector on the first one's device."""
-    wide = torch.float64 if any(s.dtype == torch.float64 for s in scalars) else torch.float32
+    wide = common_dtype(scalars)
     return torch.stack([s.to(scalars[0].device, wide) for s in scalars])
 
 
@@ -78,9 +83,9 @@ def theta_step(
     times = 2 if nesterov else 1  # how often g is averaged into m̂
     xs, nats, corrections = [], [], []
     for block, g in zip(blocks, gs, strict=True):
-        x = g if momentum == "before" else dense(qv([block], [g])[0]).to(block.dtype)  # what m averages
+        x, nat = direction(block, g, momentum, times)
         xs.append(x)
-        nats.append(_averaged(block, x, times) if momentum == "after" else _natural(block, x, times))
+        nats.append(nat)
         corrections.append(1 - block.beta ** _number(block.step + times, capturable))
     norms = _stack([torch.linalg.vector_norm(nat) for nat in nats])
     corrected = _stack(corrections).to(norms) if capturable else norms.new_tensor(corrections)
@@ -91,23 +96,35 @@ def theta_step(
             block.product_version = None  # it is ahead of m
         return norms, ok
     if normalize == "rms":
-        scales = _rms_scales(gs, nats, norms)
+        scales = rms_scales(gs, nats, norms)
     elif normalize == "trust":
-        before = momentum == "before"
-        paired = [_averaged(b, g, times) for b, g in zip(blocks, gs, strict=True)] if before else gs
-        powers = corrected**2 if before else corrected
-        scales = _trust_scale(blocks, paired, nats, powers, kappa)
+        lengths = [trust_length(b, g, nat, momentum, times) for b, g, nat in zip(blocks, gs, nats, strict=True)]
+        total = (_stack(lengths) / (corrected**2 if momentum == "before" else corrected)).sum()
+        scales = trust_scale(total, kappa).expand_as(norms)
     else:
         scales = torch.ones_like(norms)
     scales = scales / corrected
     for block, x, nat, c in zip(blocks, xs, nats, scales if capturable else scales.tolist(), strict=True):
-        _average(block, x, ok if capturable else None)
-        block.step.add_(ok.to(block.step.device))
-        pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
-        for part, piece, grad, group in pieces:
-            if grad is not None:
-                _move(part.of(part.param), piece, c, group, ok)
+        move(block, x, nat, c, ok, capturable)
     return norms, ok
+
+
+def direction(block: Block, g: Matrix, momentum: str, times: int) -> tuple[Matrix, Tensor]:
+    """What m averages, and nat before its bias correction."""
+    if momentum == "before":
+        return g, _natural(block, g, times)
+    x = dense(qv([block], [g])[0]).to(block.dtype)
+    return x, _averaged(block, x, times)
+
+
+def move(block: Block, x: Matrix, nat: Tensor, c: Tensor | float, ok: Tensor, capturable: bool) -> None:
+    """Average x into m, count the step and move θ along nat times c, where ``ok``; a float c tells that it is."""
+    _average(block, x, ok if capturable else None)
+    block.step.add_(ok.to(block.step.device))
+    pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
+    for part, piece, grad, group in pieces:
+        if grad is not None:
+            _move(part.of(part.param), piece, c, group, ok)
 
 
 def _number(t: Tensor, capturable: bool) -> Tensor | float:
@@ -145,33 +162,47 @@ def _natural(block: Block, g: Matrix, times: int) -> Tensor:
     """Q m̂, but for the bias correction. Of a thin g by products of g alone, once Q m is known."""
     if not isinstance(g, Thin):
         return block.structure.product(_averaged(block, g, times))
+    know_product(block)
     product, nat = block.buffers()
-    if not block.product_known:
-        product.copy_(block.structure.product(block.momentum))
     block.structure.thin_product(g).into(nat)
     product.lerp_(nat, 1 - block.beta)
     block.product_version = block.structure.version
     return nat.lerp_(product, block.beta ** (times - 1))  # βQ m + (1−β)Q g, or Q m
 
 
-def _rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
+def know_product(block: Block) -> None:
+    """Make ``block.product`` Q m."""
+    if not block.product_known:
+        block.buffers()[0].copy_(block.structure.product(block.momentum))
+        block.product_version = block.structure.version
+
+
+def _constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers of ``like``'s kind. A CUDA graph cannot capture their copy from the host."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.stack([like.new_full((), value) for value in values])
+    return like.new_tensor(values)
+
+
+def rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
     """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
-    still = norms == 0
-    whole = [k for k, g in enumerate(gs) if not isinstance(g, Thin)]  # a thin one is not zero
-    if whole:
-        still[whole] |= torch.stack([is_zero(dense(gs[k])).to(norms.device) for k in whole])
-    sizes = norms.new_tensor([RMS * nat.numel() ** 0.5 for nat in nats])
+    zeros = [  # a thin one is not zero
+        norms.new_zeros((), dtype=torch.bool) if isinstance(g, Thin) else is_zero(dense(g)).to(norms.device) for g in gs
+    ]
+    still = torch.stack(zeros) | (norms == 0)
+    sizes = _constants([RMS * nat.numel() ** 0.5 for nat in nats], norms)
     return torch.where(still, 0, sizes / norms)
 
 
-def _trust_scale(
-    blocks: Sequence[Block], averages: Sequence[Matrix], nats: Sequence[Tensor], powers: Tensor, kappa: float
-) -> Tensor:
-    """c of all blocks, (len(blocks),), from m and nat before their bias correction, ``powers`` of it."""
-    dots = _stack([dot(m, nat) for m, nat in zip(averages, nats, strict=True)]) / powers
-    base = dots.new_tensor([b.groups[0]["base_lr"] ** 2 for b in blocks])
-    length = (dots * base).sum().clamp_min(torch.finfo(dots.dtype).tiny)
-    return (kappa / length).sqrt().clamp_max(1).expand_as(dots)
+def trust_length(block: Block, g: Matrix, nat: Tensor, momentum: str, times: int) -> Tensor:
+    """lr₀² m̂ᵀnat (gᵀnat with momentum "after") before the bias correction: a scalar."""
+    paired = _averaged(block, g, times) if momentum == "before" else g
+    return dot(paired, nat) * block.groups[0]["base_lr"] ** 2
+
+
+def trust_scale(length: Tensor, kappa: float) -> Tensor:
+    """c of all blocks, from the sum of their lengths: a scalar."""
+    return (kappa / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1)
 
 
 def _move(theta: Tensor, nat: Tensor, c: Tensor | float, group: dict, ok: Tensor) -> None:
@@ -207,27 +238,41 @@ def lambda_step(
     to v, so that only Q's shape is learned. The 𝒜 returned is that of Q as it is.
     Where a gradient is not finite, or u is zero, nothing is written. Returns (𝒜, whether the step was taken), scalars.
     """
-    uQu = inner(us, vs)
-    vFv = inner(vs, fvs) + damping * inner(vs, vs)  # with γI
-    loss = 0.5 * vFv - uQu
-    # Sampled Hessians may have negative curvature.
-    scale = None if learn_scale else torch.where(vFv > 0, uQu / vFv, 1)
-    ws = [_residual(u, v, fv, damping, scale) for u, v, fv in zip(us, vs, fvs, strict=True)]
-    if precondition:
-        ws = [b.structure.product(_whole(w)) for b, w in zip(blocks, ws, strict=True)]
+    loss, power, scale = aux_loss(us, vs, fvs, damping, learn_scale)
     all_grads = [
-        b.structure.thin_gradients(u, v, w)
-        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum)
-        else b.structure.gradients(dense(u), _whole(w))
-        for b, u, v, w in zip(blocks, us, vs, ws, strict=True)
+        aux_gradients(b, u, v, fv, damping, scale, precondition)
+        for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)
     ]
     sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
-    ok = torch.isfinite(_stack([*sums, loss])).all() & (uQu != 0)
+    ok = torch.isfinite(_stack([*sums, loss])).all() & (power != 0)
     if not capturable and not ok:
         return loss, ok
     for block, grads in zip(blocks, all_grads, strict=True):
-        _adam(block, grads, lr, betas, eps, ok)
+        adam_step(block, grads, lr, betas, eps, ok)
     return loss, ok
+
+
+def aux_loss(
+    us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Tensor], damping: float, learn_scale: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(𝒜, uᵀv, α), as ``lambda_step`` has them; α is None for 1."""
+    power = inner(us, vs)
+    vFv = inner(vs, fvs) + damping * inner(vs, vs)  # with γI
+    # Sampled Hessians may have negative curvature.
+    scale = None if learn_scale else torch.where(vFv > 0, power / vFv, 1)
+    return 0.5 * vFv - power, power, scale
+
+
+def aux_gradients(
+    block: Block, u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None, precondition: bool
+) -> dict[str, Tensor]:
+    """∂⟨w, Q u⟩/∂λ of one block, with w as ``lambda_step`` says and ``scale`` its α."""
+    w = _residual(u, v, fv, damping, scale)
+    if precondition:
+        w = block.structure.product(_whole(w))
+    if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
+        return block.structure.thin_gradients(u, v, w)
+    return block.structure.gradients(dense(u), _whole(w))
 
 
 def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
@@ -244,7 +289,7 @@ def _whole(w: Tensor | Sum) -> Tensor:
     return w if isinstance(w, Tensor) else sum((t.dense for t in w.terms), w.whole)
 
 
-def _adam(
+def adam_step(
     block: Block, grads: dict[str, Tensor], lr: float | Tensor, betas: tuple[float, float], eps: float, ok: Tensor
 ) -> None:
     """Adam on the block's λ where ``ok``, by torch's fused kernel: one pass over memory."""

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fishleg::cpu {
+
+/// Adds `Plan`, `adam_step` and `inner` to the module.
+void bind(pybind11::module_& m);
+
+}  // namespace fishleg::cpu

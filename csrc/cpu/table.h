@@ -1,0 +1,86 @@
+// What a plan knows of its blocks: pointers, shapes and strides. Strides count elements.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fishleg::cpu {
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+
+/// A matrix somewhere in memory, seen as rows × columns.
+struct View {
+    void* data = nullptr;
+    int64_t row_stride = 0;
+    int64_t column_stride = 0;
+    Dtype dtype = Dtype::float32;
+};
+
+/// A parameter, or some of its rows, as columns first … first + width of its block.
+struct Piece {
+    int64_t first = 0;
+    int64_t width = 0;
+    View param;
+    View grad;           // data null: zeros
+    bool moves = true;   // whether the parameter has a gradient, and so is moved
+    double lr = 0;
+    double weight_decay = 0;
+};
+
+/// How a block's natural gradient comes about, element by element.
+enum class Source : int {
+    product,         // nat = Q m̂ is given
+    thin,            // Q g is given, and Q m of the step before
+    diagonal,        // nat = d² m̂
+    after,           // momentum after Q: x = Q g is given
+    after_diagonal,  // momentum after Q: x = d² g
+};
+
+/// One layer's parameters as a matrix. All matrices but those of pieces are dense, row by row.
+struct Block {
+    std::string name;
+    Dtype dtype = Dtype::float32;  // of λ and all of the block's own matrices
+    int64_t rows = 0;
+    int64_t columns = 0;
+    std::vector<Piece> pieces;
+    void* momentum = nullptr;
+    float* step = nullptr;         // how often it was stepped
+    void* diagonal = nullptr;      // d
+    // Of this step:
+    Source source = Source::product;
+    const void* given = nullptr;   // Q m̂, or Q g
+    Dtype given_dtype = Dtype::float32;
+    void* product = nullptr;       // Q m, which follows
+    double beta = 0;
+    double base_lr = 0;            // before any schedule
+};
+
+/// Some rows and columns of a block: what one thread does at a time.
+struct Task {
+    int block;
+    int64_t row_begin, row_end, column_begin, column_end;
+};
+
+/// One of λ's tensors with Adam's moments and the gradient.
+struct AdamTensor {
+    std::string name;
+    int64_t count = 0;
+    void* value = nullptr;
+    void* exp_avg = nullptr;
+    void* exp_avg_sq = nullptr;
+    const void* grad = nullptr;
+    Dtype grad_dtype = Dtype::float32;
+    Dtype dtype = Dtype::float32;
+    double step = 0;  // that of its block, this one included
+};
+
+/// Two lists of numbers of one type, whose products are summed.
+struct Pair {
+    const void* x = nullptr;
+    const void* y = nullptr;
+    int64_t count = 0;
+    Dtype dtype = Dtype::float32;
+};
+
+}  // namespace fishleg::cpu

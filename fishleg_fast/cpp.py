@@ -1,0 +1,181 @@
+"""The ``cpp`` backend: the passes over memory of a step in C++ (csrc/cpu), on torch's threads; products by torch.
+
+The reference takes an operation of torch for every few elements' arithmetic and every block; here all blocks take two
+passes, one for the norms and one that writes. Rules and signatures are those of ``reference.steps``.
+
+A convolution's weight in ``channels_last`` or another layout that is no matrix is copied there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import native
+from .plan import CODES, Plan, _dtype, plan_of
+from .reference import steps
+from .reference.steps import qv as qv
+from .reference.steps import refresh as refresh
+from .reference.thin import Matrix, Split, Thin, dense
+
+if TYPE_CHECKING:
+    from .blocks import Block
+
+PRODUCT, THIN, DIAGONAL, AFTER, AFTER_DIAGONAL = range(5)  # Source of csrc/cpu/table.h
+
+
+def available(device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
+    """Where the extension is built, for parameters on the CPU."""
+    if device is not None and device.type != "cpu":
+        return False, f"it runs on the CPU, not on {device.type}"
+    ok, reason = native.available()
+    return ok, f"C++, compiled for {native.extension().instruction_set()}" if ok else reason
+
+
+def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
+    """⟨x, y⟩ over all blocks together: a scalar, float64 where any block is."""
+    left, right = _tensors(xs), _tensors(ys)
+    dtypes = None if left is None or right is None else [*map(_dtype, left)]
+    if left is None or right is None or dtypes is None or dtypes != [*map(_dtype, right)]:
+        return steps.inner(xs, ys)
+    addresses = [*map(Tensor.data_ptr, left)]
+    others = [*map(Tensor.data_ptr, right)]
+    codes = [CODES[dtype] for dtype in dtypes]
+    sum_ = native.extension().inner(addresses, others, [*map(Tensor.numel, left)], codes, torch.get_num_threads())
+    return torch.tensor(sum_, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
+
+
+def _tensors(xs: Sequence[Matrix]) -> list[Tensor] | None:
+    """``xs`` where the C++ code takes them: tensors without gaps, of one of its types."""
+    whole = [x.dense if isinstance(x, Split) else x for x in xs]
+    tensors = [x for x in whole if isinstance(x, Tensor) and x.is_contiguous() and x.dtype in CODES]
+    return tensors if len(tensors) == len(whole) else None
+
+
+def theta_step(
+    blocks: Sequence[Block],
+    gs: Sequence[Matrix],
+    *,
+    momentum: str = "before",
+    nesterov: bool = False,
+    normalize: str | None = "rms",
+    kappa: float = 1e-3,
+    capturable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.steps.theta_step``."""
+    plan = plan_of(blocks)
+    plan.place(gs)
+    plan.set_rates()
+    plan.set_mode(DIAGONAL if momentum == "before" else AFTER_DIAGONAL)
+    times, threads = 2 if nesterov else 1, torch.get_num_threads()
+    given = _give(plan, gs, momentum, times, threads)
+    norms = torch.empty(len(blocks), dtype=torch.float64)
+    ok = plan.native.theta_step(norms.data_ptr(), times, normalize, kappa, threads)
+    del given
+    if ok:
+        plan.bring_back()
+        torch.autograd.graph.increment_version(plan.moved)
+        for k in plan.formed:
+            follows = momentum == "before" and isinstance(gs[k], Thin)
+            blocks[k].product_version = blocks[k].structure.version if follows else None
+    return norms.to(plan.dtype), torch.tensor(ok)
+
+
+def _give(plan: Plan, gs: Sequence[Matrix], momentum: str, times: int, threads: int) -> list[Tensor]:
+    """Give the plan the products with Q. Returns the tensors that it points to."""
+    before = momentum == "before"
+    blocks = plan.blocks
+    averaged = [k for k in plan.formed if before and not isinstance(gs[k], Thin)]
+    if averaged:
+        outs = [0] * len(blocks)
+        for k in averaged:
+            outs[k] = blocks[k].room().data_ptr()
+        plan.native.average(outs, times, threads)
+    kept = []
+    for k in plan.formed:
+        block, g, product = blocks[k], gs[k], 0
+        if not before:
+            source, given = AFTER, dense(qv([block], [g])[0]).to(block.dtype)
+        elif isinstance(g, Thin):
+            steps.know_product(block)
+            source, given = THIN, _image(block, g)
+            product = block.buffers()[0].data_ptr()
+        else:
+            source, given = PRODUCT, block.structure.product(block.room())
+        given = given.contiguous()
+        kept.append(given)
+        plan.native.give(k, source, given.data_ptr(), CODES[given.dtype], product)
+    return kept
+
+
+def _image(block: Block, g: Thin) -> Tensor:
+    """Q g of a thin g, (m, n), in the block's scratch memory; in bfloat16 where products are rounded to that."""
+    image, room = block.structure.thin_product(g), block.room()
+    if image.E.dtype == torch.bfloat16:
+        room = room.view(-1).view(torch.bfloat16)[: room.numel()].view(room.shape)
+    return torch.mm(image.E.T, image.H, out=room)
+
+
+def lambda_step(
+    blocks: Sequence[Block],
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix],
+    fvs: Sequence[Tensor],
+    *,
+    damping: float,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    precondition: bool = False,
+    learn_scale: bool = True,
+    capturable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.steps.lambda_step``."""
+    loss, power, scale = steps.aux_loss(us, vs, fvs, damping, learn_scale)
+    all_grads = [
+        steps.aux_gradients(b, u, v, fv, damping, scale, precondition)
+        for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)
+    ]
+    mine = [(b, grads) for b, grads in zip(blocks, all_grads, strict=True) if _native(b)]
+    others = [(b, grads) for b, grads in zip(blocks, all_grads, strict=True) if not _native(b)]
+    ok = bool(torch.isfinite(loss)) and bool(power != 0)
+    ok = ok and all(bool(torch.isfinite(g).all()) for _, grads in others for g in grads.values())
+    ok = ok and _adam(mine, float(lr), betas, eps)
+    if ok:
+        for block, grads in others:
+            steps.adam_step(block, grads, lr, betas, eps, torch.tensor(True))
+    return loss, torch.tensor(ok)
+
+
+def _native(block: Block) -> bool:
+    """Whether all of λ is as the C++ code takes it, which that of a user's layer need not be."""
+    aux = block.structure.fishleg_aux
+    tensors = [t for name in aux for t in (aux[name], block.exp_avg[name], block.exp_avg_sq[name])]
+    return all(t.dtype == block.dtype and t.is_contiguous() for t in tensors)
+
+
+def _adam(chosen: Sequence[tuple[Block, dict[str, Tensor]]], lr: float, betas: tuple[float, float], eps: float) -> bool:
+    """Adam on the λ of blocks; whether it was taken."""
+    rows, kept, written = [], [], []
+    for block, grads in chosen:
+        count = float(block.aux_step) + 1
+        for name, grad in grads.items():
+            value = block.structure.fishleg_aux[name]
+            if grad.dtype not in (block.dtype, torch.bfloat16):
+                grad = grad.to(block.dtype)
+            grad = grad.contiguous()
+            kept.append(grad)
+            written.append(value)
+            addresses = (t.data_ptr() for t in (value, block.exp_avg[name], block.exp_avg_sq[name], grad))
+            rows.append(
+                (f"{block.name}.{name}", value.numel(), *addresses, CODES[grad.dtype], CODES[value.dtype], count)
+            )
+    if not native.extension().adam_step(rows, lr, *betas, eps, torch.get_num_threads()):
+        return False
+    torch.autograd.graph.increment_version(written)
+    for block, _ in chosen:
+        block.aux_step.add_(1)
+    return True
