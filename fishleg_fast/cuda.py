@@ -5,7 +5,9 @@ bfloat16 or float16, read and written where they are. ``why_outside`` says which
 reference's functions in the same op, with the same decision, norms and trust scale. Nothing waits for the device,
 but for counters of steps that are on the CPU (``capturable=False``).
 
-A plan has one workspace: steps of one optimizer on several streams have to be ordered by the caller.
+A plan has one workspace: steps of one optimizer on several streams have to be ordered by the caller. ``refresh`` always
+forms both P and S of a block. The kernels have been tested compiled for the CPU (tests/cuda_emulation.py) and by ptxas's
+report, but not on a device yet.
 """
 
 from __future__ import annotations

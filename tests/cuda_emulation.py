@@ -60,11 +60,13 @@ def build(sources: Sequence[Path], name: str, flags: Sequence[str], link: Sequen
     if sys.platform != "linux" or cxx is None:
         pytest.skip("the kernels are compiled for the CPU by g++ or clang++ on Linux")
     folder = ROOT / "build/cuda_on_cpu"
-    target = folder / fingerprint(cxx, name, *flags, *link) / name
+    target = folder / f"{name}-{fingerprint(cxx, *flags, *link)}" / name
     with only_one(folder):
         if target.exists():
             return target
-        target.parent.mkdir(exist_ok=True)
+        for old in folder.glob(f"{name}-*"):
+            shutil.rmtree(old)
+        target.parent.mkdir()
 
         def run(*command: str) -> None:
             done = subprocess.run(command, capture_output=True, text=True)

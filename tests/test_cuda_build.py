@@ -136,6 +136,8 @@ def compiled() -> list[dict]:
 
     with only_one(folder):
         if not result.exists():
+            for old in folder.glob("ptxas-*.json"):
+                old.unlink()
             with ThreadPoolExecutor(2) as pool:
                 rows = [row for rows in pool.map(compile_one, DEVICE_KERNELS) for row in rows]
             result.write_text(json.dumps(rows))
