@@ -6,8 +6,8 @@ reference's functions in the same op, with the same decision, norms and trust sc
 but for counters of steps that are on the CPU (``capturable=False``).
 
 A plan has one workspace: steps of one optimizer on several streams have to be ordered by the caller. ``refresh`` always
-forms both P and S of a block. The kernels have been tested compiled for the CPU (tests/cuda_emulation.py) and by ptxas's
-report, but not on a device yet.
+forms both P and S of a block. The kernels have been tested as compiled for the CPU (tests/cuda_emulation.py) and by
+ptxas's report, but not on a device yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .reference.thin import Matrix, Split, Thin, dense, dot, is_zero
 
 NORMALIZE = {None: 0, "rms": 1, "trust": 2}
 LEAST_CAPABILITY = (8, 0)
-ALIGNED = 4  # entries: rows of P and S at multiples of 16 bytes, which the kernels copy four times as fast as others
+ALIGNED = 4  # entries: rows of P and S start at multiples of 16 bytes, and are copied 16 bytes at a time instead of 4
 
 
 def available(device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
