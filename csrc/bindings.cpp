@@ -4,6 +4,9 @@
 #include "build_info.h"
 #include "cpu/bindings.h"
 #include "cuda/device_status.h"
+#if defined(FISHLEG_WITH_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -25,4 +28,7 @@ PYBIND11_MODULE(_native, m) {
     }, "(whether a CUDA device can be used, what was found or why not).");
 
     fishleg::cpu::bind(m);
+#if defined(FISHLEG_WITH_CUDA)
+    bind_cuda(m);
+#endif
 }

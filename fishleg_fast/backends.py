@@ -17,6 +17,7 @@ BACKENDS = {
     "cpp": "fishleg_fast.cpp",
     "reference": "fishleg_fast.reference",
     "triton": "fishleg_fast.kernels.backend",
+    "cuda": "fishleg_fast.cuda",
 }
 
 _log = logging.getLogger("fishleg_fast")

@@ -29,14 +29,6 @@ def _empty() -> Tensor:
     return torch.zeros(())
 
 
-def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a GPU rows begin at multiples of 16 elements, with zeros between them: kernels then read whole vectors."""
-    m, n = shape
-    if device.type != "cuda" or n == 1:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.zeros(m, -(-n // 16) * 16, dtype=dtype, device=device)[:, :n]
-
-
 @dataclass(eq=False)
 class Block:
     """What every op takes: parameters, gradients, λ, moving averages and hyperparameters of one layer.
@@ -118,7 +110,7 @@ class Block:
         device = self.parts[0].param.device
         counters = device if on_device else torch.device("cpu")
         self.step, self.aux_step = torch.zeros((), device=counters), torch.zeros((), device=counters)
-        self.momentum = _zeros(self.shape, self.dtype, device)
+        self.momentum = torch.zeros(self.shape, dtype=self.dtype, device=device)
         self.exp_avg = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
         self.exp_avg_sq = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
         self.moments = self.structure.new_moments()

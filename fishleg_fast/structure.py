@@ -111,6 +111,24 @@ class Structure:
         self._memory = {**self._memory, **self._cache}
         self._cache_key = key
 
+    def holds(self, *names: str) -> bool:
+        """Whether the cached products of those names are there, and of today's λ."""
+        key = self._cache_key
+        return key is not None and key[:2] == (self.version, self.operands) and all(n in self._cache for n in names)
+
+    @torch.inference_mode(False)
+    def rooms(self, multiple: int = 1, **like: Tensor) -> Aux:
+        """Memory for the cached products of those names, to be filled and adopted: as large as the matrices given, with
+        rows that start at multiples of so many entries.
+        """
+        rooms = {}
+        for name, t in like.items():
+            old = self._memory.get(name)
+            if old is None or old.dtype != t.dtype or old.stride(0) % multiple:
+                old = t.new_empty(t.shape[0], -(-t.shape[1] // multiple) * multiple)[:, : t.shape[1]]
+            rooms[name] = old
+        return rooms
+
     def adopt(self, cache: Aux) -> None:
         """Take over products that a backend made of λ as it is now, in memory that they keep."""
         if self.operands not in (None, self._dtype):

@@ -1,0 +1,6 @@
+// The CUDA plan's Python face.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_cuda(pybind11::module_& m);

@@ -1,0 +1,194 @@
+// What kernels are told: descriptors of matrix products and of parameters, passed by value as kernel parameters.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace fishleg::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t, without CUDA's headers
+
+/// What a thread block found of one tile, and sums of it. Their order is fixed, so that a step repeats bit for bit.
+struct Sums {
+    double a, b, c;
+};
+
+enum class Precision : int32_t { ieee, tf32x3, tf32, bf16 };  // what float32 is multiplied in; sums are float32
+
+/// Which operands of C = A B are stored transposed.
+enum class Layout : int32_t { nn, tn, nt };
+
+/// One product C (M, N) = A (M, K) B (K, N), row-major with leading dimensions.
+struct Product {
+    const float* A;
+    const float* B;
+    float* C;
+    const float* outer;  // (M, N) dense or null: C ← outer∘(A B)
+    const float* pair;   // as C's layout or null: Σ pair∘(A B) is wanted
+    Sums* sums;          // of each tile: (Σ C², Σ pair∘(A B), 0); or null
+    int32_t lda, ldb, ldc;
+    int32_t M, N, K;
+    Layout layout;
+    int32_t symmetric;  // M = N: C is, and half its tiles are computed
+    int32_t aligned_a, aligned_b;  // whether rows start at multiples of 16 bytes
+    int32_t tiles_n;
+    int32_t first_tile;
+};
+
+/// Q u of a block whose rows of n entries fit in shared memory: C (m, n) = outer∘(P X S).
+struct Chain {
+    const float* P;  // (m, m) with leading dimension ldp
+    const float* X;  // (m, n) with leading dimension ld
+    const float* S;  // (n, n) with leading dimension lds
+    float* C;        // (m, n) with leading dimension ldc
+    const float* outer;
+    Sums* sums;  // of each tile: (Σ C², Σ X∘(P X S), 0); or null
+    int32_t m, n, ldp, lds, ld, ldc;
+    int32_t aligned_p, aligned_s;
+    int32_t first_tile;
+};
+
+/// M ← M + Mᵀ in place, for M (n, n).
+struct Square {
+    float* M;
+    int32_t n, ld;
+    int32_t first_tile;
+};
+
+enum class Type : int32_t { f32, bf16, f16 };
+
+constexpr int most_dims = 4;
+struct AuxLoss;
+
+/// A parameter, or some of its rows, beside the block's matrices. Dimensions are outermost first; unused ones are 1.
+struct Part {
+    int64_t sizes[most_dims];
+    int64_t theta_strides[most_dims], g_strides[most_dims];       // of the parameter and of its gradient
+    int64_t matrix_strides[most_dims], padded_strides[most_dims];  // of (m, n) dense, and with the room's leading dimension
+    void* theta;                                                   // null: keep it
+    const void* g;     // null: zeros
+    const float* scale;  // a factor of g, or null
+    float* momentum;     // all from here on at the part's first entry
+    const float* factor;  // A (m, n) of a Kron or null; d of a Diagonal
+    float* x;             // padded
+    float* y;             // padded: the block's Q m̂, or the residual w
+    const float* v;       // (m, n) dense
+    const float* fv;
+    float* grad;  // (m, n) dense: of d
+    const AuxLoss* aux;
+    Sums* sums;   // of each tile
+    const double* step_scale;  // c over the bias correction of the block
+    const float* lr_pointer;   // null: lr
+    const uint8_t* ok;         // whether the step is taken
+    float lr, decay;            // decay: of the λ step's residual γ
+    float weight, lead_weight;  // of g in m, 1 − β; and in m̂, 1 − βᵗⁱᵐᵉˢ
+    int32_t diagonal;           // Q u = d²∘u
+    Type theta_type, g_type;
+    int32_t dims;
+    int32_t first_tile;
+    int64_t count;
+    int64_t offset;  // of its first entry in (m, n) dense
+};
+
+constexpr int tile_entries = 4096;  // of a part, by one thread block
+
+/// One tensor of λ under Adam.
+struct Lambda {
+    float* value;
+    const float* grad;
+    float* exp_avg;
+    float* exp_avg_sq;
+    const float* step_pointer;  // steps so far, on the device; null: ``step``
+    const float* lr_pointer;    // null: lr
+    const uint8_t* ok;
+    double lr, beta1, beta2, eps, step;
+    int64_t count;
+    int32_t first_tile;
+};
+
+/// A counter of steps on the device, to go up by one where the step is taken.
+struct Counter {
+    float* value;
+    const uint8_t* ok;
+    int32_t first_tile;
+};
+
+/// What is known of a block's nat when the step is decided.
+struct Account {
+    double norm;   // ‖nat‖, corrected
+    double power;  // lr₀² m̂ᵀnat, corrected
+    double correction;
+    int64_t entries;  // m n
+    int32_t still;    // g is all zero
+};
+
+/// Where one block's sums are: (Σ nat², Σ m̂∘nat, entries of g that are not zero).
+struct Claim {
+    const Sums* first;  // of the pass over the parameters
+    const Sums* second;  // of the products
+    int32_t first_count, second_count;
+    int64_t entries;
+    const float* step_pointer;  // steps so far, on the device; null: ``step``
+    double step, beta, base_lr;
+    int32_t times;              // how often g is averaged into m̂
+    int32_t squared;            // both factors of the power are without their bias correction
+    Account* account;
+    int32_t first_tile;
+};
+
+enum class Normalize : int32_t { none, rms, trust };
+
+/// The decision about a θ step.
+struct ThetaVerdict {
+    const Account* accounts;
+    int32_t count;
+    Normalize normalize;
+    double kappa;
+    double* scales;       // of each block: c over the bias correction
+    float* norms;         // of each block
+    double* wide_norms;   // the same
+    uint8_t* ok;
+};
+
+/// 𝒜 and the best multiple of Q, from the sums (uᵀv, vᵀF v, vᵀv) of all tiles.
+struct AuxLoss {
+    double alpha, loss, power;
+};
+
+struct AuxLossJob {
+    const Sums* sums;
+    int64_t count;
+    double damping;
+    int32_t learn_scale;
+    AuxLoss* out;
+    float* loss;
+    float* alpha;
+};
+
+/// The decision about a λ step, from the sums of squares of all gradients.
+struct AuxVerdict {
+    const Sums* sums;
+    int64_t count;
+    const AuxLoss* aux;
+    uint8_t* ok;
+};
+
+/// ⟨x, y⟩ of two pieces that lie alike, without gaps.
+struct Pair {
+    const void* x;
+    const void* y;
+    Sums* sums;
+    int64_t count;
+    Type x_type, y_type;
+    int32_t first_tile;
+};
+
+/// The sum of Σ a of all tiles, times up to two factors.
+struct Total {
+    const Sums* sums;
+    int64_t count;
+    float* out;
+};
+
+}  // namespace fishleg::cuda
