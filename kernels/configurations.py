@@ -44,7 +44,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
 }
 
 # Elementwise kernels: (rows, columns, warps).
-ELEMENTWISE = (8, 128, 4)
+ELEMENTWISE = (16, 128, 8)
 COPY = (32, 32, 4)  # of a matrix that may be transposed
 INNER = (16, 64)  # elementwise tiles between a product's, whose warps they have
 

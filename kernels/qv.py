@@ -95,7 +95,7 @@ def _kron(blocks: list[Block], us: list[Matrix], dtype: torch.dtype, precision: 
 def _products(rows: Rows, middles: Rows, scaled: bool, precision: str, device: torch.device) -> None:
     """Into each row's F_OUT; ``middles``: of the DiagKron blocks among them."""
     shapes, table, arch = rows.shapes, rows.device(device), capability(device)
-    found = shape_class([s[:2] for s in shapes], precision, arch, processors(device), rows.general or len(middles) > 0)
+    found = shape_class([s[:2] for s in shapes], precision, arch, processors(device), rows.general or scaled)
     config = tile(found, precision, arch)
     shared = {"SCALED": scaled, "PRECISION": precision, **rows.constants(), **config._asdict()}
     none = upload((0.0,), torch.float32, device)  # stands for what is not read

@@ -161,9 +161,9 @@ def test_products(arch: int, precision: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", SHARED)
 def test_elementwise(arch: int, tmp_path: Path) -> None:
-    target = GPUTarget("cuda", arch, 32)
+    target, warps = GPUTarget("cuda", arch, 32), {"inner": inner.WARPS, "copy": COPY[2]}
     for name, (function, constants) in {**ELEMENTWISES, **VARIANTS_OF_ELEMENTWISE}.items():
-        kernel = compiled(function, constants, target, inner.WARPS if name == "inner" else ELEMENTWISE[2])
+        kernel = compiled(function, constants, target, warps.get(name, ELEMENTWISE[2]))
         check_resources(kernel, arch, f"{name} sm_{arch}", tmp_path)
         assert name != "update" or "st.global.v4" in kernel.asm["ptx"]
 
