@@ -268,6 +268,14 @@ def test_thin_and_uncovered_blocks_go_to_the_reference() -> None:
     assert relative(w, steps.qv(blocks[1:], [randn(6, 5).float()])[0]) <= 1e-6
 
 
+@pytest.mark.parametrize("name", "RLAB")
+def test_lambda_has_to_be_row_major(name: str) -> None:
+    block = make_block(DiagKron(3, 3, dtype=torch.float32), [randn(3, 3).float()])
+    block.structure.fishleg_aux[name] = randn(3, 3).float().T
+    with pytest.raises(ValueError, match="row-major"):
+        backend.qv([block], [randn(3, 3).float()])
+
+
 def test_inner() -> None:
     xs = [randn(63, 5).float(), randn(4, 3, 2).permute(2, 0, 1).bfloat16(), randn(0, 3).float(), randn(5000).float()]
     want = sum((x.double() ** 2).sum() for x in xs)
