@@ -70,15 +70,8 @@ class _Ready:
 def products_left_out(loss: tuple[Tensor, Tensor, None], gradients: dict[int, dict[str, Tensor]]) -> Iterator[None]:
     """Both backends' θ and λ steps without matrix products: what they would compute stays as it was."""
 
-    def image(block: Block, g: Thin) -> Tensor:  # cpp's: in the type that it would have
-        room = block.room()
-        if block.structure.operands == torch.bfloat16:
-            room = room.view(-1).view(torch.bfloat16)[: room.numel()].view(room.shape)
-        return room
-
     with (
         mock.patch.object(Structure, "thin_product", lambda structure, g: _Ready()),
-        mock.patch.object(cpp, "_image", image),
         mock.patch.object(steps, "aux_loss", lambda *args: loss),
         mock.patch.object(steps, "aux_gradients", lambda block, *args: gradients[id(block)]),
     ):
@@ -136,10 +129,7 @@ def one_round(
     for block in some:
         product, image = block.buffers()
         torch.nn.init.normal_(product)
-        if block.structure.operands == torch.bfloat16 and ops is cpp:
-            image.view(-1).view(torch.bfloat16).normal_()
-        else:
-            image.normal_()
+        image.normal_()
         block.product_version = block.structure.version
     theta = seconds(lambda: ops.theta_step(some, gs, nesterov=True))
     aux = seconds(lambda: ops.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=1e-9, eps=1e-7))
@@ -206,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "host": {layer: host(args.rounds, layer) for layer in LAYERS},
         "about": [
             "Matrix products are left out of the former: both backends find the same results of them in memory. In",
-            "medium precision the C++ backend takes Q g in bfloat16. Medians; quartiles of ratios in brackets.",
+            "medium precision λ's gradients are in bfloat16. Medians; quartiles of ratios in brackets.",
             "A θ step is the op with all blocks' gradients at hand; the whole step is optimizer.step(), which gathers",
             "them and takes their norm, without updates of λ; both of 20 in a row. Made by `make bench-passes`.",
         ],

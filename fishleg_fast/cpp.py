@@ -107,16 +107,14 @@ def _give(plan: Plan, gs: Sequence[Matrix], momentum: str, times: int, threads: 
             source, given = PRODUCT, block.structure.product(block.room())
         given = given.contiguous()
         kept.append(given)
-        plan.native.give(k, source, given.data_ptr(), CODES[given.dtype], product)
+        plan.native.give(k, source, given.data_ptr(), product)
     return kept
 
 
 def _image(block: Block, g: Thin) -> Tensor:
-    """Q g of a thin g, (m, n), in the block's scratch memory; in bfloat16 where products are rounded to that."""
-    image, room = block.structure.thin_product(g), block.room()
-    if image.E.dtype == torch.bfloat16:
-        room = room.view(-1).view(torch.bfloat16)[: room.numel()].view(room.shape)
-    return torch.mm(image.E.T, image.H, out=room)
+    """Q g of a thin g, (m, n), in the block's scratch memory."""
+    block.structure.thin_product(g).into(block.room())
+    return block.room()
 
 
 def lambda_step(

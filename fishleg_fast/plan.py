@@ -139,7 +139,7 @@ class Plan:
             self._mode = diagonal_source
             for k, d in enumerate(self._diagonals):
                 if d is not None:
-                    self.native.give(k, diagonal_source, 0, 0, 0)
+                    self.native.give(k, diagonal_source, 0, 0)
 
 
 def plan_of(blocks: Sequence[Block]) -> Plan:

@@ -196,7 +196,7 @@ def test_errors_name_the_block() -> None:
     optimizer.step()
     plan = optimizer.blocks[0].plan
     assert isinstance(plan, Plan) and plan.blocks == optimizer.blocks
-    plan.native.give(0, 0, 0, 0, 0)
+    plan.native.give(0, 0, 0, 0)
     with pytest.raises(ValueError, match="block '0': what its natural gradient is made of is missing"):
         plan.native.theta_step(torch.empty(9, dtype=torch.float64).data_ptr(), 2, "rms", 1e-3, 1)
     with pytest.raises(ValueError, match="block '0' should get 2 parameters but gets: 0"):
@@ -204,4 +204,4 @@ def test_errors_name_the_block() -> None:
     with pytest.raises(ValueError, match="addresses but have: 1"):
         plan.native.point([1])
     with pytest.raises(IndexError):
-        plan.native.give(99, 0, 0, 0, 0)
+        plan.native.give(99, 0, 0, 0)

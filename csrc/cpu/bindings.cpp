@@ -79,11 +79,10 @@ void point(Plan& plan, const std::vector<uintptr_t>& grads) {
         for (Piece& piece : block.pieces) piece.grad.data = pointer(grads[k++]);
 }
 
-void give(Plan& plan, size_t index, int source, uintptr_t given, int dtype, uintptr_t product) {
+void give(Plan& plan, size_t index, int source, uintptr_t given, uintptr_t product) {
     Block& block = plan.blocks().at(index);
     block.source = static_cast<Source>(source);
     block.given = pointer(given);
-    block.given_dtype = dtype_of(dtype);
     block.product = pointer(product);
 }
 

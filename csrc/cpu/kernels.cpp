@@ -117,9 +117,9 @@ bool average(const Block& block, const Task& task, const Pass& pass, void* out) 
 }
 
 /// One element of a block: what `source` makes of it.
-template <class T, Source source, class Given>
+template <class T, Source source>
 struct Element {
-    const Given* given;
+    const T* given;
     const T* product;
     const T* momentum;
     const T* diagonal;
@@ -127,24 +127,23 @@ struct Element {
 
     /// What m averages: g, or Q g where momentum comes after Q.
     T averaged(int64_t j, T g) const {
-        if constexpr (source == Source::after) return static_cast<T>(widen(given[j]));
+        if constexpr (source == Source::after) return given[j];
         if constexpr (source == Source::after_diagonal) return diagonal[j] * diagonal[j] * g;
         return g;
     }
-    T next_product(int64_t j) const { return lerp(product[j], static_cast<T>(widen(given[j])), follow); }
+    T next_product(int64_t j) const { return lerp(product[j], given[j], follow); }
     T nat(int64_t j, T g) const {
-        if constexpr (source == Source::product) return static_cast<T>(widen(given[j]));
-        if constexpr (source == Source::thin) return lerp(static_cast<T>(widen(given[j])), next_product(j), nesterov);
+        if constexpr (source == Source::product) return given[j];
+        if constexpr (source == Source::thin) return lerp(given[j], next_product(j), nesterov);
         if constexpr (source == Source::diagonal) return diagonal[j] * diagonal[j] * lerp(momentum[j], g, weight);
         return lerp(momentum[j], averaged(j, g), weight);
     }
 };
 
-template <class T, Source source, class Given>
-Element<T, source, Given> element(const Block& block, const Pass& pass, int64_t offset) {
+template <class T, Source source>
+Element<T, source> element(const Block& block, const Pass& pass, int64_t offset) {
     const auto from = [&](const void* base) { return base ? static_cast<const T*>(base) + offset : nullptr; };
-    const Given* given = block.given ? static_cast<const Given*>(block.given) + offset : nullptr;
-    return {given, from(block.product), from(block.momentum), from(block.diagonal), static_cast<T>(pass.average),
+    return {from(block.given), from(block.product), from(block.momentum), from(block.diagonal), static_cast<T>(pass.average),
             static_cast<T>(pass.follow), static_cast<T>(pass.nesterov)};
 }
 
@@ -152,7 +151,7 @@ constexpr bool reads_gradient(Source source) {
     return source == Source::diagonal || source == Source::after_diagonal;
 }
 
-template <class T, Source source, class Given>
+template <class T, Source source>
 Sums sums(const Block& block, const Task& task, const Pass& pass, bool with_gradient, bool with_power) {
     Sums total;
     const bool read = reads_gradient(source) || with_gradient || with_power;
@@ -160,7 +159,7 @@ Sums sums(const Block& block, const Task& task, const Pass& pass, bool with_grad
     for_runs(block, task, segment, [&](const Piece& piece, int64_t row, int64_t column, int64_t offset, int64_t count) {
         T room[segment];
         const T* g = read ? row_of<T>(piece.grad, row, column, count, room) : nullptr;
-        const auto e = element<T, source, Given>(block, pass, offset);
+        const auto e = element<T, source>(block, pass, offset);
         T square = 0, power = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t j = 0; j < count; ++j) {
@@ -180,7 +179,7 @@ Sums sums(const Block& block, const Task& task, const Pass& pass, bool with_grad
     return total;
 }
 
-template <class T, Source source, class Given>
+template <class T, Source source>
 void apply(const Block& block, const Task& task, const Pass& pass) {
     T* momentum = static_cast<T*>(block.momentum);
     T* product = static_cast<T*>(block.product);
@@ -189,7 +188,7 @@ void apply(const Block& block, const Task& task, const Pass& pass) {
         T gradient_room[segment], param_room[segment];
         const T* g = row_of<T>(piece.grad, row, column, count, gradient_room);
         T* theta = piece.moves ? row_of<T>(piece.param, row, column, count, param_room) : param_room;
-        const auto e = element<T, source, Given>(block, pass, offset);
+        const auto e = element<T, source>(block, pass, offset);
         T* m = momentum + offset;
         T* q = source == Source::thin ? product + offset : nullptr;
         const T move = static_cast<T>(piece.lr * pass.scale), decay = static_cast<T>(piece.lr * piece.weight_decay);
@@ -208,38 +207,25 @@ void apply(const Block& block, const Task& task, const Pass& pass) {
     });
 }
 
-template <class T, Source source>
-Sums sums_of(const Block& block, const Task& task, const Pass& pass, bool with_gradient, bool with_power) {
-    if (block.given_dtype == Dtype::bfloat16)
-        return sums<T, source, BFloat16>(block, task, pass, with_gradient, with_power);
-    return sums<T, source, T>(block, task, pass, with_gradient, with_power);
-}
-
-template <class T, Source source>
-void apply_of(const Block& block, const Task& task, const Pass& pass) {
-    if (block.given_dtype == Dtype::bfloat16) return apply<T, source, BFloat16>(block, task, pass);
-    return apply<T, source, T>(block, task, pass);
-}
-
 template <class T>
 Sums any_sums(const Block& block, const Task& task, const Pass& pass, bool with_gradient, bool with_power) {
     switch (block.source) {
-        case Source::product: return sums_of<T, Source::product>(block, task, pass, with_gradient, with_power);
-        case Source::thin: return sums_of<T, Source::thin>(block, task, pass, with_gradient, with_power);
-        case Source::diagonal: return sums<T, Source::diagonal, T>(block, task, pass, with_gradient, with_power);
-        case Source::after: return sums_of<T, Source::after>(block, task, pass, with_gradient, with_power);
-        default: return sums<T, Source::after_diagonal, T>(block, task, pass, with_gradient, with_power);
+        case Source::product: return sums<T, Source::product>(block, task, pass, with_gradient, with_power);
+        case Source::thin: return sums<T, Source::thin>(block, task, pass, with_gradient, with_power);
+        case Source::diagonal: return sums<T, Source::diagonal>(block, task, pass, with_gradient, with_power);
+        case Source::after: return sums<T, Source::after>(block, task, pass, with_gradient, with_power);
+        default: return sums<T, Source::after_diagonal>(block, task, pass, with_gradient, with_power);
     }
 }
 
 template <class T>
 void any_apply(const Block& block, const Task& task, const Pass& pass) {
     switch (block.source) {
-        case Source::product: return apply_of<T, Source::product>(block, task, pass);
-        case Source::thin: return apply_of<T, Source::thin>(block, task, pass);
-        case Source::diagonal: return apply<T, Source::diagonal, T>(block, task, pass);
-        case Source::after: return apply_of<T, Source::after>(block, task, pass);
-        default: return apply<T, Source::after_diagonal, T>(block, task, pass);
+        case Source::product: return apply<T, Source::product>(block, task, pass);
+        case Source::thin: return apply<T, Source::thin>(block, task, pass);
+        case Source::diagonal: return apply<T, Source::diagonal>(block, task, pass);
+        case Source::after: return apply<T, Source::after>(block, task, pass);
+        default: return apply<T, Source::after_diagonal>(block, task, pass);
     }
 }
 

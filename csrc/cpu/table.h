@@ -50,7 +50,6 @@ struct Block {
     // Of this step:
     Source source = Source::product;
     const void* given = nullptr;   // Q m̂, or Q g
-    Dtype given_dtype = Dtype::float32;
     void* product = nullptr;       // Q m, which follows
     double beta = 0;
     double base_lr = 0;            // before any schedule
