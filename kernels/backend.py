@@ -22,20 +22,15 @@ Triton is imported by the first op, not by this module: ``available`` answers wi
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..reference.products import Vectors
-from ..reference.thin import Matrix
-
-if TYPE_CHECKING:
-    from ..blocks import Block
-
+_OPS = {"refresh": "symmetric", "qv": "qv", "inner": "inner", "theta_step": "theta", "lambda_step": "learn"}  # in files
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,66 +54,9 @@ def available(device: torch.device | None = None, dtype: torch.dtype | None = No
     return True, torch.cuda.get_device_name(device)
 
 
-def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
-    """As ``reference.refresh``, but P and S of the blocks that the kernels cover are always formed.
-
-    Of DiagKron blocks, which have neither, the kernels' copies of L, R and their transposes.
-    """
-    from . import symmetric as op
-
-    op.refresh(blocks, vectors)
-
-
-def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
-    """As ``reference.qv``."""
-    from . import qv as op
-
-    return op.qv(blocks, us)
-
-
-def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
-    """As ``reference.inner``."""
-    from . import inner as op
-
-    return op.inner(xs, ys)
-
-
-def theta_step(
-    blocks: Sequence[Block],
-    gs: Sequence[Matrix],
-    *,
-    momentum: str = "before",
-    nesterov: bool = False,
-    normalize: str | None = "rms",
-    kappa: float = 1e-3,
-    capturable: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.theta_step``."""
-    from . import theta as op
-
-    return op.theta_step(
-        blocks, gs, momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable
-    )
-
-
-def lambda_step(
-    blocks: Sequence[Block],
-    us: Sequence[Matrix],
-    vs: Sequence[Matrix],
-    fvs: Sequence[Tensor],
-    *,
-    damping: float,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    precondition: bool = False,
-    learn_scale: bool = True,
-    capturable: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.lambda_step``."""
-    from . import learn as op
-
-    return op.lambda_step(
-        blocks, us, vs, fvs, damping=damping, lr=lr, betas=betas, eps=eps, precondition=precondition,
-        learn_scale=learn_scale, capturable=capturable,
-    )  # fmt: skip
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The ops, each with the reference's signature; Triton comes with the first."""
+    if name not in _OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    op = globals()[name] = getattr(importlib.import_module(f"{__package__}.{_OPS[name]}"), name)
+    return op

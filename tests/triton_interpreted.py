@@ -104,7 +104,7 @@ def kron_blocks(dtype: torch.dtype = torch.float64, scaled: bool = True, **group
 
 
 def sized_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Block]:
-    """1, 63 and 257 on either side; of 257, nine tiles, the last of one row. Smaller DiagKron, of 65 three."""
+    """1, 63 and 257 on either side; of 257, nine tiles, the last of one row."""
     f = {"dtype": dtype}
     shapes = [(257, 63), (63, 1), (1, 63), (1, 1)]
     return [
@@ -114,7 +114,7 @@ def sized_blocks(dtype: torch.dtype = torch.float64, **group: object) -> list[Bl
         for m, n in shapes
     ] + [
         tamed(make_block(DiagKron(m, n, **f), [randn(m, n, **f)], seed=m, **group))
-        for m, n in [(63, 65), (1, 63), (63, 1)]
+        for m, n in [(257, 63), (1, 257), (63, 1)]
     ]
 
 
