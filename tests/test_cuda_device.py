@@ -1,4 +1,4 @@
-"""The CUDA backend on a device; the tests are in cuda_cases.py, as for the kernels on the CPU, and some more here.
+"""The CUDA backend on a device; the tests are in cuda_cases*.py, as for the kernels on the CPU, and some more here.
 
 Memory errors and races, which those on the CPU cannot show:
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_blocks import TOLERANCE, _poisoned, layer, model, set_gradients  # noqa: F401
 from cuda_cases import *  # noqa: F403
-from cuda_cases import TOLERANCE, _poisoned, everything, layer, model, set_gradients  # noqa: F401
+from cuda_cases_lambda import *  # noqa: F403
 from dense import randn, relative
+from test_reference_steps import everything
 
 from fishleg_fast import cuda
 

@@ -1,11 +1,13 @@
-"""The CUDA backend with its kernels compiled for the CPU; the tests are in cuda_cases.py."""
+"""The CUDA backend with its kernels compiled for the CPU; the tests are in cuda_cases*.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cuda_blocks import _poisoned, layer, set_gradients  # noqa: F401
 from cuda_cases import *  # noqa: F403
-from cuda_cases import _poisoned, aux_inputs, layer, set_gradients  # noqa: F401
+from cuda_cases_lambda import *  # noqa: F403
+from cuda_cases_lambda import aux_inputs
 from cuda_emulation import emulated
 
 from fishleg_fast import cuda, cuda_plans
