@@ -55,6 +55,7 @@ class Block:
     product_version: Version | None = None  # None: m has moved on
     scratch: Tensor | None = None  # (m, n)
     plan: Any = None  # what a backend keeps for a list of blocks that starts with this one
+    packed: Any = None  # what it keeps for this block alone
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
 
     @cached_property

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, packed
 from .plan import CODES, Plan, _dtype, plan_of
 from .reference import steps
+from .reference.products import Vectors
 from .reference.steps import qv as qv
-from .reference.steps import refresh as refresh
 from .reference.thin import Matrix, Split, Thin, dense
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ def available(device: torch.device | None = None, dtype: torch.dtype | None = No
         return False, f"it runs on the CPU, not on {device.type}"
     ok, reason = native.available()
     return ok, f"C++, compiled for {native.extension().instruction_set()}" if ok else reason
+
+
+def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -> None:
+    """As ``reference.steps.refresh``; of packed blocks when they are multiplied."""
+    counts = vectors or [None] * len(blocks)
+    rest = [(b, count) for b, count in zip(blocks, counts, strict=True) if not packed.takes(b)]
+    steps.refresh([b for b, _ in rest], [count for _, count in rest])
 
 
 def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
@@ -95,7 +102,9 @@ def _give(plan: Plan, gs: Sequence[Matrix], momentum: str, times: int, threads: 
             outs[k] = blocks[k].room().data_ptr()
         plan.native.average(outs, times, threads)
     kept = []
-    for k in plan.formed:
+    mine = [k for k in plan.formed if before and packed.takes(blocks[k])]
+    _give_packed(plan, gs, mine)
+    for k in sorted(set(plan.formed).difference(mine)):
         block, g, product = blocks[k], gs[k], 0
         if not before:
             source, given = AFTER, dense(qv([block], [g])[0]).to(block.dtype)
@@ -109,6 +118,29 @@ def _give(plan: Plan, gs: Sequence[Matrix], momentum: str, times: int, threads: 
         kept.append(given)
         plan.native.give(k, source, given.data_ptr(), product)
     return kept
+
+
+def _give_packed(plan: Plan, gs: Sequence[Matrix], mine: Sequence[int]) -> None:
+    """Give the plan the products of packed blocks: of thin gradients as panels, of which it makes Q g where needed."""
+    thin = {k: g for k in mine if isinstance(g := gs[k], Thin)}
+    whole = [plan.blocks[k] for k in mine if k not in thin]
+    unknown = [b for k in thin if not (b := plan.blocks[k]).product_known]
+    rooms = [b.room() for b in whole]
+    moments = [b.momentum for b in unknown]
+    packed.product([*whole, *unknown], [*rooms, *moments], [*rooms, *(b.buffers()[0] for b in unknown)])
+    for b in unknown:
+        b.product_version = b.structure.version
+    for k, room in zip([k for k in mine if k not in thin], rooms, strict=True):
+        plan.native.give(k, PRODUCT, room.data_ptr(), 0)
+    if thin:
+        blocks = [plan.blocks[k] for k in thin]
+        rows = [
+            (k, left.address, right.address, g.rank, b.buffers()[0].data_ptr())
+            for (k, g), b, (left, right) in zip(
+                thin.items(), blocks, packed.images(blocks, list(thin.values())), strict=True
+            )
+        ]
+        plan.native.give_panels(packed.packed_of(blocks[0]).engine, rows)
 
 
 def _image(block: Block, g: Thin) -> Tensor:

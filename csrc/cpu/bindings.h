@@ -5,6 +5,7 @@
 namespace fishleg::cpu {
 
 /// Adds `Plan`, `adam_step` and `inner` to the module.
+void bind_products(pybind11::module_& m);
 void bind(pybind11::module_& m);
 
 }  // namespace fishleg::cpu

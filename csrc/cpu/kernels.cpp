@@ -141,9 +141,14 @@ struct Element {
 };
 
 template <class T, Source source>
-Element<T, source> element(const Block& block, const Pass& pass, int64_t offset) {
+Element<T, source> element(const Block& block, const Task& task, const Pass& pass, int64_t offset) {
     const auto from = [&](const void* base) { return base ? static_cast<const T*>(base) + offset : nullptr; };
-    return {from(block.given), from(block.product), from(block.momentum), from(block.diagonal), static_cast<T>(pass.average),
+    const T* given = from(block.given);
+    if (task.given) {
+        const int64_t row = offset / block.columns - task.row_begin, column = offset % block.columns - task.column_begin;
+        given = static_cast<const T*>(task.given) + row * task.given_stride + column;
+    }
+    return {given, from(block.product), from(block.momentum), from(block.diagonal), static_cast<T>(pass.average),
             static_cast<T>(pass.follow), static_cast<T>(pass.nesterov)};
 }
 
@@ -159,7 +164,7 @@ Sums sums(const Block& block, const Task& task, const Pass& pass, bool with_grad
     for_runs(block, task, segment, [&](const Piece& piece, int64_t row, int64_t column, int64_t offset, int64_t count) {
         T room[segment];
         const T* g = read ? row_of<T>(piece.grad, row, column, count, room) : nullptr;
-        const auto e = element<T, source>(block, pass, offset);
+        const auto e = element<T, source>(block, task, pass, offset);
         T square = 0, power = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t j = 0; j < count; ++j) {
@@ -188,7 +193,7 @@ void apply(const Block& block, const Task& task, const Pass& pass) {
         T gradient_room[segment], param_room[segment];
         const T* g = row_of<T>(piece.grad, row, column, count, gradient_room);
         T* theta = piece.moves ? row_of<T>(piece.param, row, column, count, param_room) : param_room;
-        const auto e = element<T, source>(block, pass, offset);
+        const auto e = element<T, source>(block, task, pass, offset);
         T* m = momentum + offset;
         T* q = source == Source::thin ? product + offset : nullptr;
         const T move = static_cast<T>(piece.lr * pass.scale), decay = static_cast<T>(piece.lr * piece.weight_decay);

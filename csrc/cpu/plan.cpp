@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 
 #include "cpu/threads.h"
@@ -11,13 +12,15 @@ namespace fishleg::cpu {
 namespace {
 
 constexpr int64_t task_size = 32768;     // elements: small enough to share out evenly
+constexpr int64_t widest = 2048;         // columns, where there are several rows
 constexpr int64_t serial_below = 32768;  // elements in all: waking a thread takes longer than these
 
-/// Pieces of at most about task_size elements of a rows × columns matrix, whatever the number of threads.
+/// Pieces of about task_size elements of a rows × columns matrix, in whole panels of products.h, whatever the number of
+/// threads.
 void split(int block, int64_t rows, int64_t columns, std::vector<Task>& tasks) {
     if (rows == 0 || columns == 0) return;
-    const int64_t row_count = std::max<int64_t>(1, task_size / columns);
-    const int64_t column_count = rows == 1 ? task_size : columns;
+    const int64_t column_count = rows == 1 ? task_size : std::min(columns, widest);
+    const int64_t row_count = std::max<int64_t>(1, task_size / column_count / panel) * panel;
     for (int64_t r = 0; r < rows; r += row_count)
         for (int64_t c = 0; c < columns; c += column_count)
             tasks.push_back({block, r, std::min(rows, r + row_count), c, std::min(columns, c + column_count)});
@@ -66,7 +69,9 @@ void Plan::check() const {
         if (elements(block) == 0) continue;
         const bool diagonal = block.source == Source::diagonal || block.source == Source::after_diagonal;
         if (!block.momentum || !block.step) refuse(block, "it has no momentum or counter");
-        if (diagonal ? !block.diagonal : !block.given) refuse(block, "what its natural gradient is made of is missing");
+        const bool packed = block.source == Source::thin && block.left && block.right;
+        if (packed && (!engine_ || block.dtype != Dtype::float32)) refuse(block, "nothing multiplies its panels");
+        if (diagonal ? !block.diagonal : !block.given && !packed) refuse(block, "what its natural gradient is made of is missing");
         if (block.source == Source::thin && !block.product) refuse(block, "Q m of the step before is missing");
         for (const Piece& piece : block.pieces)
             if (piece.moves && !piece.param.data) refuse(block, "a parameter has no memory");
@@ -95,6 +100,35 @@ void Plan::average(const std::vector<void*>& outs, const ThetaOptions& options) 
         if (found[i]) gradient_seen_[tasks_[i].block] = 1;
 }
 
+/// f(task), with the task's part of Q g where the block has it as panels. Both passes multiply anew: their operands stay
+/// in cache, where Q g itself would be written to memory once and read twice.
+template <class F>
+void Plan::with_given(const Task& task, F f) const {
+    const Block& block = blocks_[task.block];
+    if (!block.left || block.source != Source::thin) return f(task);
+    const int64_t rows = task.row_end - task.row_begin, columns = task.column_end - task.column_begin;
+    const int64_t stride = (columns + panel - 1) / panel * panel, bytes = packed_size(*engine_, panel, block.depth);
+    thread_local std::vector<float> room;
+    room.resize((rows + panel - 1) / panel * panel * stride + 16);
+    void* start = room.data();
+    size_t space = room.size() * sizeof(float);
+    float* given = static_cast<float*>(std::align(64, 1, start, space));
+    alignas(64) char saved[64];
+    engine_->enter(saved);
+    for (int64_t j = 0; j < columns; j += panel) {
+        const void* right = static_cast<const char*>(block.right) + (task.column_begin + j) / panel * bytes;
+        for (int64_t i = 0; i < rows; i += panel) {
+            const void* left = static_cast<const char*>(block.left) + (task.row_begin + i) / panel * bytes;
+            engine_->block(left, right, block.depth, given + i * stride + j, stride, false);
+        }
+    }
+    engine_->leave(saved);
+    Task with = task;
+    with.given = given;
+    with.given_stride = stride;
+    f(with);
+}
+
 bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     check();
     const bool trust = options.normalize == Normalize::trust;
@@ -109,7 +143,9 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
         const Block& block = blocks_[tasks_[i].block];
         const bool thin = block.source == Source::thin;  // such a gradient is not zero
         const bool look = options.normalize == Normalize::rms && !thin && seen[tasks_[i].block] < 0;
-        parts[i] = kernels(block.dtype).sums(block, tasks_[i], passes[tasks_[i].block], look, trust);
+        with_given(tasks_[i], [&](const Task& task) {
+            parts[i] = kernels(block.dtype).sums(block, task, passes[task.block], look, trust);
+        });
     });
 
     std::vector<Sums> totals(blocks_.size());
@@ -146,7 +182,7 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     }
     parallel_for(static_cast<int64_t>(tasks_.size()), threads, [&](int64_t i) {
         const int b = tasks_[i].block;
-        kernels(blocks_[b].dtype).apply(blocks_[b], tasks_[i], passes[b]);
+        with_given(tasks_[i], [&](const Task& task) { kernels(blocks_[b].dtype).apply(blocks_[b], task, passes[b]); });
     });
     for (Block& block : blocks_)
         if (block.step) *block.step += 1;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/products.h"
 
 namespace fishleg::cpu {
 
@@ -26,6 +27,9 @@ public:
 
     std::vector<Block>& blocks() { return blocks_; }
 
+    /// What multiplies the panels that blocks are given.
+    void use(const Engine& engine) { engine_ = &engine; }
+
     /// m̂ of the blocks that have a place in `outs` (dense, in λ's type). The θ step then need not read g for its zeros.
     void average(const std::vector<void*>& outs, const ThetaOptions& options);
 
@@ -35,9 +39,12 @@ public:
 private:
     Pass pass_of(const Block& block, int times) const;
     void check() const;
+    template <class F>
+    void with_given(const Task& task, F f) const;
 
     std::vector<Block> blocks_;
     std::vector<Task> tasks_;
+    const Engine* engine_ = nullptr;
     std::vector<int> gradient_seen_;  // by average(): −1 not looked at, 0 all zero, 1 not
 };
 

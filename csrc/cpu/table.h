@@ -31,7 +31,7 @@ struct Piece {
 /// How a block's natural gradient comes about, element by element.
 enum class Source : int {
     product,         // nat = Q m̂ is given
-    thin,            // Q g is given, and Q m of the step before
+    thin,            // Q g is given, as it is or as a product of panels, and Q m of the step before
     diagonal,        // nat = d² m̂
     after,           // momentum after Q: x = Q g is given
     after_diagonal,  // momentum after Q: x = d² g
@@ -50,6 +50,9 @@ struct Block {
     // Of this step:
     Source source = Source::product;
     const void* given = nullptr;   // Q m̂, or Q g
+    const void* left = nullptr;    // instead of Q g: (E P)ᵀ and H S, packed (see products.h)
+    const void* right = nullptr;
+    int64_t depth = 0;
     void* product = nullptr;       // Q m, which follows
     double beta = 0;
     double base_lr = 0;            // before any schedule
@@ -59,6 +62,8 @@ struct Block {
 struct Task {
     int block;
     int64_t row_begin, row_end, column_begin, column_end;
+    const void* given = nullptr;  // these rows and columns of Q g, where they were computed for this task alone
+    int64_t given_stride = 0;
 };
 
 /// One of λ's tensors with Adam's moments and the gradient.

@@ -15,4 +15,14 @@ void parallel_for(int64_t count, int threads, F f) {
     (void)threads;
 }
 
+/// The same for tasks of different length: each goes to the thread that is free.
+template <class F>
+void parallel_for_uneven(int64_t count, int threads, F f) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
+#endif
+    for (int64_t i = 0; i < count; ++i) f(i);
+    (void)threads;
+}
+
 }  // namespace fishleg::cpu

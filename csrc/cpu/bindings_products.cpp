@@ -1,0 +1,72 @@
+// Packed products for Python; fishleg_fast/panels.py calls this.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <tuple>
+
+#include "cpu/bindings.h"
+#include "cpu/products.h"
+
+namespace py = pybind11;
+
+namespace fishleg::cpu {
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+[[noreturn]] void refuse(const char* name, int64_t value, const char* wanted) {
+    throw std::invalid_argument(std::string(name) + " should be " + wanted + " but is: " + std::to_string(value));
+}
+
+// (side, source, lanes, depth, lane stride, depth stride, to)
+using PackTuple = std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
+
+void pack_all(const std::string& engine, const std::vector<PackTuple>& rows, int threads) {
+    std::vector<PackJob> jobs;
+    for (const auto& [side, source, lanes, depth, lane_stride, depth_stride, to] : rows) {
+        if (side < 0 || side > 1) refuse("side", side, "0 or 1");
+        if (lanes < 0 || depth < 0) refuse("lanes and depth", std::min(lanes, depth), "at least 0");
+        if (lane_stride != 1 && depth_stride != 1) refuse("one stride", std::min(lane_stride, depth_stride), "1");
+        const Lanes from{static_cast<const float*>(pointer(source)), lanes, depth, lane_stride, depth_stride};
+        jobs.push_back({static_cast<Side>(side), from, pointer(to)});
+    }
+    const Engine& with = engine_of(engine);
+    py::gil_scoped_release released;
+    pack(with, jobs, threads);
+}
+
+// (left, right, rows, columns, depth, target, out, stride, symmetric)
+using ProductTuple =
+    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t, int64_t, bool>;
+
+void multiply_all(const std::string& engine, const std::vector<ProductTuple>& rows, int threads) {
+    std::vector<Product> products;
+    for (const auto& [left, right, m, n, depth, target, out, stride, symmetric] : rows) {
+        if (target < 0 || target > 2) refuse("target", target, "0, 1 or 2");
+        if (m < 0 || n < 0 || depth < 0) refuse("rows, columns and depth", std::min({m, n, depth}), "at least 0");
+        if (symmetric && m != n) refuse("columns", n, "as many as rows where symmetric");
+        products.push_back(
+            {pointer(left), pointer(right), m, n, depth, static_cast<Target>(target), pointer(out), stride, symmetric});
+    }
+    const Engine& with = engine_of(engine);
+    py::gil_scoped_release released;
+    multiply(with, products, threads);
+}
+
+}  // namespace
+
+void bind_products(py::module_& m) {
+    m.def("engines", [] {
+        std::vector<std::string> names;
+        if (amx_engine()) names.push_back(amx_engine()->name);
+        return names;
+    }, "The engines for packed products that this processor has.");
+    m.def("packed_size", [](const std::string& engine, int64_t lanes, int64_t depth) {
+        return packed_size(engine_of(engine), lanes, depth);
+    }, "Bytes of a packed operand.");
+    m.def("pack", &pack_all, "Pack operands.");
+    m.def("multiply", &multiply_all, "Products of packed operands.");
+}
+
+}  // namespace fishleg::cpu

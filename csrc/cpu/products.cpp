@@ -1,0 +1,128 @@
+#include "cpu/products.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cpu/threads.h"
+
+namespace fishleg::cpu {
+namespace {
+
+constexpr int64_t together = 4;  // panels of the longer side that meet a panel of the other while it is in cache
+
+int64_t panels(int64_t lanes) { return (lanes + panel - 1) / panel; }
+
+int64_t padded(const Engine& engine, int64_t depth) { return (depth + engine.step - 1) / engine.step * engine.step; }
+
+int64_t panel_bytes(const Engine& engine, int64_t depth) { return panel * padded(engine, depth) * engine.size; }
+
+const char* part(const void* packed, int64_t bytes) { return static_cast<const char*>(packed) + bytes; }
+char* part(void* packed, int64_t bytes) { return static_cast<char*>(packed) + bytes; }
+
+/// Some panels of one side of a product, with all of the other.
+struct Share {
+    int product;
+    bool of_rows;
+    int64_t begin, end;
+};
+
+std::vector<Share> shares(const std::vector<Product>& products) {
+    std::vector<Share> all;
+    for (size_t p = 0; p < products.size(); ++p) {
+        const int64_t rows = panels(products[p].rows), columns = panels(products[p].columns);
+        const bool of_rows = rows >= columns;
+        const int64_t count = of_rows ? rows : columns;
+        for (int64_t k = 0; k < count; k += together)
+            all.push_back({static_cast<int>(p), of_rows, k, std::min(count, k + together)});
+    }
+    return all;
+}
+
+/// 32 × 32 of a product, at panel i of the left operand and panel j of the right one.
+void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
+    alignas(64) float c[panel * panel];
+    const int64_t bytes = panel_bytes(engine, p.depth);
+    const void *left = part(p.left, i * bytes), *right = part(p.right, j * bytes);
+    const int64_t rows = std::min(panel, p.rows - i * panel), columns = std::min(panel, p.columns - j * panel);
+    if (p.target == Target::matrix) {
+        float* out = static_cast<float*>(p.out) + i * panel * p.stride + j * panel;
+        const bool whole = rows == panel && columns == panel;
+        engine.block(left, right, p.depth, whole ? out : c, whole ? p.stride : panel, false);
+        const float* from = whole ? out : c;
+        const int64_t stride = whole ? p.stride : panel;
+        for (int64_t r = 0; r < rows && !whole; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
+        if (p.symmetric && i != j) {
+            float* mirrored = static_cast<float*>(p.out) + j * panel * p.stride + i * panel;
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t k = 0; k < columns; ++k) mirrored[k * p.stride + r] = from[r * stride + k];
+        }
+        return;
+    }
+    engine.block(left, right, p.depth, c, panel, false);
+    const bool by_rows = p.target == Target::left;
+    const Side side = by_rows ? Side::left : Side::right;
+    const int64_t out_bytes = panel_bytes(engine, by_rows ? p.columns : p.rows);
+    const auto place = [&](int64_t lanes, int64_t depth) {
+        return part(p.out, lanes * out_bytes + depth * panel * panel * engine.size);
+    };
+    // What is beyond the edges is zero, as the operands are there; but of a depth that is not padded to 32.
+    const int64_t deep = std::min(panel, padded(engine, by_rows ? p.columns : p.rows) - (by_rows ? j : i) * panel);
+    const Lanes rows_as_lanes{c, panel, panel, panel, 1}, columns_as_lanes{c, panel, panel, 1, panel};
+    Lanes from = by_rows ? rows_as_lanes : columns_as_lanes;
+    from.depth = deep;
+    engine.pack(side, from, by_rows ? place(i, j) : place(j, i));
+    if (p.symmetric && i != j) {
+        from = by_rows ? columns_as_lanes : rows_as_lanes;
+        from.depth = std::min(panel, padded(engine, p.rows) - (by_rows ? i : j) * panel);
+        engine.pack(side, from, by_rows ? place(j, i) : place(i, j));
+    }
+}
+
+void run(const Engine& engine, const std::vector<Product>& products, const Share& share) {
+    const Product& p = products[share.product];
+    const int64_t others = panels(share.of_rows ? p.columns : p.rows);
+    for (int64_t other = 0; other < others; ++other) {
+        for (int64_t mine = share.begin; mine < share.end; ++mine) {
+            const int64_t i = share.of_rows ? mine : other, j = share.of_rows ? other : mine;
+            if (!p.symmetric || j <= i) compute(engine, p, i, j);
+        }
+    }
+}
+
+}  // namespace
+
+const Engine& engine_of(const std::string& name) {
+    const Engine* engine = name == "amx" ? amx_engine() : nullptr;
+    if (!engine) throw std::invalid_argument("engine should be one that this processor has but is: " + name);
+    return *engine;
+}
+
+int64_t packed_size(const Engine& engine, int64_t lanes, int64_t depth) {
+    return panels(lanes) * panel_bytes(engine, depth);
+}
+
+void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads) {
+    std::vector<std::pair<int, int64_t>> tasks;
+    for (size_t k = 0; k < jobs.size(); ++k)
+        for (int64_t i = 0; i < panels(jobs[k].from.lanes); ++i) tasks.emplace_back(static_cast<int>(k), i);
+    parallel_for_uneven(static_cast<int64_t>(tasks.size()), threads, [&](int64_t t) {
+        const PackJob& job = jobs[tasks[t].first];
+        const int64_t first = tasks[t].second * panel;
+        Lanes from = job.from;
+        from.source += first * from.lane_stride;
+        from.lanes = std::min(panel, from.lanes - first);
+        engine.pack(job.side, from, part(job.to, tasks[t].second * panel_bytes(engine, from.depth)));
+    });
+}
+
+void multiply(const Engine& engine, const std::vector<Product>& products, int threads) {
+    const std::vector<Share> all = shares(products);
+    parallel_for_uneven(static_cast<int64_t>(all.size()), threads, [&](int64_t t) {
+        alignas(64) char saved[64];
+        engine.enter(saved);
+        run(engine, products, all[t]);
+        engine.leave(saved);
+    });
+}
+
+}  // namespace fishleg::cpu

@@ -1,0 +1,79 @@
+"""Products of packed matrices by the extension (csrc/cpu/products.h), in thin Python.
+
+A matrix is packed once, as a left or a right operand, and used often. What is to be done is collected in a ``Batch``,
+and done in one call, on torch's threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import native
+
+LEFT, RIGHT = 0, 1  # Side of csrc/cpu/products.h
+MATRIX = 0  # Target there; 1 and 2 are the sides
+ENGINES = {torch.bfloat16: "amx"}  # operands' dtype -> what multiplies them
+
+
+@cache
+def engines() -> tuple[str, ...]:
+    """Those that this processor has; none without the extension."""
+    ok, _ = native.available()
+    return tuple(native.extension().engines()) if ok else ()
+
+
+class Panels:
+    """A matrix (rows, columns) packed as the left operand of a product, or the right one; of its transpose just so."""
+
+    def __init__(self, engine: str, side: int, rows: int, columns: int) -> None:
+        self.engine, self.side, self.rows, self.columns = engine, side, rows, columns
+        lanes, depth = (rows, columns) if side == LEFT else (columns, rows)
+        self.memory = torch.empty(native.extension().packed_size(engine, lanes, depth), dtype=torch.uint8)
+        self.address = self.memory.data_ptr()
+
+
+class Batch:
+    """Packings and products of one engine, of which none needs another's result."""
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self._packs: list[tuple[int, ...]] = []
+        self._products: list[tuple[int, ...]] = []
+        self._kept: list[Tensor] = []
+
+    def pack(self, x: Tensor, to: Panels) -> Panels:
+        """x (rows, columns) float32 into panels."""
+        assert x.shape == (to.rows, to.columns) and x.dtype == torch.float32
+        if 1 not in x.stride():
+            x = x.contiguous()
+        self._kept.append(x)
+        if to.side == RIGHT:
+            x = x.T  # lanes by depth
+        self._packs.append((to.side, x.data_ptr(), *x.shape, *x.stride(), to.address))
+        return to
+
+    def multiply(self, x: Panels, y: Panels, out: Panels | Tensor, symmetric: bool = False) -> None:
+        """out = x y, a matrix (float32, rows without gaps) or packed."""
+        assert x.side == LEFT and y.side == RIGHT and x.columns == y.rows
+        target, address, stride = MATRIX, 0, 0
+        if isinstance(out, Tensor):
+            assert out.shape == (x.rows, y.columns) and out.stride(1) == 1 and out.dtype == torch.float32
+            address, stride = out.data_ptr(), out.stride(0)
+            self._kept.append(out)
+        else:
+            assert (out.rows, out.columns) == (x.rows, y.columns)
+            target, address = out.side + 1, out.address
+        row = (x.address, y.address, x.rows, y.columns, x.columns, target, address, stride, symmetric)
+        self._products.append(row)
+
+    def run(self) -> None:
+        """Pack, then multiply."""
+        threads = torch.get_num_threads()
+        if self._packs:
+            native.extension().pack(self.engine, self._packs, threads)
+        if self._products:
+            native.extension().multiply(self.engine, self._products, threads)
+        self._packs, self._products, self._kept = [], [], []
