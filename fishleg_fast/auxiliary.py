@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .capture import Inputs
-from .curvature import FISHER, drawn_gradient, moments
+from .curvature import FISHER, drawn_gradient, moments, thin_ggn
 from .passes import Passes
 from .precision import precision_scope
 from .reference.thin import Matrix, Thin, dense
@@ -118,7 +118,42 @@ class Auxiliary:
             capturable=capturable,
         )
 
-    def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
+    def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Matrix]:
+        """F v, thin where v is and the model's passes allow it."""
+        thin = [k for k, v in enumerate(vs) if isinstance(v, Thin)]
+        if thin and self.settings["fisher"] == "ggn" and self.passes.forward_mode and self.passes.thin_mode:
+            found = self._thin_fisher_product(blocks, vs, thin)
+            if found is not None:
+                return found
+            self.passes.thin_mode = False
+        return list(self._dense_fisher_product(blocks, vs))
+
+    def _thin_fisher_product(
+        self, blocks: Sequence[Block], vs: Sequence[Matrix], thin: Sequence[int]
+    ) -> list[Matrix] | None:
+        rest = [k for k in range(len(blocks)) if k not in thin]
+        others = [blocks[k] for k in rest]
+        params = _params(others)
+        tangents = _tensors(others, [dense(vs[k]) for k in rest])
+        found = thin_ggn(
+            self.passes,
+            list(params.values()),
+            [tangents[i] for i in params],
+            [blocks[k] for k in thin],
+            [v for v in vs if isinstance(v, Thin)],
+            self._curvature_batch(),
+        )
+        if found is None:
+            return None
+        products, thin_products = found
+        matrices = _matrices(others, dict(zip(params, products, strict=True)))
+        together: dict[int, Matrix] = {
+            **dict(zip(rest, matrices, strict=True)),
+            **dict(zip(thin, thin_products, strict=True)),
+        }
+        return [together[k] for k in range(len(blocks))]
+
+    def _dense_fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
         """F v, from blocks to the model's parameters and back."""
         params = _params(blocks)
         tangents = _tensors(blocks, [_expanded(b, v) for b, v in zip(blocks, vs, strict=True)])

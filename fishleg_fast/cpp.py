@@ -8,8 +8,8 @@ A convolution's weight in ``channels_last`` or another layout that is no matrix 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from . import native, packed
 from .plan import CODES, Plan, _dtype, plan_of
 from .reference import steps
 from .reference.products import Vectors
-from .reference.steps import qv as qv
 from .reference.thin import Matrix, Split, Thin, dense
 
 if TYPE_CHECKING:
@@ -40,6 +39,15 @@ def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -
     counts = vectors or [None] * len(blocks)
     rest = [(b, count) for b, count in zip(blocks, counts, strict=True) if not packed.takes(b)]
     steps.refresh([b for b, _ in rest], [count for _, count in rest])
+
+
+def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
+    """As ``reference.steps.qv``."""
+    mine = [k for k, block in enumerate(blocks) if packed.takes(block)]
+    others = [k for k in range(len(blocks)) if k not in mine]
+    found = dict(zip(mine, packed.qv([blocks[k] for k in mine], [us[k] for k in mine]), strict=True))
+    found |= zip(others, steps.qv([blocks[k] for k in others], [us[k] for k in others]), strict=True)
+    return [found[k] for k in range(len(blocks))]
 
 
 def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
@@ -134,11 +142,10 @@ def _give_packed(plan: Plan, gs: Sequence[Matrix], mine: Sequence[int]) -> None:
         plan.native.give(k, PRODUCT, room.data_ptr(), 0)
     if thin:
         blocks = [plan.blocks[k] for k in thin]
+        products = packed.thin_products(blocks, list(thin.values()))
         rows = [
-            (k, left.address, right.address, g.rank, b.buffers()[0].data_ptr())
-            for (k, g), b, (left, right) in zip(
-                thin.items(), blocks, packed.images(blocks, list(thin.values())), strict=True
-            )
+            (k, left.address, right.address, left.columns, b.buffers()[0].data_ptr())
+            for k, b, (left, right) in zip(thin, blocks, products, strict=True)
         ]
         plan.native.give_panels(packed.packed_of(blocks[0]).engine, rows)
 
@@ -153,7 +160,7 @@ def lambda_step(
     blocks: Sequence[Block],
     us: Sequence[Matrix],
     vs: Sequence[Matrix],
-    fvs: Sequence[Tensor],
+    fvs: Sequence[Matrix],
     *,
     damping: float,
     lr: float | Tensor,
@@ -165,19 +172,34 @@ def lambda_step(
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.steps.lambda_step``."""
     loss, power, scale = steps.aux_loss(us, vs, fvs, damping, learn_scale)
-    all_grads = [
-        steps.aux_gradients(b, u, v, fv, damping, scale, precondition)
-        for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)
-    ]
-    mine = [(b, grads) for b, grads in zip(blocks, all_grads, strict=True) if _native(b)]
-    others = [(b, grads) for b, grads in zip(blocks, all_grads, strict=True) if not _native(b)]
+    mine = [k for k, block in enumerate(blocks) if packed.takes(block) and _native(block)]
+    everything = list(zip(blocks, us, vs, fvs, strict=True))
+    gradients: dict[int, Mapping[str, Any]] = {
+        k: steps.aux_gradients(*arguments, damping, scale, precondition)
+        for k, arguments in enumerate(everything)
+        if k not in mine
+    }
+    gradients |= zip(mine, _packed_gradients([everything[k] for k in mine], damping, scale, precondition), strict=True)
+    native_ = [(b, gradients[k]) for k, b in enumerate(blocks) if _native(b)]
+    others = [(b, gradients[k]) for k, b in enumerate(blocks) if not _native(b)]
     ok = bool(torch.isfinite(loss)) and bool(power != 0)
     ok = ok and all(bool(torch.isfinite(g).all()) for _, grads in others for g in grads.values())
-    ok = ok and _adam(mine, float(lr), betas, eps)
+    ok = ok and _adam(native_, float(lr), betas, eps)
     if ok:
         for block, grads in others:
-            steps.adam_step(block, grads, lr, betas, eps, torch.tensor(True))
+            steps.adam_step(block, dict(grads), lr, betas, eps, torch.tensor(True))
     return loss, torch.tensor(ok)
+
+
+def _packed_gradients(
+    chosen: Sequence[tuple[Block, Matrix, Matrix, Matrix]], damping: float, scale: Tensor | None, precondition: bool
+) -> list[dict[str, packed.Gradient]]:
+    """``steps.aux_gradients`` of packed blocks, as operands."""
+    blocks, us, vs, _ = ([*column] for column in zip(*chosen, strict=True)) if chosen else ([], [], [], [])
+    ws = [steps.residual(u, v, fv, damping, scale) for _, u, v, fv in chosen]
+    if precondition:
+        ws = [dense(w) for w in packed.qv(blocks, [steps.whole(w) for w in ws])]
+    return packed.gradients(blocks, us, vs, ws)
 
 
 def _native(block: Block) -> bool:
@@ -187,23 +209,34 @@ def _native(block: Block) -> bool:
     return all(t.dtype == block.dtype and t.is_contiguous() for t in tensors)
 
 
-def _adam(chosen: Sequence[tuple[Block, dict[str, Tensor]]], lr: float, betas: tuple[float, float], eps: float) -> bool:
+def _adam(
+    chosen: Sequence[tuple[Block, Mapping[str, Tensor | packed.Gradient]]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> bool:
     """Adam on the λ of blocks; whether it was taken."""
-    rows, kept, written = [], [], []
+    rows, kept, written, engine = [], [], [], None
     for block, grads in chosen:
         count = float(block.aux_step) + 1
         for name, grad in grads.items():
             value = block.structure.fishleg_aux[name]
-            if grad.dtype not in (block.dtype, torch.bfloat16):
-                grad = grad.to(block.dtype)
-            grad = grad.contiguous()
-            kept.append(grad)
+            address, code, factors = 0, CODES[block.dtype], None
+            if isinstance(grad, Tensor):
+                if grad.dtype not in (block.dtype, torch.bfloat16):
+                    grad = grad.to(block.dtype)
+                grad = grad.contiguous()
+                kept.append(grad)
+                address, code = grad.data_ptr(), CODES[grad.dtype]
+            else:
+                left, right = grad
+                factors, engine = (left.address, right.address, left.columns, right.columns), left.engine
             written.append(value)
-            addresses = (t.data_ptr() for t in (value, block.exp_avg[name], block.exp_avg_sq[name], grad))
+            addresses = (t.data_ptr() for t in (value, block.exp_avg[name], block.exp_avg_sq[name]))
             rows.append(
-                (f"{block.name}.{name}", value.numel(), *addresses, CODES[grad.dtype], CODES[value.dtype], count)
+                (f"{block.name}.{name}", value.numel(), *addresses, address, code, CODES[value.dtype], count, factors)
             )
-    if not native.extension().adam_step(rows, lr, *betas, eps, torch.get_num_threads()):
+    if not native.extension().adam_step(rows, lr, *betas, eps, torch.get_num_threads(), engine):
         return False
     torch.autograd.graph.increment_version(written)
     for block, _ in chosen:

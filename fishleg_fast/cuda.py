@@ -256,7 +256,7 @@ def lambda_step(
     blocks: Sequence[Block],
     us: Sequence[Matrix],
     vs: Sequence[Matrix],  # Q u
-    fvs: Sequence[Tensor],  # F v
+    fvs: Sequence[Matrix],  # F v
     *,
     damping: float,
     lr: float | Tensor,
@@ -287,7 +287,7 @@ def lambda_step(
         if not found.kronecker:
             plan.point(None, None, None)
         step = block.aux_step if capturable and block.aux_step.device == plan.device else None
-        plan.point(plan.hold(dense(v).float().contiguous()), plan.hold(fv.float().contiguous()), step)
+        plan.point(plan.hold(dense(v).float().contiguous()), plan.hold(dense(fv).float().contiguous()), step)
         plan.numbers.append(0.0 if step is not None else block.aux_step.item())
         plan.take(view)
     loss, alpha = (torch.empty((), dtype=torch.float32, device=plan.device) for _ in range(2))

@@ -21,7 +21,9 @@ from .capture import Inputs
 from .layers import layer_of
 from .passes import Passes
 from .reference.products import Aux
+from .reference.thin import Thin
 from .structure import Shown
+from .thin_curvature import ThinLayers
 
 CHUNKS, CHUNK_LEAST = 8, 16  # where a block's second moments need several gradients: how many, of how many samples
 
@@ -47,6 +49,38 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     )
 
 
+def thin_ggn(
+    passes: Passes,
+    params: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    blocks: Sequence[Block],
+    thin_vs: Sequence[Thin],
+    inputs: Inputs,
+) -> tuple[list[Tensor], list[Thin]] | None:
+    """``ggn`` with a thin v for the layers of ``blocks``, and dense ones for the ``params`` of others: F v of both.
+
+    None where the model does not lend itself to it: its operations lack forward derivatives, or a layer hides.
+    """
+    layers = ThinLayers(blocks, thin_vs)
+
+    def linearize(
+        passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
+    ) -> tuple[Tensor, Tensor | None]:
+        with layers:
+            return _forward_mode(passes, mine, inputs)
+
+    try:
+        products, gradients = passes.run(
+            inputs, passes.seed(), lambda: _ggn(passes, params, vs, inputs, linearize, layers.edges)
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # the dense product meets it again, and says what it is
+        return None
+    found = layers.products(gradients)
+    return None if found is None else (products, found)
+
+
 def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
     """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass.
 
@@ -55,13 +89,13 @@ def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: 
     seed = passes.seed()
     if passes.forward_mode:
         try:
-            return passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _forward_mode))
+            return passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _forward_mode)[0])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # NotImplementedError is one; a fault of the model's own comes up again below
             reason = str(error).strip().splitlines()[0]
         try:
-            products = passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _checked_double_backward))
+            products = passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _checked_double_backward)[0])
         except NotImplementedError as error:
             raise RuntimeError(f"{_IMPOSSIBLE} ({reason} {error})") from error
         passes.forward_mode = False
@@ -69,24 +103,33 @@ def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: 
             f"fisher='ggn' differentiates twice from here on, since forward mode failed: {reason}", stacklevel=2
         )
         return products
-    return passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _double_backward))
+    return passes.run(inputs, seed, lambda: _ggn(passes, params, vs, inputs, _double_backward)[0])
 
 
 def _ggn(
-    passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, linearize: Linearize
-) -> list[Tensor]:
+    passes: Passes,
+    params: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    inputs: Inputs,
+    linearize: Linearize,
+    edges: Callable[[], list[Any]] = list,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """F v of the parameters, and Jᵀ H_out J v at the edges."""
     likelihood = passes.likelihood
     assert likelihood is not None
     noise = {id(p) for p in likelihood.parameters()}
     mine = [(p, v.to(p.dtype)) for p, v in zip(params, vs, strict=True) if id(p) not in noise]
     output, tangent = linearize(passes, mine, inputs)
     detached = output.detach()
-    products = iter([torch.zeros_like(p) for p, _ in mine])
-    if tangent is not None and mine:
+    leaves: list[Any] = [p for p, _ in mine]
+    found = [torch.zeros_like(p) for p in leaves]
+    leaves += edges()
+    if tangent is not None and leaves:
         cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
-        products = iter(_grad(output, [p for p, _ in mine], cotangent))
+        found = _grad(output, leaves, cotangent)
+    products, rest = iter(found[: len(mine)]), found[len(mine) :]
     own = iter(likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise]))
-    return [next(own) if id(p) in noise else next(products) for p in params]
+    return [next(own) if id(p) in noise else next(products) for p in params], rest
 
 
 def _forward_mode(

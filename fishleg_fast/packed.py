@@ -6,7 +6,7 @@ packed; results are matrices, or packed for the next product. All blocks share e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .panels import ENGINES, LEFT, RIGHT, Batch, Panels, engines
 from .reference.products import MATHS
-from .reference.thin import Thin
+from .reference.steps import whole
+from .reference.thin import Image, Matrix, Sum, Thin, dense
 from .structure import Version
 
 if TYPE_CHECKING:
@@ -22,23 +23,43 @@ if TYPE_CHECKING:
 
 
 class Packed:
-    """One block's P and S as operands: P X and X S. ``version``: of the λ that they are made of."""
+    """One block's λ, P and S as operands."""
 
     def __init__(self, block: Block, engine: str) -> None:
-        self.engine = engine
+        self.structure, self.engine = block.structure, engine
         self.m, self.n = block.shape
         self.P = Panels(engine, LEFT, self.m, self.m)
         self.S = Panels(engine, RIGHT, self.n, self.n)
-        self.version: Version | None = None
-        self._rooms: dict[tuple[str, int, int, int], Panels] = {}
+        self._formed: Version | None = None  # the λ that P and S are of
+        self._factors: dict[tuple[str, int], Version] = {}  # ... and those packed
+        self._rooms: dict[tuple[str, int], Panels] = {}
 
     def room(self, name: str, side: int, rows: int, columns: int) -> Panels:
-        """Memory for an operand, of that name for as long as it is in use; kept for the next one of its shape."""
-        key = (name, side, rows, columns)
-        if key not in self._rooms:
-            self._rooms = {k: p for k, p in self._rooms.items() if k[:2] != key[:2]}
-            self._rooms[key] = Panels(self.engine, side, rows, columns)
-        return self._rooms[key]
+        """Memory for an operand, of that name for as long as it is in use."""
+        held = self._rooms.get((name, side))
+        if held is None or (held.rows, held.columns) != (rows, columns):
+            held = self._rooms[name, side] = Panels(self.engine, side, rows, columns)
+        return held
+
+    def factor(self, batch: Batch, name: str, side: int) -> Panels:
+        """R, L, or a transpose, "R'" or "L'", of today's λ."""
+        factor, k = self.structure.fishleg_aux[name[0]], self.m if name[0] == "R" else self.n
+        room = self.room(name, side, k, k)
+        if self._factors.get((name, side)) != self.structure.version:
+            batch.pack(factor.T if "'" in name else factor, room)
+            self._factors[name, side] = self.structure.version
+        return room
+
+    @property
+    def stale(self) -> bool:
+        """Whether P and S are of another λ than today's."""
+        return self._formed != self.structure.version
+
+    def form(self, batch: Batch) -> None:
+        """Have P = RᵀR and S = LLᵀ made."""
+        batch.multiply(self.factor(batch, "R'", LEFT), self.factor(batch, "R", RIGHT), self.P, symmetric=True)
+        batch.multiply(self.factor(batch, "L", LEFT), self.factor(batch, "L'", RIGHT), self.S, symmetric=True)
+        self._formed = self.structure.version
 
 
 def takes(block: Block) -> bool:
@@ -60,19 +81,12 @@ def packed_of(block: Block) -> Packed:
 
 def form(blocks: Sequence[Block]) -> None:
     """Make P = RᵀR and S = LLᵀ of today's λ where they are of another."""
-    stale = [(b, packed_of(b)) for b in blocks if packed_of(b).version != b.structure.version]
-    if not stale:
-        return
-    batch = Batch(stale[0][1].engine)
-    for block, p in stale:
-        R, L, m, n = block.structure.fishleg_aux["R"], block.structure.fishleg_aux["L"], p.m, p.n
-        left = batch.pack(R.T, p.room("R", LEFT, m, m))
-        batch.multiply(left, batch.pack(R, p.room("R", RIGHT, m, m)), p.P, symmetric=True)
-        left = batch.pack(L, p.room("L", LEFT, n, n))
-        batch.multiply(left, batch.pack(L.T, p.room("L", RIGHT, n, n)), p.S, symmetric=True)
-    batch.run()
-    for block, p in stale:
-        p.version = block.structure.version
+    stale = [p for p in map(packed_of, blocks) if p.stale]
+    if stale:
+        batch = Batch(stale[0].engine)
+        for p in stale:
+            p.form(batch)
+        batch.run()
 
 
 def product(blocks: Sequence[Block], us: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
@@ -90,7 +104,7 @@ def product(blocks: Sequence[Block], us: Sequence[Tensor], outs: Sequence[Tensor
     second.run()
 
 
-def images(blocks: Sequence[Block], gs: Sequence[Thin]) -> list[tuple[Panels, Panels]]:
+def thin_products(blocks: Sequence[Block], gs: Sequence[Thin]) -> list[tuple[Panels, Panels]]:
     """Q g of thin gradients g = EᵀH, as panels of (E P)ᵀ (m, r) and H S (r, n)."""
     if not blocks:
         return []
@@ -105,3 +119,99 @@ def images(blocks: Sequence[Block], gs: Sequence[Thin]) -> list[tuple[Panels, Pa
         found.append(pair)
     batch.run()
     return found
+
+
+def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
+    """Q u of each block: of a thin u by its factors, whose products the λ-gradient takes too."""
+    whole = [k for k, u in enumerate(us) if not isinstance(u, Thin)]
+    found: dict[int, Matrix] = {k: torch.empty_like(dense(us[k])) for k in whole}
+    product([blocks[k] for k in whole], [dense(us[k]) for k in whole], [dense(found[k]) for k in whole])
+    thin = {k: u for k, u in enumerate(us) if isinstance(u, Thin)}
+    if thin:
+        batch = Batch(packed_of(blocks[0]).engine)
+        halves = {}
+        for k, u in thin.items():
+            p, r = packed_of(blocks[k]), u.rank
+            REt, HL = u.E.new_empty(p.m, r), u.E.new_empty(r, p.n)
+            batch.multiply(p.factor(batch, "R", LEFT), batch.pack(u.E.T, p.room("E", RIGHT, p.m, r)), REt)
+            batch.multiply(batch.pack(u.H, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), HL)
+            halves[k] = REt, HL
+        batch.run()
+        for k, (REt, HL) in halves.items():
+            p, r = packed_of(blocks[k]), HL.shape[0]
+            PEt, HS = torch.empty_like(REt), torch.empty_like(HL)
+            batch.multiply(p.factor(batch, "R'", LEFT), batch.pack(REt, p.room("E", RIGHT, p.m, r)), PEt)
+            batch.multiply(batch.pack(HL, p.room("H", LEFT, r, p.n)), p.factor(batch, "L'", RIGHT), HS)
+            found[k] = Image(PEt.T, HS, ((REt.T, HL),))
+        batch.run()
+    return [found[k] for k in range(len(blocks))]
+
+
+Gradient = tuple[Panels, Panels]  # a λ-gradient, as the product of these
+
+
+def gradients(
+    blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix], ws: Sequence[Tensor | Sum]
+) -> list[dict[str, Gradient]]:
+    """∂⟨w, Q u⟩/∂λ of each block, as ``reference.products`` has them; v = Q u."""
+    if not blocks:
+        return []
+    batch = Batch(packed_of(blocks[0]).engine)
+    finish = []
+    for block, u, v, w in zip(blocks, us, vs, ws, strict=True):
+        p = packed_of(block)
+        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
+            finish.append(_thin_gradient(p, batch, u, v, w))
+        else:
+            finish.append(_dense_gradient(p, batch, dense(u), whole(w)))
+    batch.run()
+    found = [f(batch) for f in finish]
+    batch.run()
+    return found
+
+
+def _thin_gradient(p: Packed, batch: Batch, u: Thin, v: Image, w: Sum) -> Callable[[Batch], dict[str, Gradient]]:
+    """dL = [H; y]ᵀ[yL; HL] and dR = [ERᵀ, zRᵀ]ᵀ[z; E], with y = E P w and z = H S wᵀ."""
+    r = u.rank
+    (ER, HL), *_ = v.halves
+    assert ER is not None and HL is not None
+    y, z = w.left(v.E), w.right(v.H)
+    Rz, yL = y.new_empty(p.m, r), y.new_empty(r, p.n)
+    batch.multiply(p.factor(batch, "R", LEFT), batch.pack(z.T, p.room("E", RIGHT, p.m, r)), Rz)
+    batch.multiply(batch.pack(y, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), yL)
+
+    def finish(batch: Batch) -> dict[str, Gradient]:
+        return {
+            "R": (
+                batch.pack(torch.cat([ER, Rz.T]).T, p.room("dR", LEFT, p.m, 2 * r)),
+                batch.pack(torch.cat([z, u.E]), p.room("dR", RIGHT, 2 * r, p.m)),
+            ),
+            "L": (
+                batch.pack(torch.cat([u.H, y]).T, p.room("dL", LEFT, p.n, 2 * r)),
+                batch.pack(torch.cat([yL, HL]), p.room("dL", RIGHT, 2 * r, p.n)),
+            ),
+        }
+
+    return finish
+
+
+def _dense_gradient(p: Packed, batch: Batch, u: Tensor, w: Tensor) -> Callable[[Batch], dict[str, Gradient]]:
+    """dL = (M+Mᵀ)L and dR = R(N+Nᵀ), with M+Mᵀ = [u; Pw]ᵀ[Pw; u] and N+Nᵀ = [wS, u][u, wS]ᵀ."""
+    Pw, wS = torch.empty_like(w), torch.empty_like(w)
+    if p.stale:
+        p.form(batch)
+        batch.run()
+    batch.multiply(p.P, batch.pack(w, p.room("u", RIGHT, p.m, p.n)), Pw)
+    batch.multiply(batch.pack(w, p.room("u", LEFT, p.m, p.n)), p.S, wS)
+
+    def finish(batch: Batch) -> dict[str, Gradient]:
+        M, N = p.room("M", LEFT, p.n, p.n), p.room("N", RIGHT, p.m, p.m)
+        up, down = torch.cat([u, Pw]), torch.cat([Pw, u])
+        left = batch.pack(up.T, p.room("dL", LEFT, p.n, 2 * p.m))
+        batch.multiply(left, batch.pack(down, p.room("dL", RIGHT, 2 * p.m, p.n)), M, symmetric=True)
+        up, down = torch.cat([wS, u], dim=1), torch.cat([u, wS], dim=1)
+        left = batch.pack(up, p.room("dR", LEFT, p.m, 2 * p.n))
+        batch.multiply(left, batch.pack(down.T, p.room("dR", RIGHT, 2 * p.n, p.m)), N, symmetric=True)
+        return {"R": (p.factor(batch, "R", LEFT), N), "L": (M, p.factor(batch, "L", RIGHT))}
+
+    return finish

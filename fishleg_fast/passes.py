@@ -98,6 +98,7 @@ class Passes:
         self._sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
+        self.thin_mode = True  # until a layer with a thin gradient does not show what F v is made of
         self.generator = torch.Generator().manual_seed(seed)
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)

@@ -56,7 +56,7 @@ class Plan:
         blocks: Sequence[Block],
         us: Sequence[Matrix],
         vs: Sequence[Matrix],
-        fvs: Sequence[Tensor],
+        fvs: Sequence[Matrix],
         kinds: Sequence[str | None],
         betas: tuple[float, float],
         precondition: bool,
@@ -65,7 +65,7 @@ class Plan:
         self.blocks, self.us, self.vs, self.kinds, self.betas = blocks, us, vs, kinds, betas
         self.precondition, self.capturable = precondition, capturable
         self.device = next(b for b, k in zip(blocks, kinds, strict=True) if k).momentum.device
-        self.fvs = [_flat(fv.to(torch.float32)) for fv in fvs]
+        self.fvs = [_flat(dense(fv).to(torch.float32)) for fv in fvs]
         self.dot_slots = self.square_slots = 0
         self.groups: list[Group] = []
         self.alive: list[Tensor] = []
@@ -326,7 +326,7 @@ def lambda_step(
     blocks: Sequence[Block],
     us: Sequence[Matrix],
     vs: Sequence[Matrix],
-    fvs: Sequence[Tensor],
+    fvs: Sequence[Matrix],
     *,
     damping: float,
     lr: float | Tensor,

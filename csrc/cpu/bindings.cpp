@@ -84,7 +84,7 @@ void give(Plan& plan, size_t index, int source, uintptr_t given, uintptr_t produ
     block.source = static_cast<Source>(source);
     block.given = pointer(given);
     block.product = pointer(product);
-    block.left = block.right = nullptr;
+    block.factors = {};
 }
 
 // The panels of a thin Q g (see products.h) with Q m of the step before.
@@ -95,9 +95,7 @@ void give_panels(Plan& plan, const std::string& engine,
         Block& block = plan.blocks().at(index);
         block.source = Source::thin;
         block.given = nullptr;
-        block.left = pointer(left);
-        block.right = pointer(right);
-        block.depth = depth;
+        block.factors = {pointer(left), pointer(right), depth};
         block.product = pointer(product);
     }
 }
@@ -142,17 +140,35 @@ void average(Plan& plan, const std::vector<uintptr_t>& outs, int times, int thre
     plan.average(places, {times, Normalize::none, 0, threads});
 }
 
-// (name, count, value, exp_avg, exp_avg_sq, gradient, its dtype, that of the others, step)
-using AdamTuple = std::tuple<std::string, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, double>;
+// (name, count, value, exp_avg, exp_avg_sq, gradient, its dtype, that of the others, step), and in place of a gradient
+// (left operand, right operand, depth, λ's columns)
+using AdamTuple = std::tuple<std::string, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, double,
+                             std::optional<std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>>>;
 
-bool adam(const std::vector<AdamTuple>& rows, double lr, double beta1, double beta2, double eps,
-          int threads) {
+bool adam(const std::vector<AdamTuple>& rows, double lr, double beta1, double beta2, double eps, int threads,
+          const std::optional<std::string>& engine) {
     std::vector<AdamTensor> tensors;
-    for (const auto& [name, count, value, exp_avg, exp_avg_sq, grad, grad_dtype, dtype, step] : rows)
-        tensors.push_back({name, count, pointer(value), pointer(exp_avg), pointer(exp_avg_sq), pointer(grad),
-                           dtype_of(grad_dtype), dtype_of(dtype), step});
+    for (const auto& [name, count, value, exp_avg, exp_avg_sq, grad, grad_dtype, dtype, step, packed] : rows) {
+        AdamTensor tensor;
+        tensor.name = name;
+        tensor.count = count;
+        tensor.value = pointer(value);
+        tensor.exp_avg = pointer(exp_avg);
+        tensor.exp_avg_sq = pointer(exp_avg_sq);
+        tensor.grad = pointer(grad);
+        tensor.grad_dtype = dtype_of(grad_dtype);
+        tensor.dtype = dtype_of(dtype);
+        tensor.step = step;
+        if (packed) {
+            const auto& [left, right, depth, columns] = *packed;
+            tensor.factors = {pointer(left), pointer(right), depth};
+            tensor.columns = columns;
+        }
+        tensors.push_back(std::move(tensor));
+    }
+    const Engine* with = engine ? &engine_of(*engine) : nullptr;
     py::gil_scoped_release released;
-    return adam_step(tensors, {lr, beta1, beta2, eps, threads});
+    return adam_step(tensors, {lr, beta1, beta2, eps, threads, with});
 }
 
 double inner_of(const std::vector<uintptr_t>& xs, const std::vector<uintptr_t>& ys, const std::vector<int64_t>& counts,

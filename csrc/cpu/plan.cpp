@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <stdexcept>
 
 #include "cpu/threads.h"
@@ -69,7 +68,7 @@ void Plan::check() const {
         if (elements(block) == 0) continue;
         const bool diagonal = block.source == Source::diagonal || block.source == Source::after_diagonal;
         if (!block.momentum || !block.step) refuse(block, "it has no momentum or counter");
-        const bool packed = block.source == Source::thin && block.left && block.right;
+        const bool packed = block.source == Source::thin && block.factors.left && block.factors.right;
         if (packed && (!engine_ || block.dtype != Dtype::float32)) refuse(block, "nothing multiplies its panels");
         if (diagonal ? !block.diagonal : !block.given && !packed) refuse(block, "what its natural gradient is made of is missing");
         if (block.source == Source::thin && !block.product) refuse(block, "Q m of the step before is missing");
@@ -105,27 +104,10 @@ void Plan::average(const std::vector<void*>& outs, const ThetaOptions& options) 
 template <class F>
 void Plan::with_given(const Task& task, F f) const {
     const Block& block = blocks_[task.block];
-    if (!block.left || block.source != Source::thin) return f(task);
-    const int64_t rows = task.row_end - task.row_begin, columns = task.column_end - task.column_begin;
-    const int64_t stride = (columns + panel - 1) / panel * panel, bytes = packed_size(*engine_, panel, block.depth);
-    thread_local std::vector<float> room;
-    room.resize((rows + panel - 1) / panel * panel * stride + 16);
-    void* start = room.data();
-    size_t space = room.size() * sizeof(float);
-    float* given = static_cast<float*>(std::align(64, 1, start, space));
-    alignas(64) char saved[64];
-    engine_->enter(saved);
-    for (int64_t j = 0; j < columns; j += panel) {
-        const void* right = static_cast<const char*>(block.right) + (task.column_begin + j) / panel * bytes;
-        for (int64_t i = 0; i < rows; i += panel) {
-            const void* left = static_cast<const char*>(block.left) + (task.row_begin + i) / panel * bytes;
-            engine_->block(left, right, block.depth, given + i * stride + j, stride, false);
-        }
-    }
-    engine_->leave(saved);
+    if (!block.factors.left || block.source != Source::thin) return f(task);
     Task with = task;
-    with.given = given;
-    with.given_stride = stride;
+    with.given = part_of(*engine_, block.factors, task.row_begin, task.row_end, task.column_begin, task.column_end,
+                         &with.given_stride);
     f(with);
 }
 
@@ -189,25 +171,50 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     return true;
 }
 
+/// f(tensor, begin, end) for every run of a task, with the gradient in memory; whether all of them are true. Where it is
+/// a product of panels it is computed for each task alone.
+template <class F>
+bool for_runs(const AdamTensor& tensor, const Task& task, const Engine* engine, F f) {
+    if (!tensor.factors.left) return f(tensor, task.column_begin, task.column_end);
+    int64_t stride = 0;
+    const float* grad = part_of(*engine, tensor.factors, task.row_begin, task.row_end, task.column_begin, task.column_end,
+                                &stride);
+    AdamTensor row = tensor;
+    bool all = true;
+    for (int64_t i = task.row_begin; i < task.row_end; ++i, grad += stride) {
+        const int64_t begin = i * tensor.columns + task.column_begin, end = begin + task.column_end - task.column_begin;
+        row.grad = grad - begin;
+        all = f(row, begin, end) && all;
+    }
+    return all;
+}
+
 bool adam_step(const std::vector<AdamTensor>& tensors, const AdamOptions& options) {
     std::vector<Task> tasks;
     for (size_t t = 0; t < tensors.size(); ++t) {
-        if (tensors[t].count && !(tensors[t].value && tensors[t].exp_avg && tensors[t].exp_avg_sq && tensors[t].grad))
-            throw std::invalid_argument("'" + tensors[t].name + "' should have λ, both moments and a gradient");
-        split(static_cast<int>(t), 1, tensors[t].count, tasks);
+        const AdamTensor& tensor = tensors[t];
+        const bool packed = tensor.factors.left && tensor.factors.right && options.engine && tensor.columns > 0;
+        if (tensor.count && !(tensor.value && tensor.exp_avg && tensor.exp_avg_sq && (tensor.grad || packed)))
+            throw std::invalid_argument("'" + tensor.name + "' should have λ, both moments and a gradient");
+        if (packed)
+            split(static_cast<int>(t), tensor.count / tensor.columns, tensor.columns, tasks);
+        else
+            split(static_cast<int>(t), 1, tensor.count, tasks);
     }
     const int threads = threads_for(tensors, options.threads, [](const AdamTensor& t) { return t.count; });
     const auto each = static_cast<int64_t>(tasks.size());
     std::vector<char> finite(tasks.size(), 0);
     parallel_for(each, threads, [&](int64_t i) {
-        const AdamTensor& tensor = tensors[tasks[i].block];
-        finite[i] = kernels(tensor.dtype).finite(tensor, tasks[i].column_begin, tasks[i].column_end);
+        finite[i] = for_runs(tensors[tasks[i].block], tasks[i], options.engine, [](const AdamTensor& t, int64_t begin, int64_t end) {
+            return kernels(t.dtype).finite(t, begin, end);
+        });
     });
     if (std::find(finite.begin(), finite.end(), 0) != finite.end()) return false;
     parallel_for(each, threads, [&](int64_t i) {
-        const AdamTensor& tensor = tensors[tasks[i].block];
-        kernels(tensor.dtype).adam(tensor, tasks[i].column_begin, tasks[i].column_end, options.lr, options.beta1,
-                                   options.beta2, options.eps);
+        for_runs(tensors[tasks[i].block], tasks[i], options.engine, [&](const AdamTensor& t, int64_t begin, int64_t end) {
+            kernels(t.dtype).adam(t, begin, end, options.lr, options.beta1, options.beta2, options.eps);
+            return true;
+        });
     });
     return true;
 }

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/products.h"
 
 namespace fishleg::cpu {
 
@@ -51,6 +50,7 @@ private:
 struct AdamOptions {
     double lr, beta1, beta2, eps;
     int threads;
+    const Engine* engine = nullptr;  // of gradients that are products of panels
 };
 
 /// One Adam step of every tensor; false, and nothing written, where a gradient is not finite.

@@ -1,6 +1,7 @@
 #include "cpu/products.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "cpu/threads.h"
@@ -123,6 +124,29 @@ void multiply(const Engine& engine, const std::vector<Product>& products, int th
         run(engine, products, all[t]);
         engine.leave(saved);
     });
+}
+
+const float* part_of(const Engine& engine, const Factors& factors, int64_t row_begin, int64_t row_end,
+                     int64_t column_begin, int64_t column_end, int64_t* stride) {
+    const int64_t rows = panels(row_end - row_begin) * panel, columns = panels(column_end - column_begin) * panel;
+    const int64_t bytes = panel_bytes(engine, factors.depth);
+    thread_local std::vector<float> room;
+    room.resize(rows * columns + 16);
+    void* start = room.data();
+    size_t space = room.size() * sizeof(float);
+    float* part_begin = static_cast<float*>(std::align(64, 1, start, space));
+    alignas(64) char saved[64];
+    engine.enter(saved);
+    for (int64_t j = 0; j < columns; j += panel) {
+        const void* right = part(factors.right, (column_begin + j) / panel * bytes);
+        for (int64_t i = 0; i < rows; i += panel) {
+            const void* left = part(factors.left, (row_begin + i) / panel * bytes);
+            engine.block(left, right, factors.depth, part_begin + i * columns + j, columns, false);
+        }
+    }
+    engine.leave(saved);
+    *stride = columns;
+    return part_begin;
 }
 
 }  // namespace fishleg::cpu

@@ -76,4 +76,16 @@ struct Product {
 /// Compute all of them, none of which needs another, on several threads. The result does not depend on their number.
 void multiply(const Engine& engine, const std::vector<Product>& products, int threads);
 
+/// Two packed operands, of which some rows and columns are multiplied at a time.
+struct Factors {
+    const void* left = nullptr;
+    const void* right = nullptr;
+    int64_t depth = 0;
+};
+
+/// Rows and columns begin … end of a product, each begin at a panel's, row by row with `stride`: in memory of this thread
+/// that holds them until its next call.
+const float* part_of(const Engine& engine, const Factors& factors, int64_t row_begin, int64_t row_end,
+                     int64_t column_begin, int64_t column_end, int64_t* stride);
+
 }  // namespace fishleg::cpu

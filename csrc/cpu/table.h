@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/products.h"
+
 namespace fishleg::cpu {
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
@@ -50,9 +52,7 @@ struct Block {
     // Of this step:
     Source source = Source::product;
     const void* given = nullptr;   // Q m̂, or Q g
-    const void* left = nullptr;    // instead of Q g: (E P)ᵀ and H S, packed (see products.h)
-    const void* right = nullptr;
-    int64_t depth = 0;
+    Factors factors;               // instead of Q g: (E P)ᵀ and H S, packed
     void* product = nullptr;       // Q m, which follows
     double beta = 0;
     double base_lr = 0;            // before any schedule
@@ -76,7 +76,9 @@ struct AdamTensor {
     const void* grad = nullptr;
     Dtype grad_dtype = Dtype::float32;
     Dtype dtype = Dtype::float32;
-    double step = 0;  // that of its block, this one included
+    double step = 0;      // that of its block, this one included
+    Factors factors;      // instead of a gradient: that of a matrix of `columns`
+    int64_t columns = 0;
 };
 
 /// Two lists of numbers of one type, whose products are summed.

@@ -221,7 +221,7 @@ def lambda_step(
     blocks: Sequence[Block],
     us: Sequence[Matrix],
     vs: Sequence[Matrix],  # Q u
-    fvs: Sequence[Tensor],  # F v
+    fvs: Sequence[Matrix],  # F v, thin only where v is
     *,
     damping: float,
     lr: float | Tensor,
@@ -253,7 +253,7 @@ def lambda_step(
 
 
 def aux_loss(
-    us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Tensor], damping: float, learn_scale: bool
+    us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix], damping: float, learn_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(𝒜, uᵀv, α), as ``lambda_step`` has them; α is None for 1."""
     power = inner(us, vs)
@@ -264,29 +264,33 @@ def aux_loss(
 
 
 def aux_gradients(
-    block: Block, u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None, precondition: bool
+    block: Block, u: Matrix, v: Matrix, fv: Matrix, damping: float, scale: Tensor | None, precondition: bool
 ) -> dict[str, Tensor]:
     """∂⟨w, Q u⟩/∂λ of one block, with w as ``lambda_step`` says and ``scale`` its α."""
-    w = _residual(u, v, fv, damping, scale)
+    w = residual(u, v, fv, damping, scale)
     if precondition:
-        w = block.structure.product(_whole(w))
+        w = block.structure.product(whole(w))
     if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
         return block.structure.thin_gradients(u, v, w)
-    return block.structure.gradients(dense(u), _whole(w))
+    return block.structure.gradients(dense(u), whole(w))
 
 
-def _residual(u: Matrix, v: Matrix, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor | Sum:
-    """α(F+γI)v − u; of thin u and v without a dense matrix but F v."""
+def residual(u: Matrix, v: Matrix, fv: Matrix, damping: float, scale: Tensor | None) -> Tensor | Sum:
+    """α(F+γI)v − u; of thin u and v without a dense matrix, but that of F v where it is one."""
     if isinstance(u, Thin) and isinstance(v, Image):
-        if scale is None:
-            return Sum(fv, (v.scaled(damping), u.scaled(-1)))
-        return Sum(fv * scale.to(fv), (v.scaled(damping * scale.to(v.E)), u.scaled(-1)))
-    curved = torch.add(fv, dense(v), alpha=damping)
+        term = Thin(v.E.to(u.E.dtype) * damping, v.H.to(u.H.dtype))
+        if scale is not None:
+            c = scale.to(u.E)
+            fv, term = fv.scaled(c) if isinstance(fv, Thin) else dense(fv) * c, term.scaled(c)
+        return Sum.of(fv if isinstance(fv, Thin) else dense(fv), term, u.scaled(-1))
+    curved = torch.add(dense(fv), dense(v), alpha=damping)
     return (curved if scale is None else curved.mul_(scale.to(curved))).sub_(dense(u))
 
 
-def _whole(w: Tensor | Sum) -> Tensor:
-    return w if isinstance(w, Tensor) else sum((t.dense for t in w.terms), w.whole)
+def whole(w: Tensor | Sum) -> Tensor:
+    if isinstance(w, Tensor):
+        return w
+    return w.thin.dense if w.whole is None else w.whole + w.thin.dense
 
 
 def adam_step(

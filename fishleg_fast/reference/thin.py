@@ -64,28 +64,32 @@ class Image(Thin):
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """A dense matrix (m, n) and thin ones, added up."""
+    """A dense matrix W (m, n), if there is one, and a thin one, added up."""
 
-    whole: Tensor
-    terms: tuple[Thin, ...] = ()
+    whole: Tensor | None
+    thin: Thin
+
+    @staticmethod
+    def of(*terms: Tensor | Thin) -> Sum:
+        """At most one dense matrix, and thin ones."""
+        thin = [t for t in terms if isinstance(t, Thin)]
+        joined = Thin(torch.cat([t.E for t in thin]), torch.cat([t.H for t in thin]))
+        return Sum(next((t for t in terms if isinstance(t, Tensor)), None), joined)
 
     def left(self, x: Tensor) -> Tensor:
         """x W, for x (r, m)."""
-        product = x @ self.whole
-        for t in self.terms:
-            product.addmm_(x @ t.E.T, t.H)
-        return product
+        product = (x @ self.thin.E.T) @ self.thin.H
+        return product if self.whole is None else product.addmm_(x, self.whole)
 
     def right(self, x: Tensor) -> Tensor:
         """x Wᵀ, for x (r, n)."""
-        product = x @ self.whole.T
-        for t in self.terms:
-            product.addmm_(x @ t.H.T, t.E)
-        return product
+        product = (x @ self.thin.H.T) @ self.thin.E
+        return product if self.whole is None else product.addmm_(x, self.whole.T)
 
     def to(self, dtype: torch.dtype | None) -> Sum:
         """The same in another dtype; None: as it is."""
-        return self if dtype is None else Sum(self.whole.to(dtype), tuple(t.to(dtype) for t in self.terms))
+        whole = self.whole if self.whole is None or dtype is None else self.whole.to(dtype)
+        return Sum(whole, self.thin.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +126,7 @@ def dense(x: Matrix) -> Tensor:
 def dot(x: Matrix, y: Matrix) -> Tensor:
     """⟨x, y⟩, a scalar."""
     if isinstance(x, Thin) and isinstance(y, Thin):
-        y = y.to(x.E.dtype)
+        y = y.to(x.E.dtype)  # v and F v can be of another dtype than u
         return torch.sum((x.E @ y.E.T) * (x.H @ y.H.T))
     if isinstance(x, Thin):
         y = dense(y)

@@ -1,0 +1,75 @@
+"""Fisher-vector products of thin vectors: J v and Jᵀ by what the layers show, without a matrix of a layer's size.
+
+A Linear whose v is EᵀH adds x vᵀ = (x Hᵀ) E to its output's tangent, and its part of F v is the thin product of its
+output gradients and its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from .layers import layer_of
+from .reference.thin import Thin
+
+if TYPE_CHECKING:
+    from .blocks import Block
+
+
+class ThinLayers:
+    """Layers whose parameters have thin tangents, during one forward pass within ``forward_ad.dual_level()``."""
+
+    def __init__(self, blocks: Sequence[Block], vs: Sequence[Thin]) -> None:
+        self.blocks, self._vs = blocks, vs
+        self._seen: list[tuple[int, Tensor, Any]] = []  # block, its layer's input, where its output's gradient will be
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> ThinLayers:
+        for k, block in enumerate(self.blocks):
+            assert block.layer is not None
+            # Before the user's own hooks: these see the layer's output, tangent included.
+            self._handles.append(block.layer.register_forward_hook(self._hook(k), prepend=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:  # before the backward pass, in which checkpointed modules run once more
+            handle.remove()
+
+    def _hook(self, k: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            x = forward_ad.unpack_dual(args[0]).primal.detach()
+            if not output.requires_grad:
+                return output
+            rows = layer_of(module).rows(self.blocks[k], x, output.detach())
+            if rows is None:
+                return output
+            v = self._vs[k].to(x.dtype)
+            tangent = ((rows[0] @ v.H.T) @ v.E).reshape(output.shape)
+            moved = output + forward_ad.make_dual(torch.zeros_like(tangent), tangent)
+            self._seen.append((k, x, get_gradient_edge(moved)))
+            return moved
+
+        return hook
+
+    def edges(self) -> list[Any]:
+        """Where the gradients of the outputs seen are to be had."""
+        return [edge for *_, edge in self._seen]
+
+    def products(self, gradients: Sequence[Tensor]) -> list[Thin] | None:
+        """Jᵀ of each block, from the gradients at ``edges()``; None where a layer was not seen."""
+        rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.blocks]
+        for (k, x, _), e in zip(self._seen, gradients, strict=True):
+            block = self.blocks[k]
+            assert block.layer is not None
+            found = layer_of(block.layer).rows(block, x, e)
+            if found is not None:
+                rows[k].append(found)
+        if not all(rows):
+            return None
+        sides = [[torch.cat(side) if len(side) > 1 else side[0] for side in zip(*pairs, strict=True)] for pairs in rows]
+        return [Thin(E, H) for H, E in sides]
