@@ -18,7 +18,7 @@ from . import native, packed
 from .plan import CODES, Plan, _dtype, plan_of
 from .reference import steps
 from .reference.products import Vectors
-from .reference.thin import Matrix, Split, Thin, dense
+from .reference.thin import Image, Matrix, Split, Thin, dense
 
 if TYPE_CHECKING:
     from .blocks import Block
@@ -171,15 +171,32 @@ def lambda_step(
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.steps.lambda_step``."""
-    loss, power, scale = steps.aux_loss(us, vs, fvs, damping, learn_scale)
     mine = [k for k, block in enumerate(blocks) if packed.takes(block) and _native(block)]
-    everything = list(zip(blocks, us, vs, fvs, strict=True))
+    met: dict[int, packed.Thins] = {}
+    for k in mine:
+        u, v = us[k], vs[k]
+        if isinstance(u, Thin) and isinstance(v, Image) and not precondition:
+            met[k] = packed.Thins(u, v, fvs[k])
+    rest = [k for k in range(len(blocks)) if k not in met]
+    dots = steps.dots([us[k] for k in rest], [vs[k] for k in rest], [fvs[k] for k in rest])
+    for thins in met.values():
+        dots = dots + thins.dots()
+    loss, power, scale = steps.aux_loss(dots, damping, learn_scale)
     gradients: dict[int, Mapping[str, Any]] = {
-        k: steps.aux_gradients(*arguments, damping, scale, precondition)
-        for k, arguments in enumerate(everything)
+        k: steps.aux_gradients(blocks[k], us[k], vs[k], fvs[k], damping, scale, precondition)
+        for k in rest
         if k not in mine
     }
-    gradients |= zip(mine, _packed_gradients([everything[k] for k in mine], damping, scale, precondition), strict=True)
+    ws: list[Any] = []
+    for k in mine:
+        if k in met:
+            ws.append(met[k].residual(damping, 1.0 if scale is None else float(scale)))
+        else:
+            ws.append(steps.whole(steps.residual(us[k], vs[k], fvs[k], damping, scale)))
+            if precondition:
+                (ws[-1],) = packed.qv([blocks[k]], ws[-1:])
+    found = packed.gradients([blocks[k] for k in mine], [met.get(k, us[k]) for k in mine], ws)
+    gradients |= zip(mine, found, strict=True)
     native_ = [(b, gradients[k]) for k, b in enumerate(blocks) if _native(b)]
     others = [(b, gradients[k]) for k, b in enumerate(blocks) if not _native(b)]
     ok = bool(torch.isfinite(loss)) and bool(power != 0)
@@ -189,17 +206,6 @@ def lambda_step(
         for block, grads in others:
             steps.adam_step(block, dict(grads), lr, betas, eps, torch.tensor(True))
     return loss, torch.tensor(ok)
-
-
-def _packed_gradients(
-    chosen: Sequence[tuple[Block, Matrix, Matrix, Matrix]], damping: float, scale: Tensor | None, precondition: bool
-) -> list[dict[str, packed.Gradient]]:
-    """``steps.aux_gradients`` of packed blocks, as operands."""
-    blocks, us, vs, _ = ([*column] for column in zip(*chosen, strict=True)) if chosen else ([], [], [], [])
-    ws = [steps.residual(u, v, fv, damping, scale) for _, u, v, fv in chosen]
-    if precondition:
-        ws = [dense(w) for w in packed.qv(blocks, [steps.whole(w) for w in ws])]
-    return packed.gradients(blocks, us, vs, ws)
 
 
 def _native(block: Block) -> bool:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .panels import ENGINES, LEFT, RIGHT, Batch, Panels, engines
+from .panels import ENGINES, LEFT, RIGHT, Batch, Panels, engines, padded
 from .reference.products import MATHS
-from .reference.steps import whole
-from .reference.thin import Image, Matrix, Sum, Thin, dense
+from .reference.thin import Image, Matrix, Thin, dense, dot
 from .structure import Version
 
 if TYPE_CHECKING:
@@ -150,47 +149,78 @@ def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
 Gradient = tuple[Panels, Panels]  # a λ-gradient, as the product of these
 
 
+class Thins:
+    """One block's thin u and v = Q u, and F v: the products that both 𝒜 and its gradient take."""
+
+    def __init__(self, u: Thin, v: Image, fv: Matrix) -> None:
+        self.u, self.v, self._fv = u, v, fv
+        self._terms = (fv, v, u) if isinstance(fv, Thin) else (v, u)
+        self._products = [(v.E @ t.E.T, v.H @ t.H.T) for t in self._terms]
+
+    def dots(self) -> Tensor:
+        """⟨v, F v⟩, ⟨v, v⟩ and ⟨u, v⟩: (3,)"""
+        found = [torch.sum(x * y) for x, y in self._products]
+        return torch.stack(found if len(found) == 3 else [dot(self.v, self._fv), *found])
+
+    def residual(self, damping: float, scale: float) -> tuple[Tensor, Tensor]:
+        """y = E P w (r, n) and z = H S wᵀ (r, m), of w = α(F+γI)v − u."""
+        if isinstance(self._fv, Thin):
+            y, z = torch.zeros_like(self.v.H), torch.zeros_like(self.u.E)
+        else:
+            fv = dense(self._fv) * scale
+            y, z = self.v.E @ fv, self.v.H @ fv.T
+        weights = (scale, scale * damping, -1.0)[-len(self._terms) :]
+        for t, (left, right), c in zip(self._terms, self._products, weights, strict=True):
+            y.addmm_(left, t.H, alpha=c)
+            z.addmm_(right, t.E, alpha=c)
+        return y, z
+
+
 def gradients(
-    blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix], ws: Sequence[Tensor | Sum]
+    blocks: Sequence[Block], us: Sequence[Matrix | Thins], ws: Sequence[Tensor | tuple[Tensor, Tensor]]
 ) -> list[dict[str, Gradient]]:
-    """∂⟨w, Q u⟩/∂λ of each block, as ``reference.products`` has them; v = Q u."""
+    """∂⟨w, Q u⟩/∂λ of each block, as ``reference.products`` has them.
+
+    Of a dense u or, with y = E P w and z = H S wᵀ in the place of w, of thin ones.
+    """
     if not blocks:
         return []
     batch = Batch(packed_of(blocks[0]).engine)
     finish = []
-    for block, u, v, w in zip(blocks, us, vs, ws, strict=True):
-        p = packed_of(block)
-        if isinstance(u, Thin) and isinstance(v, Image) and isinstance(w, Sum):
-            finish.append(_thin_gradient(p, batch, u, v, w))
+    for block, u, w in zip(blocks, us, ws, strict=True):
+        if isinstance(u, Thins):
+            assert not isinstance(w, Tensor)
+            finish.append(_thin_gradient(packed_of(block), batch, u, *w))
         else:
-            finish.append(_dense_gradient(p, batch, dense(u), whole(w)))
+            assert isinstance(w, Tensor)
+            finish.append(_dense_gradient(packed_of(block), batch, dense(u), w))
     batch.run()
     found = [f(batch) for f in finish]
     batch.run()
     return found
 
 
-def _thin_gradient(p: Packed, batch: Batch, u: Thin, v: Image, w: Sum) -> Callable[[Batch], dict[str, Gradient]]:
-    """dL = [H; y]ᵀ[yL; HL] and dR = [ERᵀ, zRᵀ]ᵀ[z; E], with y = E P w and z = H S wᵀ."""
-    r = u.rank
-    (ER, HL), *_ = v.halves
+def _thin_gradient(
+    p: Packed, batch: Batch, thins: Thins, y: Tensor, z: Tensor
+) -> Callable[[Batch], dict[str, Gradient]]:
+    """dL = [H; y]ᵀ[yL; HL] and dR = [ERᵀ, zRᵀ]ᵀ[z; E]."""
+    u, r = thins.u, thins.u.rank
+    (ER, HL), *_ = thins.v.halves
     assert ER is not None and HL is not None
-    y, z = w.left(v.E), w.right(v.H)
     Rz, yL = y.new_empty(p.m, r), y.new_empty(r, p.n)
     batch.multiply(p.factor(batch, "R", LEFT), batch.pack(z.T, p.room("E", RIGHT, p.m, r)), Rz)
     batch.multiply(batch.pack(y, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), yL)
 
     def finish(batch: Batch) -> dict[str, Gradient]:
-        return {
-            "R": (
-                batch.pack(torch.cat([ER, Rz.T]).T, p.room("dR", LEFT, p.m, 2 * r)),
-                batch.pack(torch.cat([z, u.E]), p.room("dR", RIGHT, 2 * r, p.m)),
-            ),
-            "L": (
-                batch.pack(torch.cat([u.H, y]).T, p.room("dL", LEFT, p.n, 2 * r)),
-                batch.pack(torch.cat([yL, HL]), p.room("dL", RIGHT, 2 * r, p.n)),
-            ),
-        }
+        half = padded(p.engine, r)
+        grads = {}
+        for name, k, xs, ys in (("R", p.m, (ER, Rz.T), (z, u.E)), ("L", p.n, (u.H, y), (yL, HL))):
+            left, right = p.room("d" + name, LEFT, k, half + r), p.room("d" + name, RIGHT, half + r, k)
+            for after, x, other in zip((0, half), xs, ys, strict=True):
+                batch.pack(x.T, left, after)
+                batch.pack(other, right, after)
+            grads[name] = left, right
+        return grads
 
     return finish
 
@@ -206,12 +236,13 @@ def _dense_gradient(p: Packed, batch: Batch, u: Tensor, w: Tensor) -> Callable[[
 
     def finish(batch: Batch) -> dict[str, Gradient]:
         M, N = p.room("M", LEFT, p.n, p.n), p.room("N", RIGHT, p.m, p.m)
-        up, down = torch.cat([u, Pw]), torch.cat([Pw, u])
-        left = batch.pack(up.T, p.room("dL", LEFT, p.n, 2 * p.m))
-        batch.multiply(left, batch.pack(down, p.room("dL", RIGHT, 2 * p.m, p.n)), M, symmetric=True)
-        up, down = torch.cat([wS, u], dim=1), torch.cat([u, wS], dim=1)
-        left = batch.pack(up, p.room("dR", LEFT, p.m, 2 * p.n))
-        batch.multiply(left, batch.pack(down.T, p.room("dR", RIGHT, 2 * p.n, p.m)), N, symmetric=True)
+        for name, out, k, depth, xs in (("L", M, p.n, p.m, (u.T, Pw.T)), ("R", N, p.m, p.n, (wS, u))):
+            half = padded(p.engine, depth)
+            left, right = p.room("d" + name, LEFT, k, half + depth), p.room("d" + name, RIGHT, half + depth, k)
+            for after, x, other in zip((0, half), xs, xs[::-1], strict=True):
+                batch.pack(x, left, after)
+                batch.pack(other.T, right, after)
+            batch.multiply(left, right, out, symmetric=True)
         return {"R": (p.factor(batch, "R", LEFT), N), "L": (M, p.factor(batch, "L", RIGHT))}
 
     return finish

@@ -25,13 +25,19 @@ def engines() -> tuple[str, ...]:
     return tuple(native.extension().engines()) if ok else ()
 
 
+def padded(engine: str, depth: int) -> int:
+    """The depth that an operand takes up in panels."""
+    step = native.extension().depth_step(engine)
+    return -(-depth // step) * step
+
+
 class Panels:
     """A matrix (rows, columns) packed as the left operand of a product, or the right one; of its transpose just so."""
 
     def __init__(self, engine: str, side: int, rows: int, columns: int) -> None:
         self.engine, self.side, self.rows, self.columns = engine, side, rows, columns
-        lanes, depth = (rows, columns) if side == LEFT else (columns, rows)
-        self.memory = torch.empty(native.extension().packed_size(engine, lanes, depth), dtype=torch.uint8)
+        self.lanes, self.depth = (rows, columns) if side == LEFT else (columns, rows)
+        self.memory = torch.empty(native.extension().packed_size(engine, self.lanes, self.depth), dtype=torch.uint8)
         self.address = self.memory.data_ptr()
 
 
@@ -44,15 +50,19 @@ class Batch:
         self._products: list[tuple[int, ...]] = []
         self._kept: list[Tensor] = []
 
-    def pack(self, x: Tensor, to: Panels) -> Panels:
-        """x (rows, columns) float32 into panels."""
-        assert x.shape == (to.rows, to.columns) and x.dtype == torch.float32
+    def pack(self, x: Tensor, to: Panels, after: int = 0) -> Panels:
+        """x (rows, columns) float32 into panels; ``after`` so many of the depth, a multiple of ``padded``'s, of others.
+
+        The depth are a left operand's columns, a right one's rows.
+        """
+        assert x.dtype == torch.float32
         if 1 not in x.stride():
             x = x.contiguous()
         self._kept.append(x)
         if to.side == RIGHT:
             x = x.T  # lanes by depth
-        self._packs.append((to.side, x.data_ptr(), *x.shape, *x.stride(), to.address))
+        assert x.shape[0] == to.lanes and after + x.shape[1] <= to.depth
+        self._packs.append((to.side, x.data_ptr(), *x.shape, *x.stride(), to.address, to.depth, after))
         return to
 
     def multiply(self, x: Panels, y: Panels, out: Panels | Tensor, symmetric: bool = False) -> None:

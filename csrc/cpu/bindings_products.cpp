@@ -19,19 +19,20 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
     throw std::invalid_argument(std::string(name) + " should be " + wanted + " but is: " + std::to_string(value));
 }
 
-// (side, source, lanes, depth, lane stride, depth stride, to)
-using PackTuple = std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
+// (side, source, lanes, depth, lane stride, depth stride, to, the operand's depth, where in it this one starts)
+using PackTuple = std::tuple<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
 
 void pack_all(const std::string& engine, const std::vector<PackTuple>& rows, int threads) {
+    const Engine& with = engine_of(engine);
     std::vector<PackJob> jobs;
-    for (const auto& [side, source, lanes, depth, lane_stride, depth_stride, to] : rows) {
+    for (const auto& [side, source, lanes, depth, lane_stride, depth_stride, to, whole, after] : rows) {
         if (side < 0 || side > 1) refuse("side", side, "0 or 1");
         if (lanes < 0 || depth < 0) refuse("lanes and depth", std::min(lanes, depth), "at least 0");
         if (lane_stride != 1 && depth_stride != 1) refuse("one stride", std::min(lane_stride, depth_stride), "1");
+        if (after < 0 || after % with.step || after + depth > whole) refuse("after", after, "a multiple within the depth");
         const Lanes from{static_cast<const float*>(pointer(source)), lanes, depth, lane_stride, depth_stride};
-        jobs.push_back({static_cast<Side>(side), from, pointer(to)});
+        jobs.push_back({static_cast<Side>(side), from, pointer(to), whole, after});
     }
-    const Engine& with = engine_of(engine);
     py::gil_scoped_release released;
     pack(with, jobs, threads);
 }
@@ -62,6 +63,8 @@ void bind_products(py::module_& m) {
         if (amx_engine()) names.push_back(amx_engine()->name);
         return names;
     }, "The engines for packed products that this processor has.");
+    m.def("depth_step", [](const std::string& engine) { return engine_of(engine).step; },
+          "What an engine pads the depth of operands to multiples of.");
     m.def("packed_size", [](const std::string& engine, int64_t lanes, int64_t depth) {
         return packed_size(engine_of(engine), lanes, depth);
     }, "Bytes of a packed operand.");

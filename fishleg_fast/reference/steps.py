@@ -238,7 +238,7 @@ def lambda_step(
     to v, so that only Q's shape is learned. The 𝒜 returned is that of Q as it is.
     Where a gradient is not finite, or u is zero, nothing is written. Returns (𝒜, whether the step was taken), scalars.
     """
-    loss, power, scale = aux_loss(us, vs, fvs, damping, learn_scale)
+    loss, power, scale = aux_loss(dots(us, vs, fvs), damping, learn_scale)
     all_grads = [
         aux_gradients(b, u, v, fv, damping, scale, precondition)
         for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)
@@ -252,12 +252,15 @@ def lambda_step(
     return loss, ok
 
 
-def aux_loss(
-    us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix], damping: float, learn_scale: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def dots(us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix]) -> Tensor:
+    """⟨v, F v⟩, ⟨v, v⟩ and ⟨u, v⟩ over all blocks together: (3,), of no blocks zeros."""
+    return torch.stack([inner(vs, fvs), inner(vs, vs), inner(us, vs)]) if us else torch.zeros(3)
+
+
+def aux_loss(dots: Tensor, damping: float, learn_scale: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(𝒜, uᵀv, α), as ``lambda_step`` has them; α is None for 1."""
-    power = inner(us, vs)
-    vFv = inner(vs, fvs) + damping * inner(vs, vs)  # with γI
+    vFv, vv, power = dots
+    vFv = vFv + damping * vv  # with γI
     # Sampled Hessians may have negative curvature.
     scale = None if learn_scale else torch.where(vFv > 0, power / vFv, 1)
     return 0.5 * vFv - power, power, scale
