@@ -235,36 +235,48 @@ void any_apply(const Block& block, const Task& task, const Pass& pass) {
 }
 
 template <class T, class Grad>
-bool finite_run(const AdamTensor& tensor, int64_t begin, int64_t end) {
-    const Grad* g = static_cast<const Grad*>(tensor.grad);
+bool finite_run(const Grad* g, int64_t count) {
     T left = 0;  // x − x is 0 where x is finite, and not a number elsewhere
 #pragma omp simd reduction(+ : left)
-    for (int64_t j = begin; j < end; ++j) left += widen(g[j]) - widen(g[j]);
+    for (int64_t j = 0; j < count; ++j) left += widen(g[j]) - widen(g[j]);
     return left == T(0);
 }
 
 template <class T, class Grad>
-void adam_run(const AdamTensor& tensor, int64_t begin, int64_t end, const Adam<T>& rule) {
-    const Grad* g = static_cast<const Grad*>(tensor.grad);
-    T* value = static_cast<T*>(tensor.value);
-    T* exp_avg = static_cast<T*>(tensor.exp_avg);
-    T* exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq);
+void adam_run(const Adam<T>& rule, const Grad* g, int64_t count, T* value, T* exp_avg, T* exp_avg_sq) {
 #pragma omp simd
-    for (int64_t j = begin; j < end; ++j)
-        adam(rule, static_cast<T>(widen(g[j])), value[j], exp_avg[j], exp_avg_sq[j]);
+    for (int64_t j = 0; j < count; ++j) adam(rule, static_cast<T>(widen(g[j])), value[j], exp_avg[j], exp_avg_sq[j]);
+}
+
+/// f(gradient, first entry, count) for each row, the gradient as what it is stored as.
+template <class T, class F>
+void for_rows(const AdamTensor& tensor, const Runs& runs, F f) {
+    const int64_t count = runs.end - runs.begin;
+    for (int64_t row = 0; row < runs.rows; ++row) {
+        const int64_t begin = runs.begin + row * runs.stride;
+        if (runs.grad)
+            f(runs.grad + row * runs.grad_stride, begin, count);
+        else if (tensor.grad_dtype == Dtype::bfloat16)
+            f(static_cast<const BFloat16*>(tensor.grad) + begin, begin, count);
+        else
+            f(static_cast<const T*>(tensor.grad) + begin, begin, count);
+    }
 }
 
 template <class T>
-bool any_finite(const AdamTensor& tensor, int64_t begin, int64_t end) {
-    if (tensor.grad_dtype == Dtype::bfloat16) return finite_run<float, BFloat16>(tensor, begin, end);
-    return finite_run<T, T>(tensor, begin, end);
+bool any_finite(const AdamTensor& tensor, const Runs& runs) {
+    bool all = true;
+    for_rows<T>(tensor, runs, [&](const auto* g, int64_t, int64_t count) { all = finite_run<T>(g, count) && all; });
+    return all;
 }
 
 template <class T>
-void any_adam(const AdamTensor& tensor, int64_t begin, int64_t end, double lr, double beta1, double beta2, double eps) {
+void any_adam(const AdamTensor& tensor, const Runs& runs, double lr, double beta1, double beta2, double eps) {
     const Adam<T> rule = adam_rule<T>(lr, beta1, beta2, eps, tensor.step);
-    if (tensor.grad_dtype == Dtype::bfloat16) return adam_run<T, BFloat16>(tensor, begin, end, rule);
-    adam_run<T, T>(tensor, begin, end, rule);
+    for_rows<T>(tensor, runs, [&](const auto* g, int64_t begin, int64_t count) {
+        adam_run(rule, g, count, static_cast<T*>(tensor.value) + begin, static_cast<T*>(tensor.exp_avg) + begin,
+                 static_cast<T*>(tensor.exp_avg_sq) + begin);
+    });
 }
 
 template <class T, class Stored>

@@ -26,9 +26,9 @@ struct Kernels {
     bool (*average)(const Block&, const Task&, const Pass&, void* out);
     Sums (*sums)(const Block&, const Task&, const Pass&, bool with_gradient, bool with_power);
     void (*apply)(const Block&, const Task&, const Pass&);
-    // Whether entries begin … end of the gradient are finite.
-    bool (*finite)(const AdamTensor&, int64_t begin, int64_t end);
-    void (*adam)(const AdamTensor&, int64_t begin, int64_t end, double lr, double beta1, double beta2, double eps);
+    // Whether those entries of the gradient are finite.
+    bool (*finite)(const AdamTensor&, const Runs&);
+    void (*adam)(const AdamTensor&, const Runs&, double lr, double beta1, double beta2, double eps);
     // ⟨x, y⟩ over elements begin … end, for numbers of any type.
     double (*inner)(const Pair&, int64_t begin, int64_t end);
 };

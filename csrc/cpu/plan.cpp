@@ -171,23 +171,28 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     return true;
 }
 
-/// f(tensor, begin, end) for every run of a task, with the gradient in memory; whether all of them are true. Where it is
-/// a product of panels it is computed for each task alone.
-template <class F>
-bool for_runs(const AdamTensor& tensor, const Task& task, const Engine* engine, F f) {
-    if (!tensor.factors.left) return f(tensor, task.column_begin, task.column_end);
-    int64_t stride = 0;
-    const float* grad = part_of(*engine, tensor.factors, task.row_begin, task.row_end, task.column_begin, task.column_end,
-                                &stride);
-    AdamTensor row = tensor;
-    bool all = true;
-    for (int64_t i = task.row_begin; i < task.row_end; ++i, grad += stride) {
-        const int64_t begin = i * tensor.columns + task.column_begin, end = begin + task.column_end - task.column_begin;
-        row.grad = grad - begin;
-        all = f(row, begin, end) && all;
-    }
-    return all;
+namespace {
+
+/// A task's entries; where the gradient is a product of panels, with it computed for this task alone.
+Runs runs_of(const AdamTensor& tensor, const Task& task, const Engine* engine) {
+    if (!tensor.factors.left) return {task.column_begin, task.column_end};
+    const int64_t begin = task.row_begin * tensor.columns;
+    Runs runs{begin + task.column_begin, begin + task.column_end, task.row_end - task.row_begin, tensor.columns};
+    runs.grad = part_of(*engine, tensor.factors, task.row_begin, task.row_end, task.column_begin, task.column_end,
+                        &runs.grad_stride);
+    return runs;
 }
+
+/// Whether the operands alone tell that their product is finite.
+bool surely_finite(const AdamTensor& tensor, const Engine* engine) {
+    const Factors& f = tensor.factors;
+    if (!f.left) return false;
+    const double left = largest(*engine, f.left, tensor.count / tensor.columns, f.depth);
+    const double right = largest(*engine, f.right, tensor.columns, f.depth);
+    return left * right * static_cast<double>(f.depth) < 1e38;  // sums of float32
+}
+
+}  // namespace
 
 bool adam_step(const std::vector<AdamTensor>& tensors, const AdamOptions& options) {
     std::vector<Task> tasks;
@@ -202,19 +207,20 @@ bool adam_step(const std::vector<AdamTensor>& tensors, const AdamOptions& option
             split(static_cast<int>(t), 1, tensor.count, tasks);
     }
     const int threads = threads_for(tensors, options.threads, [](const AdamTensor& t) { return t.count; });
+    std::vector<char> sure(tensors.size(), 0), finite(tasks.size(), 0);
+    parallel_for_uneven(static_cast<int64_t>(tensors.size()), threads,
+                        [&](int64_t t) { sure[t] = surely_finite(tensors[t], options.engine); });
     const auto each = static_cast<int64_t>(tasks.size());
-    std::vector<char> finite(tasks.size(), 0);
     parallel_for(each, threads, [&](int64_t i) {
-        finite[i] = for_runs(tensors[tasks[i].block], tasks[i], options.engine, [](const AdamTensor& t, int64_t begin, int64_t end) {
-            return kernels(t.dtype).finite(t, begin, end);
-        });
+        const AdamTensor& tensor = tensors[tasks[i].block];
+        finite[i] = sure[tasks[i].block] ||
+                    kernels(tensor.dtype).finite(tensor, runs_of(tensor, tasks[i], options.engine));
     });
     if (std::find(finite.begin(), finite.end(), 0) != finite.end()) return false;
     parallel_for(each, threads, [&](int64_t i) {
-        for_runs(tensors[tasks[i].block], tasks[i], options.engine, [&](const AdamTensor& t, int64_t begin, int64_t end) {
-            kernels(t.dtype).adam(t, begin, end, options.lr, options.beta1, options.beta2, options.eps);
-            return true;
-        });
+        const AdamTensor& tensor = tensors[tasks[i].block];
+        kernels(tensor.dtype).adam(tensor, runs_of(tensor, tasks[i], options.engine), options.lr, options.beta1,
+                                   options.beta2, options.eps);
     });
     return true;
 }

@@ -1,6 +1,9 @@
 #include "cpu/products.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 
@@ -125,6 +128,24 @@ void multiply(const Engine& engine, const std::vector<Product>& products, int th
         run(engine, products, all[t]);
         engine.leave(saved);
     });
+}
+
+float largest(const Engine& engine, const void* packed, int64_t lanes, int64_t depth) {
+    const int64_t count = packed_size(engine, lanes, depth) / engine.size;
+    // As bits without the sign, floating-point numbers are in the order of their magnitudes.
+    uint32_t most = 0;
+    if (engine.size == 2) {
+        const auto* bits = static_cast<const uint16_t*>(packed);
+        uint16_t found = 0;
+        for (int64_t k = 0; k < count; ++k) found = std::max<uint16_t>(found, bits[k] & 0x7fffu);
+        most = static_cast<uint32_t>(found) << 16;
+    } else {
+        const auto* bits = static_cast<const uint32_t*>(packed);
+        for (int64_t k = 0; k < count; ++k) most = std::max(most, bits[k] & 0x7fffffffu);
+    }
+    float value;
+    std::memcpy(&value, &most, sizeof value);
+    return std::isfinite(value) ? value : std::numeric_limits<float>::infinity();
 }
 
 const float* part_of(const Engine& engine, const Factors& factors, int64_t row_begin, int64_t row_end,

@@ -85,6 +85,9 @@ struct Factors {
     int64_t depth = 0;
 };
 
+/// The largest magnitude in a packed operand; infinite where one is not finite.
+float largest(const Engine& engine, const void* packed, int64_t lanes, int64_t depth);
+
 /// Rows and columns begin … end of a product, each begin at a panel's, row by row with `stride`: in memory of this thread
 /// that holds them until its next call.
 const float* part_of(const Engine& engine, const Factors& factors, int64_t row_begin, int64_t row_end,

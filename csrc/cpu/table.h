@@ -81,6 +81,15 @@ struct AdamTensor {
     int64_t columns = 0;
 };
 
+/// Some of a tensor's entries: runs begin … end, of `rows` rows that start `stride` entries after each other. The gradient
+/// is where the tensor has it or, where given, here: rows of its own stride.
+struct Runs {
+    int64_t begin = 0, end = 0;
+    int64_t rows = 1, stride = 0;
+    const float* grad = nullptr;
+    int64_t grad_stride = 0;
+};
+
 /// Two lists of numbers of one type, whose products are summed.
 struct Pair {
     const void* x = nullptr;
