@@ -59,9 +59,10 @@ def thin_ggn(
 ) -> tuple[list[Tensor], list[Thin]] | None:
     """``ggn`` with a thin v for the layers of ``blocks``, and dense ones for the ``params`` of others: F v of both.
 
-    None where the model does not lend itself to it: its operations lack forward derivatives, or a layer hides.
+    None where the model does not lend itself to it: its operations lack forward derivatives, or a layer hides. The
+    generator of seeds is then as it was.
     """
-    layers = ThinLayers(blocks, thin_vs)
+    layers, before = ThinLayers(blocks, thin_vs), passes.generator.get_state()
 
     def linearize(
         passes: Passes, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
@@ -76,9 +77,13 @@ def thin_ggn(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # the dense product meets it again, and says what it is
+        found = None
+    else:
+        found = layers.products(gradients)
+    if found is None:
+        passes.generator.set_state(before)
         return None
-    found = layers.products(gradients)
-    return None if found is None else (products, found)
+    return products, found
 
 
 def ggn(passes: Passes, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
