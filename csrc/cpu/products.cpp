@@ -8,7 +8,7 @@
 namespace fishleg::cpu {
 namespace {
 
-constexpr int64_t together = 4;  // panels of the longer side that meet a panel of the other while it is in cache
+constexpr int64_t together = 2;  // panels of the longer side that meet a panel of the other while it is in cache
 
 int64_t panels(int64_t lanes) { return (lanes + panel - 1) / panel; }
 

@@ -63,6 +63,7 @@ void sum(const float* a, const float* b, int64_t depth, float* c, int64_t stride
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; ++j)
             sums[i][j] = add ? _mm512_loadu_ps(c + i * stride + j * vector) : _mm512_setzero_ps();
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k, a += panel, b += panel) {
         __m512 right[vectors];
 #pragma GCC unroll 2
