@@ -48,7 +48,7 @@ class Batch:
         self.engine = engine
         self._packs: list[tuple[int, ...]] = []
         self._products: list[tuple[int, ...]] = []
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor] = []  # what addresses point to
 
     def pack(self, x: Tensor, to: Panels, after: int = 0) -> Panels:
         """x (rows, columns) float32 into panels; ``after`` so many of the depth, a multiple of ``padded``'s, of others.
@@ -58,7 +58,7 @@ class Batch:
         assert x.dtype == torch.float32
         if 1 not in x.stride():
             x = x.contiguous()
-        self._kept.append(x)
+        self._kept += x, to.memory
         if to.side == RIGHT:
             x = x.T  # lanes by depth
         assert x.shape[0] == to.lanes and after + x.shape[1] <= to.depth
@@ -76,6 +76,8 @@ class Batch:
         else:
             assert (out.rows, out.columns) == (x.rows, y.columns)
             target, address = out.side + 1, out.address
+            self._kept.append(out.memory)
+        self._kept += x.memory, y.memory
         row = (x.address, y.address, x.rows, y.columns, x.columns, target, address, stride, symmetric)
         self._products.append(row)
 

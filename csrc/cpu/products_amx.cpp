@@ -87,7 +87,7 @@ void pack(Side side, const Lanes& from, void* to) {
     }
 }
 
-void block(const void* left, const void* right, int64_t depth, float* c, int64_t stride, bool add) {
+void block(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride, bool add) {
     const auto *a = static_cast<const uint16_t*>(left), *b = static_cast<const uint16_t*>(right);
     const int64_t bytes = stride * 4;
     float* below = c + 16 * stride;
