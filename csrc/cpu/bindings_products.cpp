@@ -47,7 +47,8 @@ void multiply_all(const std::string& engine, const std::vector<ProductTuple>& ro
         if (m < 0 || n < 0 || depth < 0) refuse("rows, columns and depth", std::min({m, n, depth}), "at least 0");
         if (symmetric && m != n) refuse("columns", n, "as many as rows where symmetric");
         products.push_back(
-            {pointer(left), pointer(right), m, n, depth, static_cast<Target>(target), pointer(out), stride, symmetric});
+            {pointer(left), pointer(right), m, n, depth, static_cast<Target>(target), pointer(out), stride, symmetric,
+             1, 0});
     }
     const Engine& with = engine_of(engine);
     py::gil_scoped_release released;
@@ -59,7 +60,8 @@ void multiply_all(const std::string& engine, const std::vector<ProductTuple>& ro
 void bind_products(py::module_& m) {
     m.def("engines", [] {
         std::vector<std::string> names;
-        if (amx_engine()) names.push_back(amx_engine()->name);
+        for (const Engine* engine : {amx_engine(), amx_split_engine()})
+            if (engine) names.push_back(engine->name);
         return names;
     }, "The engines for packed products that this processor has.");
     m.def("packed_size", [](const std::string& engine, int64_t lanes, int64_t depth) {

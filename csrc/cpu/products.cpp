@@ -46,15 +46,21 @@ void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
     const int64_t rows = std::min(panel, p.rows - i * panel), columns = std::min(panel, p.columns - j * panel);
     if (p.target == Target::matrix) {
         float* out = static_cast<float*>(p.out) + i * panel * p.stride + j * panel;
-        const bool whole = rows == panel && columns == panel;
-        engine.block(left, right, p.depth, whole ? out : c, whole ? p.stride : panel, false);
-        const float* from = whole ? out : c;
-        const int64_t stride = whole ? p.stride : panel;
-        for (int64_t r = 0; r < rows && !whole; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
+        const bool averaged = p.alpha != 1 || p.beta != 0;
+        const bool straight = rows == panel && columns == panel && !averaged;
+        engine.block(left, right, p.depth, straight ? out : c, straight ? p.stride : panel, false);
+        for (int64_t r = 0; r < rows && !straight; ++r) {
+            float *from = c + r * panel, *to = out + r * p.stride;
+            for (int64_t k = 0; k < columns && averaged; ++k)
+                from[k] = p.alpha * from[k] + (p.beta == 0 ? 0 : p.beta * to[k]);
+            std::copy_n(from, columns, to);
+        }
         if (p.symmetric && i != j) {
+            const float* from = straight ? out : c;
+            const int64_t stride = straight ? p.stride : panel;
             float* mirrored = static_cast<float*>(p.out) + j * panel * p.stride + i * panel;
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t k = 0; k < columns; ++k) mirrored[k * p.stride + r] = from[r * stride + k];
+            for (int64_t k = 0; k < columns; ++k)
+                for (int64_t r = 0; r < rows; ++r) mirrored[k * p.stride + r] = from[r * stride + k];
         }
         return;
     }
@@ -92,9 +98,9 @@ void run(const Engine& engine, const std::vector<Product>& products, const Share
 }  // namespace
 
 const Engine& engine_of(const std::string& name) {
-    const Engine* engine = name == "amx" ? amx_engine() : nullptr;
-    if (!engine) throw std::invalid_argument("engine should be one that this processor has but is: " + name);
-    return *engine;
+    for (const Engine* engine : {amx_engine(), amx_split_engine()})
+        if (engine && name == engine->name) return *engine;
+    throw std::invalid_argument("engine should be one that this processor has but is: " + name);
 }
 
 int64_t packed_size(const Engine& engine, int64_t lanes, int64_t depth) {

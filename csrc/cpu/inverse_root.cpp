@@ -1,0 +1,290 @@
+// X = C⁻¹ with C Cᵀ = F/weight + shift I, in blocks of 32 × 32, each product over all of its depth at once:
+//
+//     C_ip = (F_ip − Σ_{q<p} C_iq C_pqᵀ) X_ppᵀ        X_pc = X_pp Σ_{c≤q<p} (−C_pq) X_qc
+//
+// Blocks p = i of the first come from `leaf`. C is kept as the operands that it will be, −C on the left, Cᵀ on the right:
+// panel i holds the blocks (i, 0) … (i, i − 1). Zeros are neither stored nor multiplied.
+#include "cpu/inverse_root.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/memory.h"
+#include "cpu/threads.h"
+
+namespace fishleg::cpu {
+namespace {
+
+constexpr int64_t width = 4;                      // panels that go together, between two barriers
+constexpr int64_t area = panel * panel;           // of a block
+constexpr int64_t kept = int64_t{64} << 20;       // bytes of workspace; more only for a single block
+constexpr Lanes by_rows{nullptr, panel, panel, panel, 1}, by_columns{nullptr, panel, panel, 1, panel};
+
+Lanes of(const float* c, Lanes lanes) {
+    lanes.source = c;
+    return lanes;
+}
+
+struct Factor {
+    const float* moment;
+    int64_t k, panels;
+    float scale, shift;
+    char *negated, *right;               // −C as a left operand, Cᵀ as a right one
+    char *inverse_left, *inverse_right;  // X_pp, and X_ppᵀ
+    float* inverses;                     // X_pp
+    float* out;                          // c X, or its transpose
+    bool transposed;
+    float c;
+    bool failed;
+};
+
+/// Where block (i, p) of C is, for i > p; all of a panel's blocks are side by side.
+int64_t place(int64_t i, int64_t p) { return i * (i - 1) / 2 + p; }
+
+int64_t workspace(const Engine& engine, int64_t k) {
+    const int64_t panels = (k + panel - 1) / panel;
+    return area * (2 * place(panels, 0) * engine.size + panels * (2 * engine.size + 4));
+}
+
+/// Σ of the diagonal.
+double trace(const float* x, int64_t k) {
+    double sum = 0;
+    for (int64_t i = 0; i < k; ++i) sum += x[i * (k + 1)];
+    return sum;
+}
+
+/// Block (i, p) of F/weight + shift I, which beyond its edges is the identity.
+void load(const Factor& f, int64_t i, int64_t p, float* c) {
+    const int64_t rows = std::min(panel, f.k - i * panel), columns = std::min(panel, f.k - p * panel);
+    const float* from = f.moment + i * panel * f.k + p * panel;
+    if (rows < panel || columns < panel) std::fill_n(c, area, 0.f);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t s = 0; s < columns; ++s) c[r * panel + s] = f.scale * from[r * f.k + s];
+    for (int64_t r = 0; r < panel && i == p; ++r) c[r * (panel + 1)] = r < rows ? c[r * (panel + 1)] + f.shift : 1;
+}
+
+/// C⁻¹ of a = C Cᵀ; a is overwritten. Whether it is positive definite.
+bool leaf(float* __restrict a, float* __restrict x) {
+    float pivots[panel];
+    for (int64_t k = 0; k < panel; ++k) {  // rows of Cᵀ
+        float* row = a + k * panel;
+        if (!(row[k] > 0) || row[k] > std::numeric_limits<float>::max()) return false;
+        const float pivot = pivots[k] = 1 / std::sqrt(row[k]);
+        for (int64_t j = 0; j < panel; ++j) row[j] *= pivot;
+        for (int64_t i = k + 1; i < panel; ++i) {
+            const float factor = row[i];
+            for (int64_t j = 0; j < panel; ++j) a[i * panel + j] -= factor * row[j];
+        }
+    }
+    std::fill_n(x, area, 0.f);
+    for (int64_t i = 0; i < panel; ++i) {
+        float* row = x + i * panel;
+        for (int64_t k = 0; k < i; ++k) {
+            const float factor = a[k * panel + i];
+            for (int64_t j = 0; j < panel; ++j) row[j] -= factor * x[k * panel + j];
+        }
+        row[i] = 1;
+        for (int64_t j = 0; j < panel; ++j) row[j] *= pivots[i];
+    }
+    return true;
+}
+
+/// What both stages do for one factor, with operands of one engine.
+struct Work {
+    const Engine& engine;
+    const int64_t bytes = area * engine.size;  // of a block as an operand
+
+    /// C_ip, as both operands, for i > p.
+    void column(const Factor& f, int64_t i, int64_t p) const {
+        alignas(64) float c[area];
+        alignas(64) char operand[area * 4];
+        load(f, i, p, c);
+        char* mine = f.negated + place(i, 0) * bytes;
+        if (p) engine.block(mine, f.right + place(p, 0) * bytes, p * panel, c, panel, true);
+        engine.pack(Side::left, of(c, by_rows), operand);
+        engine.block(operand, f.inverse_right + p * bytes, panel, c, panel, false);
+        engine.pack(Side::right, of(c, by_rows), f.right + place(i, p) * bytes);
+        for (float& x : c) x = -x;
+        engine.pack(Side::left, of(c, by_rows), mine + p * bytes);
+    }
+
+    /// Panels first … last − 1 of C as far as the diagonal blocks: their own rows.
+    void diagonal(Factor& f, int64_t first, int64_t last) const {
+        for (int64_t p = first; p < last; ++p) {
+            alignas(64) float c[area];
+            load(f, p, p, c);
+            const int64_t own = place(p, 0) * bytes;
+            if (p) engine.block(f.negated + own, f.right + own, p * panel, c, panel, true);
+            float* x = f.inverses + p * area;
+            if (!leaf(c, x)) {
+                f.failed = true;
+                return;
+            }
+            engine.pack(Side::left, of(x, by_rows), f.inverse_left + p * bytes);
+            engine.pack(Side::right, of(x, by_rows), f.inverse_right + p * bytes);
+            for (int64_t i = p + 1; i < last; ++i) column(f, i, p);
+        }
+    }
+
+    /// Columns first … last − 1 (panels) of X, into λ.
+    void inverse(const Factor& f, int64_t first, int64_t last) const {
+        thread_local Memory memory;
+        const int64_t depth = f.panels - first;
+        char* columns = memory.room((last - first) * depth * bytes);  // of X, as right operands
+        alignas(64) float c[area];
+        alignas(64) char operand[area * 4];
+        for (int64_t p = first; p < f.panels; ++p) {
+            for (int64_t q = first; q < std::min(last, p + 1); ++q) {
+                char* column = columns + ((q - first) * depth + q - first) * bytes;
+                const float* x = c;
+                if (p == q) {
+                    x = f.inverses + p * area;
+                } else {
+                    engine.block(f.negated + place(p, q) * bytes, column, (p - q) * panel, c, panel, false);
+                    engine.pack(Side::right, of(c, by_columns), operand);
+                    engine.block(f.inverse_left + p * bytes, operand, panel, c, panel, false);
+                }
+                engine.pack(Side::right, of(x, by_columns), column + (p - q) * bytes);
+                write(f, p, q, x);
+            }
+        }
+        memory.keep(kept / 8);
+    }
+
+    /// Block (p, q) of X and the zeros of block (q, p).
+    static void write(const Factor& f, int64_t p, int64_t q, const float* x) {
+        const int64_t rows = std::min(panel, f.k - p * panel), columns = std::min(panel, f.k - q * panel);
+        float* lower = f.out + p * panel * f.k + q * panel;
+        float* upper = f.out + q * panel * f.k + p * panel;
+        if (f.transposed) {
+            for (int64_t s = 0; s < columns; ++s)
+                for (int64_t r = 0; r < rows; ++r) upper[s * f.k + r] = f.c * x[r * panel + s];
+        } else {
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t s = 0; s < columns; ++s) lower[r * f.k + s] = f.c * x[r * panel + s];
+        }
+        if (p == q) return;
+        for (int64_t r = 0; r < rows && f.transposed; ++r) std::fill_n(lower + r * f.k, columns, 0.f);
+        for (int64_t s = 0; s < columns && !f.transposed; ++s) std::fill_n(upper + s * f.k, rows, 0.f);
+    }
+};
+
+/// f(task) for all of them, the long ones first, on threads that have the engine.
+template <class Task, class F>
+void each(const Engine& engine, std::vector<Task>& tasks, int threads, F f) {
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.length > b.length; });
+    parallel_for_uneven(static_cast<int64_t>(tasks.size()), threads, [&](int64_t t) {
+        alignas(64) char saved[64];
+        engine.enter(saved);
+        f(tasks[t]);
+        engine.leave(saved);
+    });
+}
+
+struct Task {
+    Factor* factor;
+    int64_t first, last;
+    int64_t length;
+};
+
+/// C of all factors, a few of its columns in each at a time; those that have none are marked.
+void factorise(const Work& work, std::vector<Factor>& factors, int threads) {
+    int64_t most = 0;
+    for (const Factor& f : factors) most = std::max(most, f.panels);
+    for (int64_t first = 0; first < most; first += width) {
+        std::vector<Task> diagonals, rows;
+        for (Factor& f : factors)
+            if (first < f.panels && !f.failed) diagonals.push_back({&f, first, std::min(first + width, f.panels), f.k});
+        each(work.engine, diagonals, threads, [&](const Task& t) { work.diagonal(*t.factor, t.first, t.last); });
+        for (Factor& f : factors)
+            for (int64_t i = first + width; i < f.panels && !f.failed; ++i) rows.push_back({&f, i, i + 1, f.k});
+        each(work.engine, rows, threads, [&](const Task& t) {
+            for (int64_t p = first; p < first + width; ++p) work.column(*t.factor, t.first, p);
+        });
+    }
+}
+
+/// ‖diagonal of X‖/√k
+double size(const Factor& f) {
+    double sum = 0;
+    for (int64_t i = 0; i < f.k; ++i) {
+        const double x = f.inverses[i / panel * area + i % panel * (panel + 1)];
+        sum += x * x;
+    }
+    return std::sqrt(sum / static_cast<double>(f.k));
+}
+
+/// Two factors of each block: all in one workspace.
+void start(const Work& work, std::vector<Factor>& factors, Memory& memory, int threads) {
+    int64_t total = 0;
+    for (const Factor& f : factors) total += workspace(work.engine, f.k);
+    char* room = memory.room(total);
+    const auto take = [&](int64_t blocks, int64_t size) {
+        char* mine = room;
+        room += blocks * area * size;
+        return mine;
+    };
+    for (Factor& f : factors) {
+        f.negated = take(place(f.panels, 0), work.engine.size);
+        f.right = take(place(f.panels, 0), work.engine.size);
+        f.inverse_left = take(f.panels, work.engine.size);
+        f.inverse_right = take(f.panels, work.engine.size);
+        f.inverses = reinterpret_cast<float*>(take(f.panels, 4));
+    }
+    factorise(work, factors, threads);
+    std::vector<Task> tasks;
+    for (size_t k = 0; k < factors.size(); k += 2) {
+        Factor &r = factors[k], &l = factors[k + 1];
+        r.failed = l.failed = r.failed || l.failed;
+        if (r.failed) continue;
+        r.c = static_cast<float>(std::sqrt(size(l) / size(r)));
+        l.c = 1 / r.c;
+        for (Factor* f : {&r, &l}) {
+            for (int64_t first = 0; first < f->panels; first += width) {
+                const int64_t deep = f->panels - first;
+                tasks.push_back({f, first, std::min(first + width, f->panels), deep * deep});
+            }
+        }
+    }
+    each(work.engine, tasks, threads, [&](const Task& t) { work.inverse(*t.factor, t.first, t.last); });
+}
+
+}  // namespace
+
+std::vector<char> start_kfac(const Engine& engine, const std::vector<KfacStart>& blocks, int threads) {
+    thread_local Memory memory;
+    const Work work{engine};
+    std::vector<char> done(blocks.size(), 0);
+    for (size_t begin = 0, end = 0; begin < blocks.size(); begin = end) {
+        std::vector<Factor> factors;
+        std::vector<size_t> indices;
+        int64_t bytes = 0;
+        for (; end < blocks.size(); ++end) {
+            const KfacStart& b = blocks[end];
+            bytes += workspace(engine, b.m) + workspace(engine, b.n);
+            if (end > begin && bytes > kept) break;
+            constexpr double tiny = std::numeric_limits<float>::min();
+            const double g = std::max(trace(b.rows, b.m) / b.weight / static_cast<double>(b.m), tiny);
+            const double a = std::max(trace(b.columns, b.n) / b.weight / static_cast<double>(b.n), tiny);
+            if (!std::isfinite(g) || !std::isfinite(a)) continue;
+            const double pi = std::sqrt(a / g), root = std::sqrt(b.damping);
+            const auto add = [&](const float* moment, int64_t k, double shift, float* out, bool transposed) {
+                Factor f{};
+                f.moment = moment, f.k = k, f.panels = (k + panel - 1) / panel;
+                f.scale = static_cast<float>(1 / b.weight), f.shift = static_cast<float>(shift);
+                f.out = out, f.transposed = transposed;
+                factors.push_back(f);
+            };
+            add(b.rows, b.m, root / pi, b.R, false);
+            add(b.columns, b.n, root * pi, b.L, true);
+            indices.push_back(end);
+        }
+        start(work, factors, memory, threads);
+        for (size_t k = 0; k < indices.size(); ++k) done[indices[k]] = !factors[2 * k].failed;
+    }
+    memory.keep(kept);
+    return done;
+}
+
+}  // namespace fishleg::cpu
