@@ -10,13 +10,14 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/blocks.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 
 namespace fishleg::cpu {
 namespace {
 
-constexpr int64_t width = 4;                      // panels that go together, between two barriers
+constexpr int64_t together = 1 << 20;             // bytes of panels that stay in cache while others meet them
 constexpr int64_t area = panel * panel;           // of a block
 constexpr int64_t kept = int64_t{64} << 20;       // bytes of workspace; more only for a single block
 constexpr Lanes by_rows{nullptr, panel, panel, panel, 1}, by_columns{nullptr, panel, panel, 1, panel};
@@ -29,6 +30,7 @@ Lanes of(const float* c, Lanes lanes) {
 struct Factor {
     const float* moment;
     int64_t k, panels;
+    int64_t width;  // panels that go together, between two barriers
     float scale, shift;
     char *negated, *right;               // −C as a left operand, Cᵀ as a right one
     char *inverse_left, *inverse_right;  // X_pp, and X_ppᵀ
@@ -54,14 +56,18 @@ double trace(const float* x, int64_t k) {
     return sum;
 }
 
-/// Block (i, p) of F/weight + shift I, which beyond its edges is the identity.
-void load(const Factor& f, int64_t i, int64_t p, float* c) {
+/// c += block (i, p) of F/weight + shift I, which beyond its edges is the identity.
+void add(const Factor& f, int64_t i, int64_t p, float* c) {
     const int64_t rows = std::min(panel, f.k - i * panel), columns = std::min(panel, f.k - p * panel);
     const float* from = f.moment + i * panel * f.k + p * panel;
-    if (rows < panel || columns < panel) std::fill_n(c, area, 0.f);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t s = 0; s < columns; ++s) c[r * panel + s] = f.scale * from[r * f.k + s];
-    for (int64_t r = 0; r < panel && i == p; ++r) c[r * (panel + 1)] = r < rows ? c[r * (panel + 1)] + f.shift : 1;
+    if (rows == panel && columns == panel) {
+        for (int64_t r = 0; r < panel; ++r)
+            for (int64_t s = 0; s < panel; ++s) c[r * panel + s] += f.scale * from[r * f.k + s];
+    } else {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t s = 0; s < columns; ++s) c[r * panel + s] += f.scale * from[r * f.k + s];
+    }
+    for (int64_t r = 0; r < panel && i == p; ++r) c[r * (panel + 1)] += r < rows ? f.shift : 1;
 }
 
 /// C⁻¹ of a = C Cᵀ; a is overwritten. Whether it is positive definite.
@@ -95,27 +101,30 @@ struct Work {
     const Engine& engine;
     const int64_t bytes = area * engine.size;  // of a block as an operand
 
+    /// c = F_ip − Σ_{q<p} C_iq C_pqᵀ
+    void residual(const Factor& f, int64_t i, int64_t p, float* c) const {
+        if (i * panel + panel <= f.k) expect(f.moment + i * panel * f.k + p * panel, f.k);
+        engine.block(f.negated + place(i, 0) * bytes, f.right + place(p, 0) * bytes, p * panel, c, panel, false);
+        add(f, i, p, c);
+    }
+
     /// C_ip, as both operands, for i > p.
     void column(const Factor& f, int64_t i, int64_t p) const {
         alignas(64) float c[area];
         alignas(64) char operand[area * 4];
-        load(f, i, p, c);
-        char* mine = f.negated + place(i, 0) * bytes;
-        if (p) engine.block(mine, f.right + place(p, 0) * bytes, p * panel, c, panel, true);
+        residual(f, i, p, c);
         engine.pack(Side::left, of(c, by_rows), operand);
         engine.block(operand, f.inverse_right + p * bytes, panel, c, panel, false);
         engine.pack(Side::right, of(c, by_rows), f.right + place(i, p) * bytes);
         for (float& x : c) x = -x;
-        engine.pack(Side::left, of(c, by_rows), mine + p * bytes);
+        engine.pack(Side::left, of(c, by_rows), f.negated + place(i, p) * bytes);
     }
 
     /// Panels first … last − 1 of C as far as the diagonal blocks: their own rows.
     void diagonal(Factor& f, int64_t first, int64_t last) const {
         for (int64_t p = first; p < last; ++p) {
             alignas(64) float c[area];
-            load(f, p, p, c);
-            const int64_t own = place(p, 0) * bytes;
-            if (p) engine.block(f.negated + own, f.right + own, p * panel, c, panel, true);
+            residual(f, p, p, c);
             float* x = f.inverses + p * area;
             if (!leaf(c, x)) {
                 f.failed = true;
@@ -134,6 +143,7 @@ struct Work {
         char* columns = memory.room((last - first) * depth * bytes);  // of X, as right operands
         alignas(64) float c[area];
         alignas(64) char operand[area * 4];
+        zeros(f, first, last);
         for (int64_t p = first; p < f.panels; ++p) {
             for (int64_t q = first; q < std::min(last, p + 1); ++q) {
                 char* column = columns + ((q - first) * depth + q - first) * bytes;
@@ -141,32 +151,53 @@ struct Work {
                 if (p == q) {
                     x = f.inverses + p * area;
                 } else {
+                    if (p * panel + panel <= f.k) expect(place_of(f, p, q), f.k);
                     engine.block(f.negated + place(p, q) * bytes, column, (p - q) * panel, c, panel, false);
-                    engine.pack(Side::right, of(c, by_columns), operand);
-                    engine.block(f.inverse_left + p * bytes, operand, panel, c, panel, false);
+                    if (f.transposed) {
+                        engine.pack(Side::left, of(c, by_columns), operand);
+                        engine.block(operand, f.inverse_right + p * bytes, panel, c, panel, false);
+                    } else {
+                        engine.pack(Side::right, of(c, by_columns), operand);
+                        engine.block(f.inverse_left + p * bytes, operand, panel, c, panel, false);
+                    }
                 }
-                engine.pack(Side::right, of(x, by_columns), column + (p - q) * bytes);
-                write(f, p, q, x);
+                const bool whole = f.transposed && p != q;  // as Xᵀ
+                engine.pack(Side::right, of(x, whole ? by_rows : by_columns), column + (p - q) * bytes);
+                if (p == q) write_diagonal(f, p, x);
+                else write(f, p, q, x);
             }
         }
         memory.keep(kept / 8);
     }
 
-    /// Block (p, q) of X and the zeros of block (q, p).
-    static void write(const Factor& f, int64_t p, int64_t q, const float* x) {
-        const int64_t rows = std::min(panel, f.k - p * panel), columns = std::min(panel, f.k - q * panel);
-        float* lower = f.out + p * panel * f.k + q * panel;
-        float* upper = f.out + q * panel * f.k + p * panel;
-        if (f.transposed) {
-            for (int64_t s = 0; s < columns; ++s)
-                for (int64_t r = 0; r < rows; ++r) upper[s * f.k + r] = f.c * x[r * panel + s];
-        } else {
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t s = 0; s < columns; ++s) lower[r * f.k + s] = f.c * x[r * panel + s];
+    /// Where block (p, q) of X goes, as it is or transposed.
+    static float* place_of(const Factor& f, int64_t p, int64_t q) {
+        return f.out + (f.transposed ? q * f.k + p : p * f.k + q) * panel;
+    }
+
+    /// What is beside the diagonal blocks in the rows of panels first … last − 1, where X or Xᵀ has nothing.
+    static void zeros(const Factor& f, int64_t first, int64_t last) {
+        for (int64_t r = first * panel; r < std::min(f.k, last * panel); ++r) {
+            const int64_t diagonal = r / panel * panel;
+            const int64_t begin = f.transposed ? 0 : diagonal + panel, end = f.transposed ? diagonal : f.k;
+            if (begin < end) std::fill(f.out + r * f.k + begin, f.out + r * f.k + end, 0.f);
         }
-        if (p == q) return;
-        for (int64_t r = 0; r < rows && f.transposed; ++r) std::fill_n(lower + r * f.k, columns, 0.f);
-        for (int64_t s = 0; s < columns && !f.transposed; ++s) std::fill_n(upper + s * f.k, rows, 0.f);
+    }
+
+    /// Block (p, q) of X below the diagonal, or its transpose, which x is then.
+    static void write(const Factor& f, int64_t p, int64_t q, const float* x) {
+        float* to = place_of(f, p, q);
+        if (f.transposed) std::swap(p, q);
+        const int64_t rows = std::min(panel, f.k - p * panel), columns = std::min(panel, f.k - q * panel);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t s = 0; s < columns; ++s) to[r * f.k + s] = f.c * x[r * panel + s];
+    }
+
+    static void write_diagonal(const Factor& f, int64_t p, const float* x) {
+        const int64_t count = std::min(panel, f.k - p * panel), row = f.transposed ? 1 : panel, column = panel + 1 - row;
+        float* to = f.out + p * panel * (f.k + 1);
+        for (int64_t r = 0; r < count; ++r)
+            for (int64_t s = 0; s < count; ++s) to[r * f.k + s] = f.c * x[r * row + s * column];
     }
 };
 
@@ -190,17 +221,21 @@ struct Task {
 
 /// C of all factors, a few of its columns in each at a time; those that have none are marked.
 void factorise(const Work& work, std::vector<Factor>& factors, int threads) {
-    int64_t most = 0;
-    for (const Factor& f : factors) most = std::max(most, f.panels);
-    for (int64_t first = 0; first < most; first += width) {
+    int64_t steps = 0;
+    for (const Factor& f : factors) steps = std::max(steps, (f.panels + f.width - 1) / f.width);
+    for (int64_t step = 0; step < steps; ++step) {
         std::vector<Task> diagonals, rows;
-        for (Factor& f : factors)
-            if (first < f.panels && !f.failed) diagonals.push_back({&f, first, std::min(first + width, f.panels), f.k});
+        for (Factor& f : factors) {
+            const int64_t first = step * f.width, last = std::min(first + f.width, f.panels);
+            if (first < last && !f.failed) diagonals.push_back({&f, first, last, f.k});
+        }
         each(work.engine, diagonals, threads, [&](const Task& t) { work.diagonal(*t.factor, t.first, t.last); });
-        for (Factor& f : factors)
-            for (int64_t i = first + width; i < f.panels && !f.failed; ++i) rows.push_back({&f, i, i + 1, f.k});
+        for (const Task& t : diagonals)
+            for (int64_t i = t.last; i < t.factor->panels && !t.factor->failed; ++i)
+                rows.push_back({t.factor, i, i + 1, t.length});
         each(work.engine, rows, threads, [&](const Task& t) {
-            for (int64_t p = first; p < first + width; ++p) work.column(*t.factor, t.first, p);
+            const int64_t first = step * t.factor->width;
+            for (int64_t p = first; p < first + t.factor->width; ++p) work.column(*t.factor, t.first, p);
         });
     }
 }
@@ -241,9 +276,9 @@ void start(const Work& work, std::vector<Factor>& factors, Memory& memory, int t
         r.c = static_cast<float>(std::sqrt(size(l) / size(r)));
         l.c = 1 / r.c;
         for (Factor* f : {&r, &l}) {
-            for (int64_t first = 0; first < f->panels; first += width) {
+            for (int64_t first = 0; first < f->panels; first += f->width) {
                 const int64_t deep = f->panels - first;
-                tasks.push_back({f, first, std::min(first + width, f->panels), deep * deep});
+                tasks.push_back({f, first, std::min(first + f->width, f->panels), deep * deep});
             }
         }
     }
@@ -272,6 +307,7 @@ std::vector<char> start_kfac(const Engine& engine, const std::vector<KfacStart>&
             const auto add = [&](const float* moment, int64_t k, double shift, float* out, bool transposed) {
                 Factor f{};
                 f.moment = moment, f.k = k, f.panels = (k + panel - 1) / panel;
+                f.width = std::clamp<int64_t>(together / (f.panels * area * engine.size), 1, 8);
                 f.scale = static_cast<float>(1 / b.weight), f.shift = static_cast<float>(shift);
                 f.out = out, f.transposed = transposed;
                 factors.push_back(f);
