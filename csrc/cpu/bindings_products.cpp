@@ -60,8 +60,7 @@ void multiply_all(const std::string& engine, const std::vector<ProductTuple>& ro
 void bind_products(py::module_& m) {
     m.def("engines", [] {
         std::vector<std::string> names;
-        for (const Engine* engine : {amx_engine(), amx_split_engine()})
-            if (engine) names.push_back(engine->name);
+        for (const Engine* engine : engines()) names.emplace_back(engine->name);
         return names;
     }, "The engines for packed products that this processor has.");
     m.def("packed_size", [](const std::string& engine, int64_t lanes, int64_t depth) {

@@ -101,10 +101,15 @@ struct Work {
     const Engine& engine;
     const int64_t bytes = area * engine.size;  // of a block as an operand
 
+    /// c = XY, whole: what is beyond a factor's edges is 1 on its diagonal, and 0 beside that.
+    void multiply(const void* left, const void* right, int64_t depth, float* c) const {
+        engine.block(left, right, depth, panel, panel, c, panel, false);
+    }
+
     /// c = F_ip − Σ_{q<p} C_iq C_pqᵀ
     void residual(const Factor& f, int64_t i, int64_t p, float* c) const {
         if (i * panel + panel <= f.k) expect(f.moment + i * panel * f.k + p * panel, f.k);
-        engine.block(f.negated + place(i, 0) * bytes, f.right + place(p, 0) * bytes, p * panel, c, panel, false);
+        engine.block(f.negated + place(i, 0) * bytes, f.right + place(p, 0) * bytes, p * panel, panel, panel, c, panel, false);
         add(f, i, p, c);
     }
 
@@ -114,7 +119,7 @@ struct Work {
         alignas(64) char operand[area * 4];
         residual(f, i, p, c);
         engine.pack(Side::left, of(c, by_rows), operand);
-        engine.block(operand, f.inverse_right + p * bytes, panel, c, panel, false);
+        multiply(operand, f.inverse_right + p * bytes, panel, c);
         engine.pack(Side::right, of(c, by_rows), f.right + place(i, p) * bytes);
         for (float& x : c) x = -x;
         engine.pack(Side::left, of(c, by_rows), f.negated + place(i, p) * bytes);
@@ -152,13 +157,13 @@ struct Work {
                     x = f.inverses + p * area;
                 } else {
                     if (p * panel + panel <= f.k) expect(place_of(f, p, q), f.k);
-                    engine.block(f.negated + place(p, q) * bytes, column, (p - q) * panel, c, panel, false);
+                    engine.block(f.negated + place(p, q) * bytes, column, (p - q) * panel, panel, panel, c, panel, false);
                     if (f.transposed) {
                         engine.pack(Side::left, of(c, by_columns), operand);
-                        engine.block(operand, f.inverse_right + p * bytes, panel, c, panel, false);
+                        multiply(operand, f.inverse_right + p * bytes, panel, c);
                     } else {
                         engine.pack(Side::right, of(c, by_columns), operand);
-                        engine.block(f.inverse_left + p * bytes, operand, panel, c, panel, false);
+                        multiply(f.inverse_left + p * bytes, operand, panel, c);
                     }
                 }
                 const bool whole = f.transposed && p != q;  // as Xᵀ

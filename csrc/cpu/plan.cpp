@@ -119,7 +119,8 @@ void Plan::with_given(const Task& task, F f) const {
         const void* right = static_cast<const char*>(block.right) + (task.column_begin + j) / panel * bytes;
         for (int64_t i = 0; i < rows; i += panel) {
             const void* left = static_cast<const char*>(block.left) + (task.row_begin + i) / panel * bytes;
-            engine_->block(left, right, block.depth, given + i * stride + j, stride, false);
+            engine_->block(left, right, block.depth, std::min(panel, rows - i), std::min(panel, columns - j),
+                           given + i * stride + j, stride, false);
         }
     }
     engine_->leave(saved);

@@ -9,7 +9,7 @@
 namespace fishleg::cpu {
 namespace {
 
-constexpr int64_t together = 4;  // panels of the longer side that meet a panel of the other while it is in cache
+constexpr int64_t together = 2;  // panels of the longer side that meet a panel of the other while it is in cache
 
 int64_t panels(int64_t lanes) { return (lanes + panel - 1) / panel; }
 
@@ -62,7 +62,7 @@ void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
         if (whole && averaged) expect(out, p.stride);
         if (whole && mirrored) expect(mirrored, p.stride);
         const bool straight = whole && !averaged;
-        engine.block(left, right, p.depth, straight ? out : c, straight ? p.stride : panel, false);
+        engine.block(left, right, p.depth, rows, columns, straight ? out : c, straight ? p.stride : panel, false);
         if (averaged) average(c, rows, columns, out, p);
         else if (!straight)
             for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
@@ -72,24 +72,17 @@ void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
                 for (int64_t r = 0; r < rows; ++r) mirrored[k * p.stride + r] = out[r * p.stride + k];
         return;
     }
-    engine.block(left, right, p.depth, c, panel, false);
+    engine.block(left, right, p.depth, rows, columns, c, panel, false);
     const bool by_rows = p.target == Target::left;
     const Side side = by_rows ? Side::left : Side::right;
     const int64_t out_bytes = panel_bytes(engine, by_rows ? p.columns : p.rows);
     const auto place = [&](int64_t lanes, int64_t depth) {
         return part(p.out, lanes * out_bytes + depth * panel * panel * engine.size);
     };
-    // What is beyond the edges is zero, as the operands are there; but of a depth that is not padded to 32.
-    const int64_t deep = std::min(panel, padded(engine, by_rows ? p.columns : p.rows) - (by_rows ? j : i) * panel);
-    const Lanes rows_as_lanes{c, panel, panel, panel, 1}, columns_as_lanes{c, panel, panel, 1, panel};
-    Lanes from = by_rows ? rows_as_lanes : columns_as_lanes;
-    from.depth = deep;
-    engine.pack(side, from, by_rows ? place(i, j) : place(j, i));
-    if (p.symmetric && i != j) {
-        from = by_rows ? columns_as_lanes : rows_as_lanes;
-        from.depth = std::min(panel, padded(engine, p.rows) - (by_rows ? i : j) * panel);
-        engine.pack(side, from, by_rows ? place(j, i) : place(i, j));
-    }
+    const Lanes rows_as_lanes{c, rows, columns, panel, 1}, columns_as_lanes{c, columns, rows, 1, panel};
+    engine.pack(side, by_rows ? rows_as_lanes : columns_as_lanes, by_rows ? place(i, j) : place(j, i));
+    if (p.symmetric && i != j)
+        engine.pack(side, by_rows ? columns_as_lanes : rows_as_lanes, by_rows ? place(j, i) : place(i, j));
 }
 
 void run(const Engine& engine, const std::vector<Product>& products, const Share& share) {
@@ -105,10 +98,21 @@ void run(const Engine& engine, const std::vector<Product>& products, const Share
 
 }  // namespace
 
+std::vector<const Engine*> engines() {
+    std::vector<const Engine*> all;
+    for (const Engine* engine : {amx_engine(), amx_split_engine(), avx512_engine()})
+        if (engine) all.push_back(engine);
+    return all;
+}
+
 const Engine& engine_of(const std::string& name) {
-    for (const Engine* engine : {amx_engine(), amx_split_engine()})
-        if (engine && name == engine->name) return *engine;
-    throw std::invalid_argument("engine should be one that this processor has but is: " + name);
+    std::string names;
+    for (const Engine* engine : engines()) {
+        if (name == engine->name) return *engine;
+        names += (names.empty() ? "" : ", ") + std::string(engine->name);
+    }
+    throw std::invalid_argument("engine should be one that this processor has (" +
+                                (names.empty() ? "none" : names) + ") but is: " + name);
 }
 
 int64_t packed_size(const Engine& engine, int64_t lanes, int64_t depth) {

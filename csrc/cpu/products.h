@@ -36,8 +36,10 @@ struct Engine {
     void (*leave)(const void* saved);
     // Up to 32 lanes into a panel, or (from 32 lanes of depth 32) into the part of one that starts at such a depth.
     void (*pack)(Side side, const Lanes& from, void* to);
-    // c (32 × 32, row by row) = XY, or c + XY, of two panels, over `depth`.
-    void (*block)(const void* left, const void* right, int64_t depth, float* c, int64_t stride, bool add);
+    // c (32 × 32, row by row) = XY, or c + XY, of two panels, over `depth`. Of c only the first rows × columns (at least
+    // one of each) need be right; any of it may be written.
+    void (*block)(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c,
+                  int64_t stride, bool add);
 };
 
 /// bfloat16 operands and float32 sums on AMX's tiles; null where this processor, or its kernel, has none.
@@ -45,6 +47,12 @@ const Engine* amx_engine();
 
 /// The same with every operand split into two bfloat16 numbers: 16 of float32's 24 bits, at a third of the speed.
 const Engine* amx_split_engine();
+
+/// float32 operands and sums on AVX-512; null just so.
+const Engine* avx512_engine();
+
+/// All that this processor has.
+std::vector<const Engine*> engines();
 
 /// The engine of that name; std::invalid_argument where it is not to be had.
 const Engine& engine_of(const std::string& name);

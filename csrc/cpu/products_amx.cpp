@@ -138,7 +138,7 @@ void end(float* c, int64_t stride) {
     _tile_stored(3, c + 16 * stride + 16, stride * 4);
 }
 
-void block(const void* left, const void* right, int64_t depth, float* c, int64_t stride, bool add) {
+void block(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride, bool add) {
     const auto *a = static_cast<const uint16_t*>(left), *b = static_cast<const uint16_t*>(right);
     begin(c, stride, add);
     for (int64_t k = 0; k < depth; k += 32, a += 2 * tile, b += 2 * tile) {
@@ -154,7 +154,8 @@ void block(const void* left, const void* right, int64_t depth, float* c, int64_t
     end(c, stride);
 }
 
-void block_split(const void* left, const void* right, int64_t depth, float* c, int64_t stride, bool add) {
+void block_split(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride,
+                 bool add) {
     const auto *a = static_cast<const uint16_t*>(left), *b = static_cast<const uint16_t*>(right);
     begin(c, stride, add);
     for (int64_t k = 0; k < depth; k += 32, a += 4 * tile, b += 4 * tile) {
