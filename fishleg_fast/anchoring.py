@@ -1,7 +1,7 @@
 """Anchoring of Kron blocks by packed products (csrc/cpu/moments.h and inverse_root.h), all blocks in two calls.
 
-Moments are averaged as Q's own products are made, with operands rounded where ``precision="medium"`` says so: they stay
-positive semi-definite. Their roots are not: an error in Q relative to its norm would spoil the directions in which Q is
+For ``precision="medium"`` moments are averaged from operands rounded to bfloat16, of which they stay positive
+semi-definite. Their roots are not made so: an error in Q relative to its norm would spoil the directions in which Q is
 small. There every operand is split into two bfloat16 numbers.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .panels import ENGINES, engines
+from .panels import engines
 from .reference import steps
 from .reference.products import Aux
 from .structure import Shown
@@ -23,36 +23,43 @@ from .structures import Kron
 if TYPE_CHECKING:
     from .blocks import Block
 
-ROOTS = {"amx": "amx split"}  # what multiplies for roots, where it is not what multiplies for Q
+# Operands' dtype -> what multiplies for moments, and for their roots: the first pair that this processor has.
+ENGINES = {
+    torch.bfloat16: (("amx", "amx split"), ("avx512", "avx512")),
+    torch.float32: (("avx512", "avx512"),),
+}
+Pair = tuple[str, str]
 
 
 @torch.no_grad()
 def anchor(blocks: Sequence[Block], news: Sequence[Shown | Aux], *, decay: float, damping: float) -> None:
     """As ``reference.steps.anchor``."""
-    mine: dict[str, list[tuple[Block, Shown]]] = {}
+    mine: dict[Pair, list[tuple[Block, Shown]]] = {}
     others: list[tuple[Block, Shown | Aux]] = []
     for block, new in zip(blocks, news, strict=True):
-        engine = _engine(block, new)
-        if engine is not None and isinstance(new, Shown):
-            mine.setdefault(engine, []).append((block, new))
+        pair = _engines(block, new)
+        if pair is not None and isinstance(new, Shown):
+            mine.setdefault(pair, []).append((block, new))
         else:
             others.append((block, new))
-    for engine, pairs in mine.items():
-        for block in _start(engine, _average(engine, pairs, decay), damping):
+    for (averaging, inverting), found in mine.items():
+        for block in _start(inverting, _average(averaging, found, decay), damping):
             steps.start_kfac(block, damping)  # which repeats it in float64 where float32 does not do
     steps.anchor([b for b, _ in others], [new for _, new in others], decay=decay, damping=damping)
 
 
-def _engine(block: Block, new: Shown | Aux) -> str | None:
+def _engines(block: Block, new: Shown | Aux) -> Pair | None:
     """What is to multiply for the block; None where that is torch."""
     s = block.structure
-    engine = None if s.operands is None else ENGINES.get(s.operands)
-    if type(s) is not Kron or "A" in s.fishleg_aux or engine not in engines() or not isinstance(new, Shown):
+    if type(s) is not Kron or "A" in s.fishleg_aux or not isinstance(new, Shown):
         return None
-    whole = [*s.fishleg_aux.values(), *block.moments.values()]
-    if not all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in whole):
+    matrices = [*s.fishleg_aux.values(), *block.moments.values()]
+    if not all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in matrices):
         return None
-    return engine if new.a.dtype == new.e.dtype == torch.float32 else None
+    if not new.a.dtype == new.e.dtype == torch.float32:
+        return None
+    here = engines()
+    return next((pair for pair in ENGINES[s.operands or torch.float32] if {*pair} <= {*here}), None)
 
 
 def _average(engine: str, pairs: Sequence[tuple[Block, Shown]], decay: float) -> list[Block]:
@@ -83,7 +90,7 @@ def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
         aux, m = block.structure.fishleg_aux, block.moments
         matrices = (m["rows"], m["columns"], aux["R"], aux["L"])
         rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, block.moments_weight.item()))
-    done = native.extension().start_kfac(ROOTS.get(engine, engine), rows, damping, torch.get_num_threads())
+    done = native.extension().start_kfac(engine, rows, damping, torch.get_num_threads())
     for block, ok in zip(blocks, done, strict=True):
         if ok:
             torch.autograd.graph.increment_version(list(block.structure.fishleg_aux.values()))

@@ -30,19 +30,22 @@ Moment moment_of(const MomentTuple& row, double beta) {
             static_cast<float>(beta)};
 }
 
-std::vector<char> average_all(const std::string& engine,
+/// As Python sees them; characters would be text.
+std::vector<bool> flags(const std::vector<char>& done) { return {done.begin(), done.end()}; }
+
+std::vector<bool> average_all(const std::string& engine,
                               const std::vector<std::tuple<MomentTuple, MomentTuple>>& rows, double beta, int threads) {
     std::vector<Moments> blocks;
     for (const auto& [first, second] : rows) blocks.push_back({moment_of(first, beta), moment_of(second, beta)});
     const Engine& with = engine_of(engine);
     py::gil_scoped_release released;
-    return average(with, blocks, threads);
+    return flags(average(with, blocks, threads));
 }
 
 // (G, Ā, R, L, m, n, weight)
 using StartTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, double>;
 
-std::vector<char> start_all(const std::string& engine, const std::vector<StartTuple>& rows, double damping,
+std::vector<bool> start_all(const std::string& engine, const std::vector<StartTuple>& rows, double damping,
                             int threads) {
     std::vector<KfacStart> blocks;
     for (const auto& [g, a, r, l, m, n, weight] : rows) {
@@ -53,7 +56,7 @@ std::vector<char> start_all(const std::string& engine, const std::vector<StartTu
     }
     const Engine& with = engine_of(engine);
     py::gil_scoped_release released;
-    return start_kfac(with, blocks, threads);
+    return flags(start_kfac(with, blocks, threads));
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
 // X = C⁻¹ with C Cᵀ = F/weight + shift I, in blocks of 32 × 32, each product over all of its depth at once:
 //
-//     C_ip = (F_ip − Σ_{q<p} C_iq C_pqᵀ) X_ppᵀ        X_pc = X_pp Σ_{c≤q<p} (−C_pq) X_qc
+//     C_ip = (F_ip − Σ_{q<p} C_iq C_pqᵀ) X_ppᵀ        X_pc = (Σ_{c<q≤p} X_pq (−C_qc)) X_cc
 //
-// Blocks p = i of the first come from `leaf`. C is kept as the operands that it will be, −C on the left, Cᵀ on the right:
-// panel i holds the blocks (i, 0) … (i, i − 1). Zeros are neither stored nor multiplied.
+// X_pp comes from `leaf`. X is found by rows, so that X C = I + E with a small E, and Q = XᵀX = C⁻ᵀ(I + E)ᵀ(I + E)C⁻¹ is
+// right relative to itself in every direction; by columns it would be C X, and Q wrong where it is small.
+//
+// C is kept as the operands that it will be: −C and Cᵀ for the first, −C on the right for the second.
+// Zeros are neither stored nor multiplied.
 #include "cpu/inverse_root.h"
 
 #include <algorithm>
@@ -19,8 +22,9 @@ namespace {
 
 constexpr int64_t together = 1 << 20;             // bytes of panels that stay in cache while others meet them
 constexpr int64_t area = panel * panel;           // of a block
-constexpr int64_t kept = int64_t{64} << 20;       // bytes of workspace; more only for a single block
-constexpr Lanes by_rows{nullptr, panel, panel, panel, 1}, by_columns{nullptr, panel, panel, 1, panel};
+constexpr int64_t kept = int64_t{80} << 20;       // bytes of workspace; more only for a single block
+// 32 × 32 numbers in a row, rows or columns being the lanes.
+constexpr Lanes lanes_by_rows{nullptr, panel, panel, panel, 1}, lanes_by_columns{nullptr, panel, panel, 1, panel};
 
 Lanes of(const float* c, Lanes lanes) {
     lanes.source = c;
@@ -32,21 +36,22 @@ struct Factor {
     int64_t k, panels;
     int64_t width;  // panels that go together, between two barriers
     float scale, shift;
-    char *negated, *right;               // −C as a left operand, Cᵀ as a right one
-    char *inverse_left, *inverse_right;  // X_pp, and X_ppᵀ
-    float* inverses;                     // X_pp
+    char *rows, *turned, *columns;  // −C as a left operand, Cᵀ and −C as right ones: without the diagonal
+    char *inverse_turned, *inverse;  // X_ppᵀ and X_pp as right operands
+    float* inverses;                 // X_pp
     float* out;                          // c X, or its transpose
     bool transposed;
     float c;
     bool failed;
 };
 
-/// Where block (i, p) of C is, for i > p; all of a panel's blocks are side by side.
-int64_t place(int64_t i, int64_t p) { return i * (i - 1) / 2 + p; }
+/// Where block (i, p) of C is, for i > p, row after row of blocks; and column after column.
+int64_t by_row(int64_t i, int64_t p) { return i * (i - 1) / 2 + p; }
+int64_t by_column(const Factor& f, int64_t i, int64_t p) { return p * (2 * f.panels - p - 1) / 2 + i - p - 1; }
 
 int64_t workspace(const Engine& engine, int64_t k) {
     const int64_t panels = (k + panel - 1) / panel;
-    return area * (2 * place(panels, 0) * engine.size + panels * (2 * engine.size + 4));
+    return area * (3 * by_row(panels, 0) * engine.size + panels * (2 * engine.size + 4));
 }
 
 /// Σ of the diagonal.
@@ -70,7 +75,7 @@ void add(const Factor& f, int64_t i, int64_t p, float* c) {
     for (int64_t r = 0; r < panel && i == p; ++r) c[r * (panel + 1)] += r < rows ? f.shift : 1;
 }
 
-/// C⁻¹ of a = C Cᵀ; a is overwritten. Whether it is positive definite.
+/// x = C⁻¹ of a = C Cᵀ; a is overwritten. Whether it is positive definite.
 bool leaf(float* __restrict a, float* __restrict x) {
     float pivots[panel];
     for (int64_t k = 0; k < panel; ++k) {  // rows of Cᵀ
@@ -83,16 +88,17 @@ bool leaf(float* __restrict a, float* __restrict x) {
             for (int64_t j = 0; j < panel; ++j) a[i * panel + j] -= factor * row[j];
         }
     }
-    std::fill_n(x, area, 0.f);
-    for (int64_t i = 0; i < panel; ++i) {
-        float* row = x + i * panel;
-        for (int64_t k = 0; k < i; ++k) {
-            const float factor = a[k * panel + i];
-            for (int64_t j = 0; j < panel; ++j) row[j] -= factor * x[k * panel + j];
+    alignas(64) float turned[area] = {};
+    for (int64_t i = panel - 1; i >= 0; --i) {  // rows of Xᵀ, with Cᵀ Xᵀ = I
+        float* row = turned + i * panel;
+        for (int64_t k = i + 1; k < panel; ++k) {
+            const float factor = a[i * panel + k];
+            for (int64_t j = 0; j < panel; ++j) row[j] -= factor * turned[k * panel + j];
         }
         row[i] = 1;
         for (int64_t j = 0; j < panel; ++j) row[j] *= pivots[i];
     }
+    transpose(turned, panel, x, panel);
     return true;
 }
 
@@ -109,20 +115,21 @@ struct Work {
     /// c = F_ip − Σ_{q<p} C_iq C_pqᵀ
     void residual(const Factor& f, int64_t i, int64_t p, float* c) const {
         if (i * panel + panel <= f.k) expect(f.moment + i * panel * f.k + p * panel, f.k);
-        engine.block(f.negated + place(i, 0) * bytes, f.right + place(p, 0) * bytes, p * panel, panel, panel, c, panel, false);
+        multiply(f.rows + by_row(i, 0) * bytes, f.turned + by_row(p, 0) * bytes, p * panel, c);
         add(f, i, p, c);
     }
 
-    /// C_ip, as both operands, for i > p.
+    /// C_ip, as all three operands, for i > p.
     void column(const Factor& f, int64_t i, int64_t p) const {
         alignas(64) float c[area];
         alignas(64) char operand[area * 4];
         residual(f, i, p, c);
-        engine.pack(Side::left, of(c, by_rows), operand);
-        multiply(operand, f.inverse_right + p * bytes, panel, c);
-        engine.pack(Side::right, of(c, by_rows), f.right + place(i, p) * bytes);
+        engine.pack(Side::left, of(c, lanes_by_rows), operand);
+        multiply(operand, f.inverse_turned + p * bytes, panel, c);
+        engine.pack(Side::right, of(c, lanes_by_rows), f.turned + by_row(i, p) * bytes);
         for (float& x : c) x = -x;
-        engine.pack(Side::left, of(c, by_rows), f.negated + place(i, p) * bytes);
+        engine.pack(Side::left, of(c, lanes_by_rows), f.rows + by_row(i, p) * bytes);
+        engine.pack(Side::right, of(c, lanes_by_columns), f.columns + by_column(f, i, p) * bytes);
     }
 
     /// Panels first … last − 1 of C as far as the diagonal blocks: their own rows.
@@ -135,41 +142,33 @@ struct Work {
                 f.failed = true;
                 return;
             }
-            engine.pack(Side::left, of(x, by_rows), f.inverse_left + p * bytes);
-            engine.pack(Side::right, of(x, by_rows), f.inverse_right + p * bytes);
+            engine.pack(Side::right, of(x, lanes_by_rows), f.inverse_turned + p * bytes);
+            engine.pack(Side::right, of(x, lanes_by_columns), f.inverse + p * bytes);
             for (int64_t i = p + 1; i < last; ++i) column(f, i, p);
         }
     }
 
-    /// Columns first … last − 1 (panels) of X, into λ.
+    /// Rows first … last − 1 (panels) of X, into λ.
     void inverse(const Factor& f, int64_t first, int64_t last) const {
         thread_local Memory memory;
-        const int64_t depth = f.panels - first;
-        char* columns = memory.room((last - first) * depth * bytes);  // of X, as right operands
+        char* rows = memory.room((last - first) * last * bytes);  // of X, as left operands
         alignas(64) float c[area];
         alignas(64) char operand[area * 4];
         zeros(f, first, last);
-        for (int64_t p = first; p < f.panels; ++p) {
-            for (int64_t q = first; q < std::min(last, p + 1); ++q) {
-                char* column = columns + ((q - first) * depth + q - first) * bytes;
-                const float* x = c;
-                if (p == q) {
-                    x = f.inverses + p * area;
-                } else {
+        for (int64_t q = last - 1; q >= 0; --q) {
+            for (int64_t p = std::max(first, q); p < last; ++p) {
+                char* row = rows + (p - first) * last * bytes;
+                const float* x = f.inverses + p * area;
+                if (p != q) {
                     if (p * panel + panel <= f.k) expect(place_of(f, p, q), f.k);
-                    engine.block(f.negated + place(p, q) * bytes, column, (p - q) * panel, panel, panel, c, panel, false);
-                    if (f.transposed) {
-                        engine.pack(Side::left, of(c, by_columns), operand);
-                        multiply(operand, f.inverse_right + p * bytes, panel, c);
-                    } else {
-                        engine.pack(Side::right, of(c, by_columns), operand);
-                        multiply(f.inverse_left + p * bytes, operand, panel, c);
-                    }
+                    const int64_t depth = (p - q) * panel;
+                    multiply(row + (q + 1) * bytes, f.columns + by_column(f, q + 1, q) * bytes, depth, c);
+                    engine.pack(Side::left, of(c, lanes_by_rows), operand);
+                    multiply(operand, f.inverse + q * bytes, panel, c);
+                    x = c;
                 }
-                const bool whole = f.transposed && p != q;  // as Xᵀ
-                engine.pack(Side::right, of(x, whole ? by_rows : by_columns), column + (p - q) * bytes);
-                if (p == q) write_diagonal(f, p, x);
-                else write(f, p, q, x);
+                engine.pack(Side::left, of(x, lanes_by_rows), row + q * bytes);
+                write(f, p, q, x);
             }
         }
         memory.keep(kept / 8);
@@ -189,20 +188,18 @@ struct Work {
         }
     }
 
-    /// Block (p, q) of X below the diagonal, or its transpose, which x is then.
+    /// x, block (p, q) of X, to where it goes.
     static void write(const Factor& f, int64_t p, int64_t q, const float* x) {
+        alignas(64) float turned[area];
         float* to = place_of(f, p, q);
-        if (f.transposed) std::swap(p, q);
+        if (f.transposed) {
+            transpose(x, panel, turned, panel);
+            x = turned;
+            std::swap(p, q);
+        }
         const int64_t rows = std::min(panel, f.k - p * panel), columns = std::min(panel, f.k - q * panel);
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t s = 0; s < columns; ++s) to[r * f.k + s] = f.c * x[r * panel + s];
-    }
-
-    static void write_diagonal(const Factor& f, int64_t p, const float* x) {
-        const int64_t count = std::min(panel, f.k - p * panel), row = f.transposed ? 1 : panel, column = panel + 1 - row;
-        float* to = f.out + p * panel * (f.k + 1);
-        for (int64_t r = 0; r < count; ++r)
-            for (int64_t s = 0; s < count; ++s) to[r * f.k + s] = f.c * x[r * row + s * column];
     }
 };
 
@@ -266,10 +263,8 @@ void start(const Work& work, std::vector<Factor>& factors, Memory& memory, int t
         return mine;
     };
     for (Factor& f : factors) {
-        f.negated = take(place(f.panels, 0), work.engine.size);
-        f.right = take(place(f.panels, 0), work.engine.size);
-        f.inverse_left = take(f.panels, work.engine.size);
-        f.inverse_right = take(f.panels, work.engine.size);
+        for (char** operand : {&f.rows, &f.turned, &f.columns}) *operand = take(by_row(f.panels, 0), work.engine.size);
+        for (char** operand : {&f.inverse_turned, &f.inverse}) *operand = take(f.panels, work.engine.size);
         f.inverses = reinterpret_cast<float*>(take(f.panels, 4));
     }
     factorise(work, factors, threads);
@@ -282,8 +277,8 @@ void start(const Work& work, std::vector<Factor>& factors, Memory& memory, int t
         l.c = 1 / r.c;
         for (Factor* f : {&r, &l}) {
             for (int64_t first = 0; first < f->panels; first += f->width) {
-                const int64_t deep = f->panels - first;
-                tasks.push_back({f, first, std::min(first + f->width, f->panels), deep * deep});
+                const int64_t last = std::min(first + f->width, f->panels);
+                tasks.push_back({f, first, last, last * last});
             }
         }
     }
