@@ -23,12 +23,12 @@ from .structures import Kron
 if TYPE_CHECKING:
     from .blocks import Block
 
+Pair = tuple[str, str]
 # Operands' dtype -> what multiplies for moments, and for their roots: the first pair that this processor has.
-ENGINES = {
+ENGINES: dict[torch.dtype, tuple[Pair, ...]] = {
     torch.bfloat16: (("amx", "amx split"), ("avx512", "avx512")),
     torch.float32: (("avx512", "avx512"),),
 }
-Pair = tuple[str, str]
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def _engines(block: Block, new: Shown | Aux) -> Pair | None:
     if not new.a.dtype == new.e.dtype == torch.float32:
         return None
     here = engines()
-    return next((pair for pair in ENGINES[s.operands or torch.float32] if {*pair} <= {*here}), None)
+    return next((pair for pair in ENGINES.get(s.operands or torch.float32, ()) if {*pair} <= {*here}), None)
 
 
 def _average(engine: str, pairs: Sequence[tuple[Block, Shown]], decay: float) -> list[Block]:

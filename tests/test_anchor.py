@@ -109,7 +109,7 @@ def test_against_the_reference_and_float64(operands: torch.dtype, monkeypatch: p
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_stiff_directions(operands: torch.dtype, smallest: float) -> None:
-    """Where the moments are large Q is small: P is right there too, relative to itself, however large it is elsewhere."""
+    """Where the moments are large Q is small: P is right there too, relative to itself, however large elsewhere."""
     m, n = 300, 130
     block = block_of(m, n, operands)
     for name, k in (("rows", m), ("columns", n)):
@@ -236,5 +236,5 @@ def test_refusals() -> None:
     if engines():
         with pytest.raises(ValueError, match="m and n should be at least 1 but are: 0, 3"):
             extension.start_kfac(engines()[0], [(0, 0, 0, 0, 0, 3, 1.0)], 0.1, 1)
-        with pytest.raises(ValueError, match="x should be a matrix whose rows have no gaps but is: 4 by 5, rows 3 apart"):
+        with pytest.raises(ValueError, match="rows have no gaps but is: 4 by 5, rows 3 apart"):
             extension.average_moments(engines()[0], [((0, 4, 5, 3, 0, 1.0),) * 2], 0.5, 1)

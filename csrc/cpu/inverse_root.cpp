@@ -14,15 +14,16 @@
 #include <limits>
 
 #include "cpu/blocks.h"
+#include "cpu/leaf.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 
 namespace fishleg::cpu {
 namespace {
 
-constexpr int64_t together = 1 << 20;             // bytes of panels that stay in cache while others meet them
-constexpr int64_t area = panel * panel;           // of a block
-constexpr int64_t kept = int64_t{80} << 20;       // bytes of workspace; more only for a single block
+constexpr int64_t area = panel * panel;      // of a block
+constexpr int64_t together = 1 << 20;        // bytes of panels that stay in cache while others meet them
+constexpr int64_t kept = int64_t{80} << 20;  // bytes of workspace; more only for a single layer
 // 32 × 32 numbers in a row, rows or columns being the lanes.
 constexpr Lanes lanes_by_rows{nullptr, panel, panel, panel, 1}, lanes_by_columns{nullptr, panel, panel, 1, panel};
 
@@ -36,10 +37,10 @@ struct Factor {
     int64_t k, panels;
     int64_t width;  // panels that go together, between two barriers
     float scale, shift;
-    char *rows, *turned, *columns;  // −C as a left operand, Cᵀ and −C as right ones: without the diagonal
+    char *rows, *turned, *columns;   // −C as a left operand, Cᵀ and −C as right ones: without the diagonal
     char *inverse_turned, *inverse;  // X_ppᵀ and X_pp as right operands
     float* inverses;                 // X_pp
-    float* out;                          // c X, or its transpose
+    float* out;                      // c X, or its transpose
     bool transposed;
     float c;
     bool failed;
@@ -75,37 +76,11 @@ void add(const Factor& f, int64_t i, int64_t p, float* c) {
     for (int64_t r = 0; r < panel && i == p; ++r) c[r * (panel + 1)] += r < rows ? f.shift : 1;
 }
 
-/// x = C⁻¹ of a = C Cᵀ; a is overwritten. Whether it is positive definite.
-bool leaf(float* __restrict a, float* __restrict x) {
-    float pivots[panel];
-    for (int64_t k = 0; k < panel; ++k) {  // rows of Cᵀ
-        float* row = a + k * panel;
-        if (!(row[k] > 0) || row[k] > std::numeric_limits<float>::max()) return false;
-        const float pivot = pivots[k] = 1 / std::sqrt(row[k]);
-        for (int64_t j = 0; j < panel; ++j) row[j] *= pivot;
-        for (int64_t i = k + 1; i < panel; ++i) {
-            const float factor = row[i];
-            for (int64_t j = 0; j < panel; ++j) a[i * panel + j] -= factor * row[j];
-        }
-    }
-    alignas(64) float turned[area] = {};
-    for (int64_t i = panel - 1; i >= 0; --i) {  // rows of Xᵀ, with Cᵀ Xᵀ = I
-        float* row = turned + i * panel;
-        for (int64_t k = i + 1; k < panel; ++k) {
-            const float factor = a[i * panel + k];
-            for (int64_t j = 0; j < panel; ++j) row[j] -= factor * turned[k * panel + j];
-        }
-        row[i] = 1;
-        for (int64_t j = 0; j < panel; ++j) row[j] *= pivots[i];
-    }
-    transpose(turned, panel, x, panel);
-    return true;
-}
-
 /// What both stages do for one factor, with operands of one engine.
 struct Work {
     const Engine& engine;
     const int64_t bytes = area * engine.size;  // of a block as an operand
+    bool (*const leaf)(float*, float*) = cpu::leaf();
 
     /// c = XY, whole: what is beyond a factor's edges is 1 on its diagonal, and 0 beside that.
     void multiply(const void* left, const void* right, int64_t depth, float* c) const {
