@@ -28,6 +28,7 @@ PYBIND11_MODULE(_native, m) {
     }, "(whether a CUDA device can be used, what was found or why not).");
 
     fishleg::cpu::bind(m);
+    fishleg::cpu::bind_anchor(m);
     fishleg::cpu::bind_products(m);
 #if defined(FISHLEG_WITH_CUDA)
     bind_cuda(m);

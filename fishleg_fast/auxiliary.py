@@ -13,7 +13,6 @@ from .blocks import Block
 from .capture import Inputs
 from .curvature import FISHER, drawn_gradient, moments, thin_ggn
 from .passes import Passes
-from .precision import precision_scope
 from .reference.thin import Matrix, Thin, dense
 
 
@@ -74,13 +73,8 @@ class Auxiliary:
 
         Factors that are not finite are left out: Q stays what it is.
         """
-        decay = self.settings["anchor_decay"]
-        for block, new in zip(blocks, moments(self.passes, blocks, self.passes.inputs()), strict=True):
-            if not new or not block.structure.average(block.moments, new, 1 - decay):
-                continue
-            block.moments_weight.mul_(decay).add_(1 - decay)
-            with precision_scope("highest"):  # of a triangular inverse that λ starts from
-                block.structure.start_kfac(block.moments, self.settings["damping"], block.moments_weight.item())
+        news = moments(self.passes, blocks, self.passes.inputs())
+        self.ops.anchor(blocks, news, decay=self.settings["anchor_decay"], damping=self.settings["damping"])
 
     def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         """u of the auxiliary loss: of unit norm over all blocks together, or zero where the gradient is."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native, packed
+from .anchoring import anchor as anchor
 from .plan import CODES, Plan, _dtype, plan_of
 from .reference import steps
 from .reference.products import Vectors

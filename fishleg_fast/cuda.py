@@ -24,6 +24,7 @@ from .blocks import Block
 from .cuda_plans import TYPES, Known, Op, Plan, Views, known, machine, plan_of, why_outside
 from .reference import steps
 from .reference.products import Vectors
+from .reference.steps import anchor as anchor
 from .reference.thin import Matrix, Split, Thin, dense, dot, is_zero
 
 NORMALIZE = {None: 0, "rms": 1, "trust": 2}

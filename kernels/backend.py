@@ -30,7 +30,14 @@ from typing import Any
 
 import torch
 
-_OPS = {"refresh": "symmetric", "qv": "qv", "inner": "inner", "theta_step": "theta", "lambda_step": "learn"}  # in files
+_OPS = {  # in files; anchoring is the reference's
+    "refresh": "fishleg_fast.kernels.symmetric",
+    "qv": "fishleg_fast.kernels.qv",
+    "inner": "fishleg_fast.kernels.inner",
+    "theta_step": "fishleg_fast.kernels.theta",
+    "lambda_step": "fishleg_fast.kernels.learn",
+    "anchor": "fishleg_fast.reference",
+}
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,5 +65,5 @@ def __getattr__(name: str) -> Callable[..., Any]:
     """The ops, each with the reference's signature; Triton comes with the first."""
     if name not in _OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    op = globals()[name] = getattr(importlib.import_module(f"{__package__}.{_OPS[name]}"), name)
+    op = globals()[name] = getattr(importlib.import_module(_OPS[name]), name)
     return op

@@ -19,7 +19,7 @@ from cuda_emulation import KERNELS, ROOT, build, fingerprint, only_one
 
 from fishleg_fast import backends, cuda, native, reference
 
-OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step")
+OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "anchor")
 DEVICE_KERNELS = [path for path in KERNELS if "__global__" in path.read_text(encoding="utf-8")]
 ARCHITECTURES = (80, 90, 100)  # those that the extension is built for; the last from nvcc 12.8 on
 

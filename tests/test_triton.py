@@ -20,7 +20,7 @@ from fishleg_fast.kernels import backend
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step"]
+OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "anchor"]
 
 
 @pytest.mark.parametrize("name", [*OPS, "available"])

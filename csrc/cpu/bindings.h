@@ -4,7 +4,8 @@
 
 namespace fishleg::cpu {
 
-/// Adds `Plan`, `adam_step` and `inner` to the module.
+/// Each adds to the module.
+void bind_anchor(pybind11::module_& m);
 void bind_products(pybind11::module_& m);
 void bind(pybind11::module_& m);
 

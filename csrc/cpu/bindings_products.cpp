@@ -49,7 +49,8 @@ void multiply_all(const std::string& engine, const std::vector<ProductTuple>& ro
         if (symmetric && m != n) refuse("columns", n, "as many as rows where symmetric");
         if (target == 0 && m > 1 && stride < n) refuse("stride", stride, "at least columns");
         products.push_back(
-            {pointer(left), pointer(right), m, n, depth, static_cast<Target>(target), pointer(out), stride, symmetric});
+            {pointer(left), pointer(right), m, n, depth, static_cast<Target>(target), pointer(out), stride, symmetric,
+             1, 0});
     }
     const Engine& with = engine_of(engine);
     py::gil_scoped_release released;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "cpu/blocks.h"
 #include "cpu/threads.h"
 
 namespace fishleg::cpu {
@@ -42,6 +43,16 @@ std::vector<Share> shares(const std::vector<Product>& products) {
     return all;
 }
 
+/// out = beta out + alpha c, of a corner of c.
+void average(const float* c, int64_t rows, int64_t columns, float* out, const Product& p) {
+    for (int64_t r = 0; r < rows; ++r, c += panel, out += p.stride) {
+        if (p.beta == 0)
+            for (int64_t k = 0; k < columns; ++k) out[k] = p.alpha * c[k];
+        else
+            for (int64_t k = 0; k < columns; ++k) out[k] = p.beta * out[k] + p.alpha * c[k];
+    }
+}
+
 /// 32 × 32 of a product, at panel i of the left operand and panel j of the right one.
 void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
     alignas(64) float c[panel * panel];
@@ -50,16 +61,19 @@ void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
     const int64_t rows = std::min(panel, p.rows - i * panel), columns = std::min(panel, p.columns - j * panel);
     if (p.target == Target::matrix) {
         float* out = static_cast<float*>(p.out) + i * panel * p.stride + j * panel;
-        const bool whole = rows == panel && columns == panel;
-        engine.block(left, right, p.depth, rows, columns, whole ? out : c, whole ? p.stride : panel, false);
-        const float* from = whole ? out : c;
-        const int64_t stride = whole ? p.stride : panel;
-        for (int64_t r = 0; r < rows && !whole; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
-        if (p.symmetric && i != j) {
-            float* mirrored = static_cast<float*>(p.out) + j * panel * p.stride + i * panel;
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t k = 0; k < columns; ++k) mirrored[k * p.stride + r] = from[r * stride + k];
-        }
+        const bool averaged = p.alpha != 1 || p.beta != 0, whole = rows == panel && columns == panel;
+        float* mirrored = p.symmetric && i != j ? static_cast<float*>(p.out) + j * panel * p.stride + i * panel : nullptr;
+        if (whole && averaged) expect(out, p.stride);
+        if (whole && mirrored) expect(mirrored, p.stride);
+        const bool straight = whole && !averaged;
+        engine.block(left, right, p.depth, rows, columns, straight ? out : c, straight ? p.stride : panel, false);
+        if (averaged) average(c, rows, columns, out, p);
+        else if (!straight)
+            for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
+        if (mirrored && whole) transpose(out, p.stride, mirrored, p.stride);
+        else if (mirrored)
+            for (int64_t k = 0; k < columns; ++k)
+                for (int64_t r = 0; r < rows; ++r) mirrored[k * p.stride + r] = out[r * p.stride + k];
         return;
     }
     engine.block(left, right, p.depth, rows, columns, c, panel, false);
@@ -90,7 +104,7 @@ void run(const Engine& engine, const std::vector<Product>& products, const Share
 
 std::vector<const Engine*> engines() {
     std::vector<const Engine*> all;
-    for (const Engine* engine : {amx_engine(), avx512_engine()})
+    for (const Engine* engine : {amx_engine(), amx_split_engine(), avx512_engine()})
         if (engine) all.push_back(engine);
     return all;
 }

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .steps import anchor as anchor
 from .steps import inner as inner
 from .steps import lambda_step as lambda_step
 from .steps import qv as qv

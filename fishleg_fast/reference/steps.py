@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from .products import Vectors
+from ..precision import precision_scope
+from .products import Aux, Vectors
 from .thin import Image, Matrix, Sum, Thin, dense, dot, is_zero
 
 if TYPE_CHECKING:
     from ..blocks import Block
+    from ..structure import Shown
 
 RMS = 0.2  # of a normalised update: the convention of Muon's users, under which AdamW's lr roughly carries over
 
@@ -325,3 +327,21 @@ def adam_step(
         )
         torch.autograd.graph.increment_version(target)
     block.aux_step.add_(ok.to(block.aux_step.device))
+
+
+def anchor(blocks: Sequence[Block], news: Sequence[Shown | Aux], *, decay: float, damping: float) -> None:
+    """Q from the moving average of the Fisher's Kronecker factors, to which ``news`` are added with weight 1 − decay.
+
+    Moments that are not finite are left out, and empty ones: Q and the average stay what they are.
+    Raises torch.linalg.LinAlgError where an average is not positive semi-definite; that block's λ is then unchanged.
+    """
+    for block, new in zip(blocks, news, strict=True):
+        if new and block.structure.average(block.moments, new, 1 - decay):
+            block.moments_weight.mul_(decay).add_(1 - decay)
+            start_kfac(block, damping)
+
+
+def start_kfac(block: Block, damping: float) -> None:
+    """Q from the block's average as it is."""
+    with precision_scope("highest"):  # of a triangular inverse that λ starts from
+        block.structure.start_kfac(block.moments, damping, block.moments_weight.item())

@@ -1,0 +1,46 @@
+// Memory that is kept from one call to the next: the kernel hands out fresh memory in pages, each at the price of a fault.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace fishleg::cpu {
+
+class Memory {
+  public:
+    /// At least so many bytes, of whatever was in them, at the start of a page; valid until the next call.
+    char* room(int64_t bytes) {
+        if (bytes > size_) {
+            memory_.reset();
+            size_ = (bytes + page - 1) / page * page;
+            memory_.reset(static_cast<char*>(std::aligned_alloc(page, size_)));
+            if (!memory_) size_ = 0;
+            if (!memory_) throw std::bad_alloc();
+#ifdef __linux__
+            madvise(memory_.get(), size_, MADV_HUGEPAGE);  // a wish
+#endif
+        }
+        return memory_.get();
+    }
+
+    /// Give it back where it is more than `bytes`.
+    void keep(int64_t bytes) {
+        if (size_ > bytes) memory_.reset(), size_ = 0;
+    }
+
+  private:
+    static constexpr int64_t page = 1 << 21;
+    struct Free {
+        void operator()(char* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<char, Free> memory_;
+    int64_t size_ = 0;
+};
+
+}  // namespace fishleg::cpu
