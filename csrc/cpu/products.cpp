@@ -133,7 +133,8 @@ void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads) {
         Lanes from = job.from;
         from.source += first * from.lane_stride;
         from.lanes = std::min(panel, from.lanes - first);
-        const int64_t place = tasks[t].second * panel_bytes(engine, job.depth) + job.after * panel * engine.size;
+        const int64_t depth = std::max(job.depth, from.depth);
+        const int64_t place = tasks[t].second * panel_bytes(engine, depth) + job.after * panel * engine.size;
         engine.pack(job.side, from, part(job.to, place));
     });
 }

@@ -64,7 +64,7 @@ struct PackJob {
     Side side = Side::left;
     Lanes from;
     void* to = nullptr;
-    int64_t depth = 0;  // of the operand, of which `from` is the part that starts at `after`, a multiple of the step
+    int64_t depth = 0;  // of the operand, where `from` is only the part that starts at `after`, a multiple of the step
     int64_t after = 0;
 };
 
