@@ -48,7 +48,7 @@ class Batch:
         """x (rows, columns) float32 into panels."""
         assert x.shape == (to.rows, to.columns) and x.dtype == torch.float32
         if 1 not in x.stride():
-            x = x.contiguous()
+            x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a single number's strides
         self._kept.append(x)
         if to.side == RIGHT:
             x = x.T  # lanes by depth
