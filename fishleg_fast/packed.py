@@ -88,6 +88,11 @@ def form(blocks: Sequence[Block]) -> None:
         batch.run()
 
 
+def _room_like(x: Tensor) -> Tensor:
+    """Memory for a matrix, row by row however x is laid out."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def product(blocks: Sequence[Block], us: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """Q u of each block, for a dense u (m, n), into ``outs``."""
     if not blocks:
@@ -123,7 +128,7 @@ def thin_products(blocks: Sequence[Block], gs: Sequence[Thin]) -> list[tuple[Pan
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """Q u of each block: of a thin u by its factors, whose products the λ-gradient takes too."""
     whole = [k for k, u in enumerate(us) if not isinstance(u, Thin)]
-    found: dict[int, Matrix] = {k: torch.empty_like(dense(us[k])) for k in whole}
+    found: dict[int, Matrix] = {k: _room_like(dense(us[k])) for k in whole}
     product([blocks[k] for k in whole], [dense(us[k]) for k in whole], [dense(found[k]) for k in whole])
     thin = {k: u for k, u in enumerate(us) if isinstance(u, Thin)}
     if thin:
@@ -227,7 +232,7 @@ def _thin_gradient(
 
 def _dense_gradient(p: Packed, batch: Batch, u: Tensor, w: Tensor) -> Callable[[Batch], dict[str, Gradient]]:
     """dL = (M+Mᵀ)L and dR = R(N+Nᵀ), with M+Mᵀ = [u; Pw]ᵀ[Pw; u] and N+Nᵀ = [wS, u][u, wS]ᵀ."""
-    Pw, wS = torch.empty_like(w), torch.empty_like(w)
+    Pw, wS = _room_like(w), _room_like(w)
     if p.stale:
         p.form(batch)
         batch.run()

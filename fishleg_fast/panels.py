@@ -57,7 +57,7 @@ class Batch:
         """
         assert x.dtype == torch.float32
         if 1 not in x.stride():
-            x = x.contiguous()
+            x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a single number's strides
         self._kept += x, to.memory
         if to.side == RIGHT:
             x = x.T  # lanes by depth

@@ -28,6 +28,7 @@ class ThinLayers:
         self.blocks, self._vs = blocks, vs
         self._seen: list[tuple[int, Tensor, Any]] = []  # block, its layer's input, where its output's gradient will be
         self._handles: list[Any] = []
+        self._hidden = False  # whether some call did not show what it does
 
     def __enter__(self) -> ThinLayers:
         for k, block in enumerate(self.blocks):
@@ -42,11 +43,12 @@ class ThinLayers:
 
     def _hook(self, k: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            x = forward_ad.unpack_dual(args[0]).primal.detach()
-            if not output.requires_grad:
-                return output
-            rows = layer_of(module).rows(self.blocks[k], x, output.detach())
-            if rows is None:
+            rows = None
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
+                x = forward_ad.unpack_dual(args[0]).primal.detach()
+                rows = layer_of(module).rows(self.blocks[k], x, output.detach())
+            if rows is None:  # a named argument, or a reentrant checkpoint, in which gradients are disabled
+                self._hidden = True
                 return output
             v = self._vs[k].to(x.dtype)
             tangent = ((rows[0] @ v.H.T) @ v.E).reshape(output.shape)
@@ -61,7 +63,11 @@ class ThinLayers:
         return [edge for *_, edge in self._seen]
 
     def products(self, gradients: Sequence[Tensor]) -> list[Thin] | None:
-        """Jᵀ of each block, from the gradients at ``edges()``; None where a layer was not seen."""
+        """Jᵀ of each block, from the gradients at ``edges()``; None where a call of a layer was not seen, or nothing
+        depends on any.
+        """
+        if self._hidden or len(gradients) < len(self._seen):
+            return None
         rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.blocks]
         for (k, x, _), e in zip(self._seen, gradients, strict=True):
             block = self.blocks[k]

@@ -28,6 +28,18 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """As an optimizer calls its ops, without gradients; and memory from torch.empty holds nothing but nan (or 255)."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all() and torch.empty(1, dtype=torch.uint8) == 255
+        with torch.no_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["reference", "cpp"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs with every backend for CPUs: with its ops as the test module's ``steps``."""
