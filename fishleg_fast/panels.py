@@ -42,14 +42,14 @@ class Batch:
         self.engine = engine
         self._packs: list[tuple[int, ...]] = []
         self._products: list[tuple[int, ...]] = []
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor] = []  # what addresses point to
 
     def pack(self, x: Tensor, to: Panels) -> Panels:
         """x (rows, columns) float32 into panels."""
         assert x.shape == (to.rows, to.columns) and x.dtype == torch.float32
         if 1 not in x.stride():
             x = x.contiguous()
-        self._kept.append(x)
+        self._kept += x, to.memory
         if to.side == RIGHT:
             x = x.T  # lanes by depth
         self._packs.append((to.side, x.data_ptr(), *x.shape, *x.stride(), to.address))
@@ -66,6 +66,8 @@ class Batch:
         else:
             assert (out.rows, out.columns) == (x.rows, y.columns)
             target, address = out.side + 1, out.address
+            self._kept.append(out.memory)
+        self._kept += x.memory, y.memory
         row = (x.address, y.address, x.rows, y.columns, x.columns, target, address, stride, symmetric)
         self._products.append(row)
 

@@ -46,6 +46,7 @@ void multiply_all(const std::string& engine, const std::vector<ProductTuple>& ro
         if (target < 0 || target > 2) refuse("target", target, "0, 1 or 2");
         if (m < 0 || n < 0 || depth < 0) refuse("rows, columns and depth", std::min({m, n, depth}), "at least 0");
         if (symmetric && m != n) refuse("columns", n, "as many as rows where symmetric");
+        if (target == 0 && m > 1 && stride < n) refuse("stride", stride, "at least columns");
         products.push_back(
             {pointer(left), pointer(right), m, n, depth, static_cast<Target>(target), pointer(out), stride, symmetric,
              1, 0});
@@ -64,6 +65,7 @@ void bind_products(py::module_& m) {
         return names;
     }, "The engines for packed products that this processor has.");
     m.def("packed_size", [](const std::string& engine, int64_t lanes, int64_t depth) {
+        if (lanes < 0 || depth < 0) refuse("lanes and depth", std::min(lanes, depth), "at least 0");
         return packed_size(engine_of(engine), lanes, depth);
     }, "Bytes of a packed operand.");
     m.def("pack", &pack_all, "Pack operands.");

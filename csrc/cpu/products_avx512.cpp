@@ -55,7 +55,8 @@ void pack(Side, const Lanes& from, void* to) {
 }
 
 /// A strip of c, `vectors` wide: as many sums as hide the latency of the multiplications, and far fewer loads than those.
-template <int vectors>
+/// `ahead`: ask for the next chunk of both panels, which in use may come from memory.
+template <int vectors, bool ahead>
 void sum(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add) {
     __m512 sums[strip][vectors];
 #pragma GCC unroll 8
@@ -65,6 +66,11 @@ void sum(const float* a, const float* b, int64_t depth, float* c, int64_t stride
             sums[i][j] = add ? _mm512_loadu_ps(c + i * stride + j * vector) : _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k, a += panel, b += panel) {
+        if constexpr (ahead) {
+            for (const float* next : {a + chunk * panel, b + chunk * panel})
+                for (int64_t line : {0, 1})
+                    _mm_prefetch(reinterpret_cast<const char*>(next + line * vector), _MM_HINT_T1);
+        }
         __m512 right[vectors];
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; ++j) right[j] = _mm512_loadu_ps(b + j * vector);
@@ -84,12 +90,13 @@ void sum(const float* a, const float* b, int64_t depth, float* c, int64_t stride
 void block(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c, int64_t stride,
            bool add) {
     const auto *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
-    const auto strip_of = columns <= vector ? sum<1> : sum<2>;
+    const auto first = columns <= vector ? sum<1, true> : sum<2, true>;
+    const auto others = columns <= vector ? sum<1, false> : sum<2, false>;
     int64_t k = 0;
     do {  // at least once: a product of no depth is zero
         const int64_t deep = std::min(chunk, depth - k);
         for (int64_t i = 0; i < rows; i += strip)
-            strip_of(a + k * panel + i, b + k * panel, deep, c + i * stride, stride, add || k > 0);
+            (i == 0 ? first : others)(a + k * panel + i, b + k * panel, deep, c + i * stride, stride, add || k > 0);
         k += chunk;
     } while (k < depth);
 }
