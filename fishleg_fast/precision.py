@@ -1,8 +1,9 @@
 """Precision of the optimizer's own float32 products, by the names of ``torch.set_float32_matmul_precision``.
 
 "highest" is float32. "high" and "medium" allow TF32, as torch's own names do on CUDA; today's CPUs have none, and stay
-at float32. "medium" also rounds the operands of Q's products to bfloat16 on a CPU that has instructions for it: torch's
-own BF16 setting for CPUs is as coarse, and slower since it converts P and S at every product.
+at float32. "medium" also rounds the operands of Q's products, and of the moments that Q starts from, to bfloat16 on a
+CPU that has instructions for it: torch's own BF16 setting for CPUs is as coarse, and slower since it converts P and S
+at every product.
 Our own GPU kernels multiply in TF32 for "high" and in bfloat16 for "medium"; "tf32x3", which torch does not have, is
 nearly float32 on tensor cores, and float32 wherever torch multiplies.
 """
