@@ -135,7 +135,7 @@ def _give_packed(plan: Plan, gs: Sequence[Matrix], mine: Sequence[int]) -> None:
     if thin:
         blocks = [plan.blocks[k] for k in thin]
         rows = [
-            (k, left.address, right.address, g.rank, b.buffers()[0].data_ptr())
+            (k, left.address, right.address, g.rank, packed.room(b), b.buffers()[0].data_ptr())
             for (k, g), b, (left, right) in zip(
                 thin.items(), blocks, packed.images(blocks, list(thin.values())), strict=True
             )

@@ -100,30 +100,37 @@ void Plan::average(const std::vector<void*>& outs, const ThetaOptions& options) 
         if (found[i]) gradient_seen_[tasks_[i].block] = 1;
 }
 
-/// f(task), with the task's part of Q g where the block has it as panels. Both passes multiply anew: their operands stay
-/// in cache, where Q g itself would be written to memory once and read twice.
+/// f(task), with the task's part of Q g where the block has it as panels. Where there is a place for it, the first pass
+/// writes it there. Otherwise both multiply, which is faster on matrix units: operands stay in cache, Q g does not.
 template <class F>
-void Plan::with_given(const Task& task, F f) const {
+void Plan::with_given(const Task& task, bool first, F f) const {
     const Block& block = blocks_[task.block];
     if (!block.left || block.source != Source::thin) return f(task);
     const int64_t rows = task.row_end - task.row_begin, columns = task.column_end - task.column_begin;
-    const int64_t stride = (columns + panel - 1) / panel * panel, bytes = packed_size(*engine_, panel, block.depth);
-    thread_local std::vector<float> room;
-    room.resize((rows + panel - 1) / panel * panel * stride + 16);
-    void* start = room.data();
-    size_t space = room.size() * sizeof(float);
-    float* given = static_cast<float*>(std::align(64, 1, start, space));
-    alignas(64) char saved[64];
-    engine_->enter(saved);
-    for (int64_t j = 0; j < columns; j += panel) {
-        const void* right = static_cast<const char*>(block.right) + (task.column_begin + j) / panel * bytes;
-        for (int64_t i = 0; i < rows; i += panel) {
-            const void* left = static_cast<const char*>(block.left) + (task.row_begin + i) / panel * bytes;
-            engine_->block(left, right, block.depth, std::min(panel, rows - i), std::min(panel, columns - j),
-                           given + i * stride + j, stride, false);
-        }
+    const int64_t bytes = packed_size(*engine_, panel, block.depth);
+    int64_t stride = block.columns;
+    float* given = block.room + task.row_begin * stride + task.column_begin;
+    if (!block.room) {
+        thread_local std::vector<float> own;
+        stride = (columns + panel - 1) / panel * panel;
+        own.resize(rows * stride + 16);
+        void* start = own.data();
+        size_t space = own.size() * sizeof(float);
+        given = static_cast<float*>(std::align(64, 1, start, space));
     }
-    engine_->leave(saved);
+    if (first || !block.room) {
+        alignas(64) char saved[64];
+        engine_->enter(saved);
+        for (int64_t j = 0; j < columns; j += panel) {
+            const void* right = static_cast<const char*>(block.right) + (task.column_begin + j) / panel * bytes;
+            for (int64_t i = 0; i < rows; i += panel) {
+                const void* left = static_cast<const char*>(block.left) + (task.row_begin + i) / panel * bytes;
+                multiply_block(*engine_, left, right, block.depth, std::min(panel, rows - i),
+                               std::min(panel, columns - j), given + i * stride + j, stride);
+            }
+        }
+        engine_->leave(saved);
+    }
     Task with = task;
     with.given = given;
     with.given_stride = stride;
@@ -144,7 +151,7 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
         const Block& block = blocks_[tasks_[i].block];
         const bool thin = block.source == Source::thin;  // such a gradient is not zero
         const bool look = options.normalize == Normalize::rms && !thin && seen[tasks_[i].block] < 0;
-        with_given(tasks_[i], [&](const Task& task) {
+        with_given(tasks_[i], true, [&](const Task& task) {
             parts[i] = kernels(block.dtype).sums(block, task, passes[task.block], look, trust);
         });
     });
@@ -183,7 +190,8 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     }
     parallel_for(static_cast<int64_t>(tasks_.size()), threads, [&](int64_t i) {
         const int b = tasks_[i].block;
-        with_given(tasks_[i], [&](const Task& task) { kernels(blocks_[b].dtype).apply(blocks_[b], task, passes[b]); });
+        with_given(tasks_[i], false,
+                   [&](const Task& task) { kernels(blocks_[b].dtype).apply(blocks_[b], task, passes[b]); });
     });
     for (Block& block : blocks_)
         if (block.step) *block.step += 1;

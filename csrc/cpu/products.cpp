@@ -40,24 +40,20 @@ std::vector<Share> shares(const std::vector<Product>& products) {
 
 /// 32 × 32 of a product, at panel i of the left operand and panel j of the right one.
 void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
-    alignas(64) float c[panel * panel];
     const int64_t bytes = panel_bytes(engine, p.depth);
     const void *left = part(p.left, i * bytes), *right = part(p.right, j * bytes);
     const int64_t rows = std::min(panel, p.rows - i * panel), columns = std::min(panel, p.columns - j * panel);
     if (p.target == Target::matrix) {
         float* out = static_cast<float*>(p.out) + i * panel * p.stride + j * panel;
-        const bool whole = rows == panel && columns == panel;
-        engine.block(left, right, p.depth, rows, columns, whole ? out : c, whole ? p.stride : panel, false);
-        const float* from = whole ? out : c;
-        const int64_t stride = whole ? p.stride : panel;
-        for (int64_t r = 0; r < rows && !whole; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
+        multiply_block(engine, left, right, p.depth, rows, columns, out, p.stride);
         if (p.symmetric && i != j) {
             float* mirrored = static_cast<float*>(p.out) + j * panel * p.stride + i * panel;
             for (int64_t r = 0; r < rows; ++r)
-                for (int64_t k = 0; k < columns; ++k) mirrored[k * p.stride + r] = from[r * stride + k];
+                for (int64_t k = 0; k < columns; ++k) mirrored[k * p.stride + r] = out[r * p.stride + k];
         }
         return;
     }
+    alignas(64) float c[panel * panel];
     engine.block(left, right, p.depth, rows, columns, c, panel, false);
     const bool by_rows = p.target == Target::left;
     const Side side = by_rows ? Side::left : Side::right;
@@ -117,6 +113,14 @@ void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads) {
         from.lanes = std::min(panel, from.lanes - first);
         engine.pack(job.side, from, part(job.to, tasks[t].second * panel_bytes(engine, from.depth)));
     });
+}
+
+void multiply_block(const Engine& engine, const void* left, const void* right, int64_t depth, int64_t rows,
+                    int64_t columns, float* out, int64_t stride) {
+    if (rows == panel && columns == panel) return engine.block(left, right, depth, rows, columns, out, stride, false);
+    alignas(64) float c[panel * panel];
+    engine.block(left, right, depth, rows, columns, c, panel, false);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * panel, columns, out + r * stride);
 }
 
 void multiply(const Engine& engine, const std::vector<Product>& products, int threads) {

@@ -66,6 +66,10 @@ struct PackJob {
 /// Pack all of them, on several threads.
 void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads);
 
+/// One `block` of two panels whose first rows × columns are written to `out`, and nothing beyond them.
+void multiply_block(const Engine& engine, const void* left, const void* right, int64_t depth, int64_t rows,
+                    int64_t columns, float* out, int64_t stride);
+
 /// Where a product goes: a matrix, or a packed operand (its rows, or its columns, are the lanes).
 enum class Target : int { matrix, left, right };
 

@@ -53,6 +53,7 @@ struct Block {
     const void* left = nullptr;    // instead of Q g: (E P)ᵀ and H S, packed (see products.h)
     const void* right = nullptr;
     int64_t depth = 0;
+    float* room = nullptr;         // a place for their product, or null: both passes multiply
     void* product = nullptr;       // Q m, which follows
     double beta = 0;
     double base_lr = 0;            // before any schedule
