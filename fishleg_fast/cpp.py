@@ -145,7 +145,7 @@ def _give_packed(plan: Plan, gs: Sequence[Matrix], mine: Sequence[int]) -> None:
         blocks = [plan.blocks[k] for k in thin]
         products = packed.thin_products(blocks, list(thin.values()))
         rows = [
-            (k, left.address, right.address, left.columns, b.buffers()[0].data_ptr())
+            (k, left.address, right.address, left.columns, packed.room(b), b.buffers()[0].data_ptr())
             for k, b, (left, right) in zip(thin, blocks, products, strict=True)
         ]
         plan.native.give_panels(packed.packed_of(blocks[0]).engine, rows)

@@ -1,7 +1,8 @@
-"""Q of Kron blocks by packed products (``panels``): operands rounded to bfloat16, sums in float32.
+"""Q of Kron blocks by packed products (``panels``), whose sums are float32.
 
-That is what ``precision="medium"`` asks for, on a processor with a matrix unit. P, S and what they are made of stay
-packed; results are matrices, or packed for the next product. All blocks share each call.
+Operands are rounded to bfloat16 where ``precision="medium"`` asks for it, on a processor with a matrix unit; otherwise
+they are float32, on one with AVX-512. P, S and what they are made of stay packed; results are matrices, or packed for
+the next product. All blocks share each call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .panels import ENGINES, LEFT, RIGHT, Batch, Panels, engines, padded
+from .panels import ENGINES, LEFT, MATRIX_UNITS, RIGHT, Batch, Panels, engines, padded
 from .reference.products import MATHS
 from .reference.thin import Image, Matrix, Thin, dense, dot
 from .structure import Version
@@ -76,6 +77,11 @@ def packed_of(block: Block) -> Packed:
     if not isinstance(block.packed, Packed) or block.packed.engine != ENGINES[operands]:
         block.packed = Packed(block, ENGINES[operands])
     return block.packed
+
+
+def room(block: Block) -> int:
+    """Address for Q g of a thin g, where both passes of a step read what the first one makes; 0 where both make it."""
+    return 0 if packed_of(block).engine in MATRIX_UNITS else block.room().data_ptr()
 
 
 def form(blocks: Sequence[Block]) -> None:

@@ -15,7 +15,8 @@ from . import native
 
 LEFT, RIGHT = 0, 1  # Side of csrc/cpu/products.h
 MATRIX = 0  # Target there; 1 and 2 are the sides
-ENGINES = {torch.bfloat16: "amx"}  # operands' dtype -> what multiplies them
+ENGINES = {torch.bfloat16: "amx", torch.float32: "avx512"}  # operands' dtype -> what multiplies them
+MATRIX_UNITS = {"amx"}  # which make a thin product faster than memory gives it back
 
 
 @cache

@@ -89,13 +89,14 @@ void give(Plan& plan, size_t index, int source, uintptr_t given, uintptr_t produ
 
 // The panels of a thin Q g (see products.h) with Q m of the step before.
 void give_panels(Plan& plan, const std::string& engine,
-                 const std::vector<std::tuple<size_t, uintptr_t, uintptr_t, int64_t, uintptr_t>>& rows) {
+                 const std::vector<std::tuple<size_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t>>& rows) {
     plan.use(engine_of(engine));
-    for (const auto& [index, left, right, depth, product] : rows) {
+    for (const auto& [index, left, right, depth, room, product] : rows) {
         Block& block = plan.blocks().at(index);
         block.source = Source::thin;
         block.given = nullptr;
         block.factors = {pointer(left), pointer(right), depth};
+        block.room = pointer<float>(room);
         block.product = pointer(product);
     }
 }
@@ -190,7 +191,7 @@ void bind(py::module_& m) {
         .def("place", &place, "Where a block's momentum, counter, d, parameters and gradients are.")
         .def("point", &point, "Where all gradients are, in the layouts they had.")
         .def("give", &give, "What a block's natural gradient is made of in this step.")
-        .def("give_panels", &give_panels, "The same for thin gradients: (index, (E P)ᵀ and H S packed, depth, Q m).")
+        .def("give_panels", &give_panels, "The same for thin gradients: (index, (E P)ᵀ and H S packed, depth, room, Q m).")
         .def("set_rates", &set_rates, "lr and weight decay of each parameter, beta and base lr of each block.")
         .def("average", &average, "m̂ of the blocks that have a place, into it.")
         .def("theta_step", &theta_step, "One step; norms (float64) are written. Whether it was taken.");

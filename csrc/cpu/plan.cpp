@@ -99,15 +99,22 @@ void Plan::average(const std::vector<void*>& outs, const ThetaOptions& options) 
         if (found[i]) gradient_seen_[tasks_[i].block] = 1;
 }
 
-/// f(task), with the task's part of Q g where the block has it as panels. Both passes multiply anew: their operands stay
-/// in cache, where Q g itself would be written to memory once and read twice.
+/// f(task), with the task's part of Q g where the block has it as panels. Where there is a place for it, the first pass
+/// writes it there. Otherwise both multiply, which is faster on matrix units: operands stay in cache, Q g does not.
 template <class F>
-void Plan::with_given(const Task& task, F f) const {
+void Plan::with_given(const Task& task, bool first, F f) const {
     const Block& block = blocks_[task.block];
     if (!block.factors.left || block.source != Source::thin) return f(task);
+    const Part part{task.row_begin, task.row_end, task.column_begin, task.column_end};
     Task with = task;
-    with.given = part_of(*engine_, block.factors, task.row_begin, task.row_end, task.column_begin, task.column_end,
-                         &with.given_stride);
+    if (block.room) {
+        float* place = block.room + task.row_begin * block.columns + task.column_begin;
+        if (first) multiply_part(*engine_, block.factors, part, place, block.columns);
+        with.given = place;
+        with.given_stride = block.columns;
+    } else {
+        with.given = part_of(*engine_, block.factors, part, &with.given_stride);
+    }
     f(with);
 }
 
@@ -125,7 +132,7 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
         const Block& block = blocks_[tasks_[i].block];
         const bool thin = block.source == Source::thin;  // such a gradient is not zero
         const bool look = options.normalize == Normalize::rms && !thin && seen[tasks_[i].block] < 0;
-        with_given(tasks_[i], [&](const Task& task) {
+        with_given(tasks_[i], true, [&](const Task& task) {
             parts[i] = kernels(block.dtype).sums(block, task, passes[task.block], look, trust);
         });
     });
@@ -164,7 +171,8 @@ bool Plan::theta_step(const ThetaOptions& options, double* norms) {
     }
     parallel_for(static_cast<int64_t>(tasks_.size()), threads, [&](int64_t i) {
         const int b = tasks_[i].block;
-        with_given(tasks_[i], [&](const Task& task) { kernels(blocks_[b].dtype).apply(blocks_[b], task, passes[b]); });
+        with_given(tasks_[i], false,
+                   [&](const Task& task) { kernels(blocks_[b].dtype).apply(blocks_[b], task, passes[b]); });
     });
     for (Block& block : blocks_)
         if (block.step) *block.step += 1;
@@ -178,7 +186,7 @@ Runs runs_of(const AdamTensor& tensor, const Task& task, const Engine* engine) {
     if (!tensor.factors.left) return {task.column_begin, task.column_end};
     const int64_t begin = task.row_begin * tensor.columns;
     Runs runs{begin + task.column_begin, begin + task.column_end, task.row_end - task.row_begin, tensor.columns};
-    runs.grad = part_of(*engine, tensor.factors, task.row_begin, task.row_end, task.column_begin, task.column_end,
+    runs.grad = part_of(*engine, tensor.factors, {task.row_begin, task.row_end, task.column_begin, task.column_end},
                         &runs.grad_stride);
     return runs;
 }

@@ -39,7 +39,7 @@ private:
     Pass pass_of(const Block& block, int times) const;
     void check() const;
     template <class F>
-    void with_given(const Task& task, F f) const;
+    void with_given(const Task& task, bool first, F f) const;
 
     std::vector<Block> blocks_;
     std::vector<Task> tasks_;

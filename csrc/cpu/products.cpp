@@ -55,7 +55,6 @@ void average(const float* c, int64_t rows, int64_t columns, float* out, const Pr
 
 /// 32 × 32 of a product, at panel i of the left operand and panel j of the right one.
 void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
-    alignas(64) float c[panel * panel];
     const int64_t bytes = panel_bytes(engine, p.depth);
     const void *left = part(p.left, i * bytes), *right = part(p.right, j * bytes);
     const int64_t rows = std::min(panel, p.rows - i * panel), columns = std::min(panel, p.columns - j * panel);
@@ -65,17 +64,20 @@ void compute(const Engine& engine, const Product& p, int64_t i, int64_t j) {
         float* mirrored = p.symmetric && i != j ? static_cast<float*>(p.out) + j * panel * p.stride + i * panel : nullptr;
         if (whole && averaged) expect(out, p.stride);
         if (whole && mirrored) expect(mirrored, p.stride);
-        const bool straight = whole && !averaged;
-        engine.block(left, right, p.depth, rows, columns, straight ? out : c, straight ? p.stride : panel, false);
-        if (averaged) average(c, rows, columns, out, p);
-        else if (!straight)
-            for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * panel, columns, out + r * p.stride);
+        if (averaged) {
+            alignas(64) float c[panel * panel];
+            engine.block(left, right, p.depth, rows, columns, c, panel, false);
+            average(c, rows, columns, out, p);
+        } else {
+            multiply_block(engine, left, right, p.depth, rows, columns, out, p.stride);
+        }
         if (mirrored && whole) transpose(out, p.stride, mirrored, p.stride);
         else if (mirrored)
             for (int64_t k = 0; k < columns; ++k)
                 for (int64_t r = 0; r < rows; ++r) mirrored[k * p.stride + r] = out[r * p.stride + k];
         return;
     }
+    alignas(64) float c[panel * panel];
     engine.block(left, right, p.depth, rows, columns, c, panel, false);
     const bool by_rows = p.target == Target::left;
     const Side side = by_rows ? Side::left : Side::right;
@@ -139,6 +141,14 @@ void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads) {
     });
 }
 
+void multiply_block(const Engine& engine, const void* left, const void* right, int64_t depth, int64_t rows,
+                    int64_t columns, float* out, int64_t stride) {
+    if (rows == panel && columns == panel) return engine.block(left, right, depth, rows, columns, out, stride, false);
+    alignas(64) float c[panel * panel];
+    engine.block(left, right, depth, rows, columns, c, panel, false);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * panel, columns, out + r * stride);
+}
+
 void multiply(const Engine& engine, const std::vector<Product>& products, int threads) {
     const std::vector<Share> all = shares(products);
     parallel_for_uneven(static_cast<int64_t>(all.size()), threads, [&](int64_t t) {
@@ -167,28 +177,31 @@ float largest(const Engine& engine, const void* packed, int64_t lanes, int64_t d
     return std::isfinite(value) ? value : std::numeric_limits<float>::infinity();
 }
 
-const float* part_of(const Engine& engine, const Factors& factors, int64_t row_begin, int64_t row_end,
-                     int64_t column_begin, int64_t column_end, int64_t* stride) {
-    const int64_t rows = panels(row_end - row_begin) * panel, columns = panels(column_end - column_begin) * panel;
+void multiply_part(const Engine& engine, const Factors& factors, const Part& of, float* out, int64_t stride) {
     const int64_t bytes = panel_bytes(engine, factors.depth);
-    thread_local std::vector<float> room;
-    room.resize(rows * columns + 16);
-    void* start = room.data();
-    size_t space = room.size() * sizeof(float);
-    float* part_begin = static_cast<float*>(std::align(64, 1, start, space));
+    const int64_t rows = of.row_end - of.row_begin, columns = of.column_end - of.column_begin;
     alignas(64) char saved[64];
     engine.enter(saved);
     for (int64_t j = 0; j < columns; j += panel) {
-        const void* right = part(factors.right, (column_begin + j) / panel * bytes);
+        const void* right = part(factors.right, (of.column_begin + j) / panel * bytes);
         for (int64_t i = 0; i < rows; i += panel) {
-            const void* left = part(factors.left, (row_begin + i) / panel * bytes);
-            engine.block(left, right, factors.depth, std::min(panel, row_end - row_begin - i),
-                         std::min(panel, column_end - column_begin - j), part_begin + i * columns + j, columns, false);
+            const void* left = part(factors.left, (of.row_begin + i) / panel * bytes);
+            multiply_block(engine, left, right, factors.depth, std::min(panel, rows - i), std::min(panel, columns - j),
+                           out + i * stride + j, stride);
         }
     }
     engine.leave(saved);
-    *stride = columns;
-    return part_begin;
+}
+
+const float* part_of(const Engine& engine, const Factors& factors, const Part& of, int64_t* stride) {
+    thread_local std::vector<float> room;
+    *stride = panels(of.column_end - of.column_begin) * panel;
+    room.resize((of.row_end - of.row_begin) * *stride + 16);
+    void* start = room.data();
+    size_t space = room.size() * sizeof(float);
+    float* out = static_cast<float*>(std::align(64, 1, start, space));
+    multiply_part(engine, factors, of, out, *stride);
+    return out;
 }
 
 }  // namespace fishleg::cpu

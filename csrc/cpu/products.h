@@ -71,6 +71,10 @@ struct PackJob {
 /// Pack all of them, on several threads.
 void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads);
 
+/// One `block` of two panels whose first rows × columns are written to `out`, and nothing beyond them.
+void multiply_block(const Engine& engine, const void* left, const void* right, int64_t depth, int64_t rows,
+                    int64_t columns, float* out, int64_t stride);
+
 /// Where a product goes: a matrix, or a packed operand (its rows, or its columns, are the lanes).
 enum class Target : int { matrix, left, right };
 
@@ -102,9 +106,15 @@ struct Factors {
 /// The largest magnitude in a packed operand; infinite where one is not finite.
 float largest(const Engine& engine, const void* packed, int64_t lanes, int64_t depth);
 
-/// Rows and columns begin … end of a product, each begin at a panel's, row by row with `stride`: in memory of this thread
-/// that holds them until its next call.
-const float* part_of(const Engine& engine, const Factors& factors, int64_t row_begin, int64_t row_end,
-                     int64_t column_begin, int64_t column_end, int64_t* stride);
+/// Some rows and columns of a matrix, whose first ones are a panel's.
+struct Part {
+    int64_t row_begin, row_end, column_begin, column_end;
+};
+
+/// A part of a product into `out`, row by row with `stride`.
+void multiply_part(const Engine& engine, const Factors& factors, const Part& of, float* out, int64_t stride);
+
+/// The same into memory of this thread, which holds it until the thread's next call. Sets `stride`.
+const float* part_of(const Engine& engine, const Factors& factors, const Part& of, int64_t* stride);
 
 }  // namespace fishleg::cpu

@@ -53,6 +53,7 @@ struct Block {
     Source source = Source::product;
     const void* given = nullptr;   // Q m̂, or Q g
     Factors factors;               // instead of Q g: (E P)ᵀ and H S, packed
+    float* room = nullptr;         // a place for their product, or null: both passes multiply
     void* product = nullptr;       // Q m, which follows
     double beta = 0;
     double base_lr = 0;            // before any schedule

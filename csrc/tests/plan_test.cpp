@@ -226,6 +226,35 @@ void any_number_of_threads() {
     CHECK(inner(pairs, 1) == inner(pairs, 3) && std::fabs(inner(pairs, 1) - want) < 1e-2);
 }
 
+/// Q g as panels, of which one or both passes make it, is what it is as a matrix.
+void panels_of_a_thin_gradient() {
+    for (const Engine* engine : engines()) {
+        const int64_t m = 70, k = 2100, depth = 5;  // several tasks, none of them whole panels
+        Layer layer(m, k);
+        const auto e = random_numbers(depth * m), h = random_numbers(depth * (k + 1));
+        std::vector<char> left(packed_size(*engine, m, depth)), right(packed_size(*engine, k + 1, depth));
+        pack(*engine, {{Side::left, {e.data(), m, depth, 1, m}, left.data()},
+                       {Side::right, {h.data(), k + 1, depth, 1, k + 1}, right.data()}}, 1);
+        multiply(*engine, {{left.data(), right.data(), m, k + 1, depth, Target::matrix, layer.given.data(), k + 1}}, 1);
+        Layer anew = layer, once = layer;
+        std::vector<float> room(m * (k + 1), NAN);
+        double norms[3];
+        CHECK(Plan({layer.block(Source::thin)}).theta_step({2, Normalize::rms, 0, 2}, norms));
+        Layer* layers[] = {&anew, &once};
+        for (int l = 0; l < 2; ++l) {
+            Block block = layers[l]->block(Source::thin);
+            block.given = nullptr, block.left = left.data(), block.right = right.data(), block.depth = depth;
+            block.room = l ? room.data() : nullptr;
+            Plan plan({block});
+            double norm;
+            CHECK_THROWS(plan.theta_step({}, &norm), "nothing multiplies its panels");
+            plan.use(*engine);
+            CHECK(plan.theta_step({2, Normalize::rms, 0, 2}, norms + 1 + l));
+            CHECK(norms[1 + l] == norms[0] && layers[l]->weight == layer.weight && layers[l]->product == layer.product);
+        }
+    }
+}
+
 void empty() {
     Plan plan({});
     CHECK(plan.theta_step({}, nullptr));
@@ -285,6 +314,7 @@ int main() {
     missing_gradient();
     sixteen_bits();
     any_number_of_threads();
+    panels_of_a_thin_gradient();
     empty();
     refusals();
     adam_of_tensors();
