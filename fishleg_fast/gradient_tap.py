@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .blocks import Block
 from .capture import Pausable, inside_functorch
 from .layers import layer_of
@@ -49,6 +50,7 @@ class LayerTap:
     def __init__(self, block: Block) -> None:
         self.block = block
         self.probe: Tensor | None = None  # (n,)
+        self.room: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -76,36 +78,55 @@ class LayerTap:
         else:
             self.seen, self.whole = [], False
 
-    def thin(self, grads: Sequence[Tensor | None]) -> Thin | None:
-        """``grads``, one a part and as autograd left them, as a thin product; None where they are not one, or zero."""
+    def sides(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+        """E and H of which ``grads``, one a part and as autograd left them, may be the product; None where not."""
         block = self.block
         if not self.whole or not self.seen or any(g is None or g._version or g.dtype != block.dtype for g in grads):
             return None
         assert block.layer is not None
-        rows = [layer_of(block.layer).rows(block, x, e) for x, e in self.seen]
+        layer, alone = layer_of(block.layer), len(self.seen) == 1
+        rows = [layer.rows(block, x, e, self._room(x) if alone else None) for x, e in self.seen]
         known = [pair for pair in rows if pair is not None]
         if len(known) != len(rows):
             return None
         H, E = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*known, strict=True))
-        with precision_scope("highest"):
-            return Thin(E, H) if self._agrees(grads, E, H) else None
-
-    def _agrees(self, grads: Sequence[Tensor | None], E: Tensor, H: Tensor) -> bool:
         if self.probe is None:
             self.probe = torch.randn(H.shape[1], generator=torch.Generator().manual_seed(0)).to(H)
-        z = self.probe
-        got, start, m = z.new_zeros(()), 0, E.shape[1]
-        for g in grads:
-            assert g is not None
-            piece = g.reshape(m, -1)
-            got = got + piece @ z[start : start + piece.shape[1]]
-            start += piece.shape[1]
+        return E, H
+
+    def _room(self, x: Tensor) -> Tensor:
+        """Memory for H, kept from step to step."""
+        shape = x.numel() // max(x.shape[-1], 1), self.block.shape[1]
+        if self.room is None or self.room.shape != shape:
+            self.room = x.new_empty(shape)
+        return self.room
+
+
+# ‖g z‖, ‖g z − Eᵀ(H z)‖, the norm of the products ‖Eₖ‖‖Hₖ‖, and ‖g‖² where it was found on the way
+Agreement = tuple[float, float, float, float | None]
+
+
+def _agreements(found: Sequence[tuple[list[Tensor], Tensor, Tensor, Tensor]]) -> list[Agreement]:
+    """How far gradients g, in pieces of columns, are from EᵀH, on the vector z: of (pieces, E, H, z)."""
+    rows = []
+    for pieces, E, H, z in found:
+        if not all(t.is_contiguous() for t in (*pieces, E, H)) or not native.available()[0]:
+            return [_agreement(*each) for each in found]
+        columns = [(g.data_ptr(), g.shape[1]) for g in pieces]
+        rows.append((int(E.dtype == torch.float64), *E.shape, *(t.data_ptr() for t in (E, H, z)), columns))
+    return native.extension().agreements(rows, torch.get_num_threads()) if rows else []
+
+
+def _agreement(pieces: list[Tensor], E: Tensor, H: Tensor, z: Tensor) -> Agreement:
+    got, start = z.new_zeros(()), 0
+    with precision_scope("highest"):
+        for g in pieces:
+            got = got + g @ z[start : start + g.shape[1]]
+            start += g.shape[1]
         want = E.T @ (H @ z)
-        # What rounding may add up to: of sums of products with random signs, and of sums that add up coherently.
-        rows = torch.linalg.vector_norm(E, dim=1) * torch.linalg.vector_norm(H, dim=1)
-        size = float(torch.linalg.vector_norm(got))
-        bound = AGREEMENT * torch.finfo(E.dtype).eps * (size + float(torch.linalg.vector_norm(rows)))
-        return size > 0 and float(torch.linalg.vector_norm(got - want)) <= bound
+    rows = torch.linalg.vector_norm(E, dim=1) * torch.linalg.vector_norm(H, dim=1)
+    size, difference, together = (float(torch.linalg.vector_norm(t)) for t in (got, got - want, rows))
+    return size, difference, together, None
 
 
 class GradientTap(Pausable):
@@ -144,10 +165,23 @@ class GradientTap(Pausable):
         if not self.paused:
             tap.on_gradient(x, e)
 
-    def thin(self, block: Block, grads: Sequence[Tensor | None]) -> Thin | None:
-        """The block's gradient as a thin product, where it is known to be one."""
-        tap = self._taps.get(id(block))
-        return None if tap is None else tap.thin(grads)
+    def thin(self, blocks: Sequence[Block]) -> list[Thin | None]:
+        """Each block's gradient, in ``block.grads``, as a thin product where it is known to be one."""
+        found: dict[int, tuple[list[Tensor], Tensor, Tensor, Tensor]] = {}
+        for k, block in enumerate(blocks):
+            tap = self._taps.get(id(block))
+            sides = None if tap is None else tap.sides(block.grads)
+            if tap is not None and tap.probe is not None and sides is not None:
+                E, H = sides
+                pieces = [g.reshape(E.shape[1], -1) for g in block.grads if g is not None]
+                found[k] = pieces, E, H, tap.probe
+        thin: list[Thin | None] = [None] * len(blocks)
+        checks = zip(found.items(), _agreements(list(found.values())), strict=True)
+        for (k, (_, E, H, _)), (size, difference, rows, square) in checks:
+            # What rounding may add up to: of sums of products with random signs, and of sums that add up coherently.
+            if size > 0 and difference <= AGREEMENT * torch.finfo(E.dtype).eps * (size + rows):
+                thin[k] = Thin(E, H, square=square)
+        return thin
 
     def clear(self) -> None:
         """Free what was seen."""

@@ -46,10 +46,11 @@ class Layer:
         """The output's gradient as (positions, m)."""
         return e.reshape(-1, e.shape[-1])
 
-    def rows(self, block: Block, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor] | None:
+    def rows(self, block: Block, x: Tensor, e: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """a (positions, n) and e (positions', m), with the columns of the block's parts: the block's gradient is eᵀa.
 
-        positions is positions' times the layer's groups. None where the layer does not show them.
+        positions is positions' times the layer's groups. None where the layer does not show them. ``room``: memory for
+        a, where it has to be put together.
         """
         module = block.layer
         assert module is not None
@@ -62,7 +63,7 @@ class Layer:
             columns.append(a.new_ones(a.shape[0], 1))
         if not columns:  # the parameters were replaced
             return None
-        a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1, out=room)
         if (e.shape[1], a.shape[1]) != block.shape:  # a subclass whose forward does something else
             return None
         return a, e
@@ -122,7 +123,7 @@ class Embedding(Layer):
     def specs(self, module: nn.Module) -> list[Spec]:
         return [Spec("", [("weight", None)], diagonal=("R",))]
 
-    def rows(self, block: Block, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor] | None:
+    def rows(self, block: Block, x: Tensor, e: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The words (positions,) and e (positions, dim), without padding."""
         assert isinstance(block.layer, nn.Embedding)
         moments = block.structure.new_moments()

@@ -19,7 +19,7 @@ from .gradient_tap import GradientTap
 from .likelihoods import Likelihood
 from .passes import Draw, Nll, Passes
 from .precision import kernel_precision, operand_dtype, precision_scope
-from .reference.thin import Matrix, Split, vectors
+from .reference.thin import Matrix, Split, Thin, vectors
 
 
 class FishLeg(Optimizer):
@@ -243,7 +243,7 @@ class FishLeg(Optimizer):
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
         self._assign_groups()
         blocks: list[Block] = []
-        gs: list[Matrix] = []
+        seen: list[Block] = []
         for block in self.blocks:
             grads = [p.grad for p in block.params]
             if not block.groups or all(g is None for g in grads):
@@ -254,14 +254,13 @@ class FishLeg(Optimizer):
                 for part, g in zip(block.parts, grads, strict=True)
             ]
             signs = [group["maximize"] for group in block.groups]
-            thin = None
             if any(signs):
                 block.grads = [-g if sign and g is not None else g for g, sign in zip(block.grads, signs, strict=True)]
             elif self._gradients is not None:
-                thin = self._gradients.thin(block, block.grads)
+                seen.append(block)
             blocks.append(block)
-            gs.append(Split(block) if thin is None else thin)
-        return blocks, gs
+        thin = {} if self._gradients is None else dict(zip(map(id, seen), self._gradients.thin(seen), strict=True))
+        return blocks, [thin.get(id(block)) or Split(block) for block in blocks]
 
     def _assign_groups(self) -> None:
         """Tell the blocks their parameters' groups: none where one was taken out."""
@@ -294,8 +293,7 @@ class FishLeg(Optimizer):
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         s, aux = self.settings, self._aux
-        pieces = [g for b in blocks for g in b.grads if g is not None]
-        norm = self._ops.inner(pieces, pieces).sqrt()
+        norm = self._norm(blocks, gs)
         self._last["grad_norm"] = norm
         if not self._capturable and not torch.isfinite(norm):
             self._skip("skipped_steps", "the gradient is not finite")
@@ -322,6 +320,14 @@ class FishLeg(Optimizer):
             self._skip("skipped_steps", "the natural gradient is not finite")
         if s["writer"] is not None and updates:
             self._write()
+
+    def _norm(self, blocks: list[Block], gs: list[Matrix]) -> Tensor:
+        """‖g‖ over all blocks together."""
+        squares = [g.square if isinstance(g, Thin) else None for g in gs]
+        rest = [b for b, square in zip(blocks, squares, strict=True) if square is None]
+        pieces = [g for b in rest for g in b.grads if g is not None]
+        known = sum(square for square in squares if square is not None)
+        return ((self._ops.inner(pieces, pieces) if pieces else torch.zeros(())) + known).sqrt()
 
     def _anchor(self, blocks: list[Block], step: int) -> bool:
         """Anchor the blocks that are due; whether any was."""

@@ -61,7 +61,9 @@ class Training:
     def said(self) -> list[bool]:
         """Of each matrix: whether its gradient is thin now."""
         tap, blocks = self.optimizer._gradients, [b for b in self.optimizer.blocks if b.shape[1] > 1]
-        return [tap.thin(b, [part.param.grad for part in b.parts]) is not None for b in blocks]
+        for b in blocks:
+            b.grads = [part.param.grad for part in b.parts]
+        return [found is not None for found in tap.thin(blocks)]
 
     def used(self) -> list[bool]:
         """Of each matrix: whether its latest step was a thin one."""

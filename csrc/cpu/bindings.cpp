@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "cpu/agreement.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
@@ -183,6 +184,24 @@ double inner_of(const std::vector<uintptr_t>& xs, const std::vector<uintptr_t>& 
     return inner(pairs, threads);
 }
 
+// (dtype, r, m, E, H, z, (address, width) of each parameter's gradient)
+using ThinTuple = std::tuple<int, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                             std::vector<std::pair<uintptr_t, int64_t>>>;
+
+std::vector<std::tuple<double, double, double, double>> agreements_of(const std::vector<ThinTuple>& rows, int threads) {
+    std::vector<ThinGradient> gradients;
+    for (const auto& [dtype, rank, m, E, H, z, columns] : rows) {
+        if (dtype < 0 || dtype > 1) throw std::invalid_argument("dtype should be 0 or 1 but is: " + std::to_string(dtype));
+        ThinGradient gradient{dtype_of(dtype), rank, m, pointer(E), pointer(H), pointer(z), {}};
+        for (const auto& [grad, width] : columns) gradient.columns.push_back({pointer(grad), width});
+        gradients.push_back(std::move(gradient));
+    }
+    std::vector<std::tuple<double, double, double, double>> found;
+    py::gil_scoped_release released;
+    for (const Agreement& a : agreements(gradients, threads)) found.emplace_back(a.size, a.difference, a.rows, a.square);
+    return found;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -196,6 +215,7 @@ void bind(py::module_& m) {
         .def("average", &average, "m̂ of the blocks that have a place, into it.")
         .def("theta_step", &theta_step, "One step; norms (float64) are written. Whether it was taken.");
     m.def("adam_step", &adam, "One Adam step of λ's tensors; false, and nothing written, where one is not finite.");
+    m.def("agreements", &agreements_of, "How far gradients are from thin products, on one vector each.");
     m.def("inner", &inner_of, "Σ ⟨x, y⟩.");
     m.def("instruction_set", [] { return kernels(Dtype::float32).name; }, "What the CPU kernels were compiled for.");
 }

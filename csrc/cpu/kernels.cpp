@@ -279,6 +279,32 @@ void any_adam(const AdamTensor& tensor, const Runs& runs, double lr, double beta
     });
 }
 
+template <class T>
+void probe(const void* vectors, int64_t stride, const void* along, int64_t count, double dots[4], double squares[4]) {
+    const T *a = static_cast<const T*>(vectors), *b = a + stride, *c = b + stride, *d = c + stride;
+    const T* z = static_cast<const T*>(along);
+    constexpr int64_t run = 4 * segment;  // of which a float holds the sum as well as a product of matrices does
+    for (int k = 0; k < 4; ++k) dots[k] = squares[k] = 0;
+    for (int64_t first = 0; first < count; first += run) {
+        const int64_t last = count - first < run ? count : first + run;
+        T az = 0, bz = 0, cz = 0, dz = 0, aa = 0, bb = 0, cc = 0, dd = 0;  // chains that do not wait for each other
+#pragma omp simd reduction(+ : az, bz, cz, dz, aa, bb, cc, dd)
+        for (int64_t j = first; j < last; ++j) {
+            az += a[j] * z[j], bz += b[j] * z[j], cz += c[j] * z[j], dz += d[j] * z[j];
+            aa += a[j] * a[j], bb += b[j] * b[j], cc += c[j] * c[j], dd += d[j] * d[j];
+        }
+        dots[0] += az, dots[1] += bz, dots[2] += cz, dots[3] += dz;
+        squares[0] += aa, squares[1] += bb, squares[2] += cc, squares[3] += dd;
+    }
+}
+
+template <class T>
+void add(const void* vector, double c, int64_t count, double* out) {
+    const T* x = static_cast<const T*>(vector);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) out[j] += c * x[j];
+}
+
 template <class T, class Stored>
 double inner_run(const Pair& pair, int64_t begin, int64_t end) {
     const Stored* x = static_cast<const Stored*>(pair.x);
@@ -309,8 +335,8 @@ double inner(const Pair& pair, int64_t begin, int64_t end) {
 #define FISHLEG_TEXT(x) FISHLEG_TEXT2(x)
 extern const Kernels single, twofold;
 const Kernels single = {FISHLEG_TEXT(FISHLEG_ISA), average<float>, any_sums<float>, any_apply<float>, any_finite<float>,
-                        any_adam<float>, inner};
+                        any_adam<float>, probe<float>, add<float>, inner};
 const Kernels twofold = {FISHLEG_TEXT(FISHLEG_ISA), average<double>, any_sums<double>, any_apply<double>,
-                         any_finite<double>, any_adam<double>, inner};
+                         any_finite<double>, any_adam<double>, probe<double>, add<double>, inner};
 
 }  // namespace fishleg::cpu::FISHLEG_ISA

@@ -29,6 +29,10 @@ struct Kernels {
     // Whether those entries of the gradient are finite.
     bool (*finite)(const AdamTensor&, const Runs&);
     void (*adam)(const AdamTensor&, const Runs&, double lr, double beta1, double beta2, double eps);
+    // ⟨x, z⟩ and ‖x‖² of four vectors of λ's type, `stride` elements after each other.
+    void (*probe)(const void* x, int64_t stride, const void* z, int64_t count, double dots[4], double squares[4]);
+    // out += c x, for x of λ's type.
+    void (*add)(const void* x, double c, int64_t count, double* out);
     // ⟨x, y⟩ over elements begin … end, for numbers of any type.
     double (*inner)(const Pair&, int64_t begin, int64_t end);
 };

@@ -9,7 +9,7 @@ vector it is applied to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Thin:
-    """The matrix EᵀH (m, n), as E (r, m) and H (r, n)."""
+    """The matrix EᵀH (m, n), as E (r, m) and H (r, n). ``square``: ‖EᵀH‖² where that is known."""
 
     E: Tensor
     H: Tensor
+    square: float | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int]:
