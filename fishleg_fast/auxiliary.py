@@ -121,15 +121,18 @@ class Auxiliary:
     def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Matrix]:
         """F v, thin where v is and the model's passes allow it."""
         thin = [k for k, v in enumerate(vs) if isinstance(v, Thin)]
+        inputs = self._curvature_batch()
         if thin and self.settings["fisher"] == "ggn" and self.passes.forward_mode and self.passes.thin_mode:
-            found = self._thin_fisher_product(blocks, vs, thin)
+            state = self.passes.generator.get_state()
+            found = self._thin_fisher_product(blocks, vs, thin, inputs)
             if found is not None:
                 return found
+            self.passes.generator.set_state(state)  # as if it had not been tried
             self.passes.thin_mode = False
-        return list(self._dense_fisher_product(blocks, vs))
+        return list(self._dense_fisher_product(blocks, vs, inputs))
 
     def _thin_fisher_product(
-        self, blocks: Sequence[Block], vs: Sequence[Matrix], thin: Sequence[int]
+        self, blocks: Sequence[Block], vs: Sequence[Matrix], thin: Sequence[int], inputs: Inputs
     ) -> list[Matrix] | None:
         rest = [k for k in range(len(blocks)) if k not in thin]
         others = [blocks[k] for k in rest]
@@ -141,7 +144,7 @@ class Auxiliary:
             [tangents[i] for i in params],
             [blocks[k] for k in thin],
             [v for v in vs if isinstance(v, Thin)],
-            self._curvature_batch(),
+            inputs,
         )
         if found is None:
             return None
@@ -153,15 +156,13 @@ class Auxiliary:
         }
         return [together[k] for k in range(len(blocks))]
 
-    def _dense_fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
+    def _dense_fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix], inputs: Inputs) -> list[Tensor]:
         """F v, from blocks to the model's parameters and back."""
         params = _params(blocks)
         tangents = _tensors(blocks, [_expanded(b, v) for b, v in zip(blocks, vs, strict=True)])
         estimate = FISHER[self.settings["fisher"]]
         order = list(params)
-        products = estimate(
-            self.passes, [params[i] for i in order], [tangents[i] for i in order], self._curvature_batch()
-        )
+        products = estimate(self.passes, [params[i] for i in order], [tangents[i] for i in order], inputs)
         return _matrices(blocks, dict(zip(order, products, strict=True)))
 
     def drawn_gradients(self, blocks: Sequence[Block]) -> list[Tensor]:
