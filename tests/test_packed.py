@@ -198,3 +198,13 @@ def test_a_fisher_product_that_is_not_finite_writes_nothing(kind: str, bad: floa
         assert not cpp.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=0.1)[1]
         assert_same(before, blocks)
     assert cpp.lambda_step(blocks, us, vs, good, damping=0.1, lr=0.1)[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_direction_of_zeros_writes_nothing(kind: str) -> None:
+    blocks = mixed()
+    us = [u.scaled(0) if isinstance(u, Thin) else 0 * u for u in directions(blocks, 5, seed=7, thin=kind != "dense u")]
+    before = everything(blocks)
+    loss, ok = cpp.lambda_step(blocks, us, cpp.qv(blocks, us), us, damping=0.1, lr=0.1)
+    assert not ok and loss == 0
+    assert_same(before, blocks)

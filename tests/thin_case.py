@@ -54,7 +54,10 @@ class Case:
         """F v by the usual route, and by the dense one."""
         vs = self.vs()
         aux = self.optimizer._aux
-        return aux._fisher_product(self.blocks, vs), aux._dense_fisher_product(self.blocks, vs)
+        state = aux.passes.generator.get_state()
+        usual = aux._fisher_product(self.blocks, vs)
+        aux.passes.generator.set_state(state)
+        return usual, aux._dense_fisher_product(self.blocks, vs, aux._curvature_batch())
 
     def thin(self) -> list[bool]:
         """Of each matrix: whether its gradient is thin."""
