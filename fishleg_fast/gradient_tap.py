@@ -51,6 +51,7 @@ class LayerTap:
         self.block = block
         self.probe: Tensor | None = None  # (n,)
         self.room: Tensor | None = None
+        self._pays: dict[int, bool] = {}  # the latest answer
         self.clear()
 
     def clear(self) -> None:
@@ -62,8 +63,10 @@ class LayerTap:
 
     def pays(self, positions: int) -> bool:
         """Whether a thin gradient of so many positions is worth having."""
-        R, L = list(self.block.structure.fishleg_aux.values())[:2]
-        return thin_pays(R, L, *self.block.shape, positions)
+        if positions not in self._pays:
+            R, L = list(self.block.structure.fishleg_aux.values())[:2]
+            self._pays = {positions: thin_pays(R, L, *self.block.shape, positions)}
+        return self._pays[positions]
 
     def on_gradient(self, x: Tensor, e: Tensor) -> None:
         """The layer's output gradient has arrived, for its input ``x``."""

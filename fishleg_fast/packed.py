@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .panels import ENGINES, LEFT, MATRIX_UNITS, RIGHT, Batch, Panels, engines, padded
-from .reference.products import MATHS
+from .reference.products import MATHS, kron_thin_qv
 from .reference.thin import Image, Matrix, Thin, dense, dot
 from .structure import Version
 
@@ -79,9 +79,14 @@ def packed_of(block: Block) -> Packed:
     return block.packed
 
 
+def matrix_unit(block: Block) -> bool:
+    """Whether products are so fast that memory decides."""
+    return packed_of(block).engine in MATRIX_UNITS
+
+
 def room(block: Block) -> int:
     """Address for Q g of a thin g, where both passes of a step read what the first one makes; 0 where both make it."""
-    return 0 if packed_of(block).engine in MATRIX_UNITS else block.room().data_ptr()
+    return 0 if matrix_unit(block) else block.room().data_ptr()
 
 
 def form(blocks: Sequence[Block]) -> None:
@@ -137,24 +142,31 @@ def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     found: dict[int, Matrix] = {k: _room_like(dense(us[k])) for k in whole}
     product([blocks[k] for k in whole], [dense(us[k]) for k in whole], [dense(found[k]) for k in whole])
     thin = {k: u for k, u in enumerate(us) if isinstance(u, Thin)}
-    if thin:
-        batch = Batch(packed_of(blocks[0]).engine)
-        halves = {}
-        for k, u in thin.items():
-            p, r = packed_of(blocks[k]), u.rank
-            REt, HL = u.E.new_empty(p.m, r), u.E.new_empty(r, p.n)
-            batch.multiply(p.factor(batch, "R", LEFT), batch.pack(u.E.T, p.room("E", RIGHT, p.m, r)), REt)
-            batch.multiply(batch.pack(u.H, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), HL)
-            halves[k] = REt, HL
-        batch.run()
-        for k, (REt, HL) in halves.items():
-            p, r = packed_of(blocks[k]), HL.shape[0]
-            PEt, HS = torch.empty_like(REt), torch.empty_like(HL)
-            batch.multiply(p.factor(batch, "R'", LEFT), batch.pack(REt, p.room("E", RIGHT, p.m, r)), PEt)
-            batch.multiply(batch.pack(HL, p.room("H", LEFT, r, p.n)), p.factor(batch, "L'", RIGHT), HS)
-            found[k] = Image(PEt.T, HS, ((REt.T, HL),))
-        batch.run()
+    if thin and not matrix_unit(blocks[0]):  # to pack factors that are used twice costs more than it saves
+        found |= {k: kron_thin_qv(blocks[k].structure.fishleg_aux, {}, u) for k, u in thin.items()}
+    elif thin:
+        found |= _thin_images(blocks, thin)
     return [found[k] for k in range(len(blocks))]
+
+
+def _thin_images(blocks: Sequence[Block], thin: dict[int, Thin]) -> dict[int, Image]:
+    batch = Batch(packed_of(blocks[0]).engine)
+    halves, found = {}, {}
+    for k, u in thin.items():
+        p, r = packed_of(blocks[k]), u.rank
+        REt, HL = u.E.new_empty(p.m, r), u.E.new_empty(r, p.n)
+        batch.multiply(p.factor(batch, "R", LEFT), batch.pack(u.E.T, p.room("E", RIGHT, p.m, r)), REt)
+        batch.multiply(batch.pack(u.H, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), HL)
+        halves[k] = REt, HL
+    batch.run()
+    for k, (REt, HL) in halves.items():
+        p, r = packed_of(blocks[k]), HL.shape[0]
+        PEt, HS = torch.empty_like(REt), torch.empty_like(HL)
+        batch.multiply(p.factor(batch, "R'", LEFT), batch.pack(REt, p.room("E", RIGHT, p.m, r)), PEt)
+        batch.multiply(batch.pack(HL, p.room("H", LEFT, r, p.n)), p.factor(batch, "L'", RIGHT), HS)
+        found[k] = Image(PEt.T, HS, ((REt.T, HL),))
+    batch.run()
+    return found
 
 
 Gradient = tuple[Panels, Panels]  # a λ-gradient, as the product of these
@@ -218,9 +230,13 @@ def _thin_gradient(
     u, r = thins.u, thins.u.rank
     (ER, HL), *_ = thins.v.halves
     assert ER is not None and HL is not None
-    Rz, yL = y.new_empty(p.m, r), y.new_empty(r, p.n)
-    batch.multiply(p.factor(batch, "R", LEFT), batch.pack(z.T, p.room("E", RIGHT, p.m, r)), Rz)
-    batch.multiply(batch.pack(y, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), yL)
+    if p.engine in MATRIX_UNITS:
+        Rz, yL = y.new_empty(p.m, r), y.new_empty(r, p.n)
+        batch.multiply(p.factor(batch, "R", LEFT), batch.pack(z.T, p.room("E", RIGHT, p.m, r)), Rz)
+        batch.multiply(batch.pack(y, p.room("H", LEFT, r, p.n)), p.factor(batch, "L", RIGHT), yL)
+    else:
+        R, L = p.structure.fishleg_aux["R"], p.structure.fishleg_aux["L"]
+        Rz, yL = R @ z.T, y @ L
 
     def finish(batch: Batch) -> dict[str, Gradient]:
         half = padded(p.engine, r)

@@ -138,20 +138,33 @@ void end(float* c, int64_t stride) {
     _tile_stored(3, c + 16 * stride + 16, stride * 4);
 }
 
-void block(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride, bool add) {
-    const auto *a = static_cast<const uint16_t*>(left), *b = static_cast<const uint16_t*>(right);
+/// `wide`, `tall`: whether the later 16 columns, or rows, are wanted too.
+template <bool wide, bool tall>
+void block_of(const uint16_t* a, const uint16_t* b, int64_t depth, float* c, int64_t stride, bool add) {
     begin(c, stride, add);
     for (int64_t k = 0; k < depth; k += 32, a += 2 * tile, b += 2 * tile) {
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + tile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + tile, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if constexpr (wide) {
+            _tile_loadd(7, b + tile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (tall) {
+            _tile_loadd(5, a + tile, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
+        }
     }
     end(c, stride);
+}
+
+void block(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c, int64_t stride,
+           bool add) {
+    const bool wide = columns > 16, tall = rows > 16;
+    const auto with = wide ? (tall ? block_of<true, true> : block_of<true, false>)
+                           : (tall ? block_of<false, true> : block_of<false, false>);
+    with(static_cast<const uint16_t*>(left), static_cast<const uint16_t*>(right), depth, c, stride, add);
 }
 
 void block_split(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride,
