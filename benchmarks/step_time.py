@@ -124,7 +124,13 @@ FIGURES = {
     "anchor": "anchoring",
     "anchor step": "anchoring/step",
 }
-SPEED_UPS = {"theta": "θ step", "ordinary": "ordinary θ step", "aux": "λ update", "whole": "whole step"}
+SPEED_UPS = {
+    "theta": "θ step",
+    "ordinary": "ordinary θ step",
+    "aux": "λ update",
+    "step": "optimizer.step()",
+    "whole": "whole step",
+}
 
 
 class Race:

@@ -46,7 +46,7 @@ def block_of(make: Callable, m: int, n: int, seed: int, dtype=torch.float32, ope
 def mixed(operands: torch.dtype = torch.bfloat16, **group: object) -> list[Block]:
     """All shapes, with a block of another kind after each of them."""
     ours = [block_of(Kron, m, n, 10 * k, operands=operands, **group) for k, (m, n) in enumerate(SHAPES)]
-    assert all(packed.takes(b) == (operands == torch.bfloat16) for b in ours)
+    assert all(packed.takes(b) == (operands in panels.ENGINES) for b in ours)
     rest = [block_of(f, 9, 6, 7 * k, operands=operands, **group) for k, f in enumerate(OTHERS)]
     rest.append(block_of(Kron, 9, 7, 1, dtype=torch.float64, operands=torch.float64, **group))
     assert not any(map(packed.takes, rest))

@@ -12,7 +12,7 @@ from test_reference_steps import everything, theta
 from test_thin import make, state, train
 from torch import Tensor
 
-from fishleg_fast import cpp, packed
+from fishleg_fast import cpp, packed, panels
 from fishleg_fast.blocks import Block
 from fishleg_fast.reference import steps as reference
 
@@ -45,8 +45,11 @@ def test_every_operand_follows_lambda(name: str, what: str) -> None:
     for thin in (True, False):
         us = directions(blocks, 33, seed=1, thin=thin)
         vs = cpp.qv(blocks, us)
-        ws = [reference.residual(u, v, u, 0.1, None) for u, v in zip(us, vs, strict=True)]
-        packed.gradients(blocks, us, vs, ws)
+        if thin:
+            met = [packed.Thins(u, v, u) for u, v in zip(us, vs, strict=True)]
+            packed.gradients(blocks, met, [thins.residual(0.1, 1.0) for thins in met])
+        else:
+            packed.gradients(blocks, us, [reference.residual(u, v, u, 0.1, None) for u, v in zip(us, vs, strict=True)])
     kept = [(p, set(p._factors)) for p in map(packed.packed_of, blocks)]
     assert all(len(names) >= 6 and not p.stale for p, names in kept)  # R, L and transposes, as left and right operands
     for b in [*blocks, *fresh]:
@@ -80,7 +83,7 @@ def test_precision_may_change_between_steps() -> None:
             blocks[k].structure.operands = operands
             if step in (1, 3):
                 blocks[k].structure.fishleg_aux["L"].mul_(1.2)
-        assert all(packed.takes(blocks[k]) == (operands == torch.bfloat16) for k in ours)
+        assert all(packed.takes(blocks[k]) == (operands in panels.ENGINES) for k in ours)
         gs = directions(blocks, 5, seed=100 * step, thin=step != 3)
         vs = cpp.qv(blocks, gs)
         errors = [relative(whole(vs[k]), exact_q(blocks[k], whole(gs[k]))) for k in ours]

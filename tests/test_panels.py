@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from dense import randn, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fishleg_fast import native
-from fishleg_fast.panels import LEFT, RIGHT, Batch, Panels, engines
+from fishleg_fast.panels import LEFT, RIGHT, Batch, Panels, engines, padded
 
 OPERANDS = {"amx": torch.bfloat16, "amx split": torch.float32, "avx512": torch.float32}
 COARSE = {"amx split": 2.0**-16}  # what it does not keep of float32 operands
@@ -230,9 +231,11 @@ def test_wrong_arguments(engine: str) -> None:
     with pytest.raises(ValueError, match="lanes and depth should be at least 0 but is: -1"):
         ours.packed_size(engine, 5, -1)
     for row, message in [
-        ((2, 0, 1, 1, 1, 1, 0), "side should be 0 or 1 but is: 2"),
-        ((0, 0, -3, 1, 1, 1, 0), "lanes and depth should be at least 0 but is: -3"),
-        ((0, 0, 1, 1, 7, 5, 0), "one stride should be 1 but is: 5"),
+        ((2, 0, 1, 1, 1, 1, 0, 1, 0), "side should be 0 or 1 but is: 2"),
+        ((0, 0, -3, 1, 1, 1, 0, 1, 0), "lanes and depth should be at least 0 but is: -3"),
+        ((0, 0, 1, 1, 7, 5, 0, 1, 0), "one stride should be 1 but is: 5"),
+        ((0, 0, 1, 40, 40, 1, 0, 64, -32), "after should be a multiple .* but is: -32"),
+        ((0, 0, 1, 40, 40, 1, 0, 64, 32), "after should be a multiple .* but is: 32"),
     ]:
         with pytest.raises(ValueError, match=message):
             ours.pack(engine, [row], 1)
@@ -244,6 +247,23 @@ def test_wrong_arguments(engine: str) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             ours.multiply(engine, [row], 1)
+
+
+@pytest.mark.parametrize("engine", engines())
+@pytest.mark.parametrize("depth", [1, 32, 45])
+def test_an_operand_in_two_parts(depth: int, engine: str) -> None:
+    """X₁Y₁ + X₂Y₂ as one product, whatever was between the parts."""
+    half = padded(engine, depth)
+    xs, ys = [randn(40, depth, seed=k).float() for k in (1, 2)], [randn(depth, 37, seed=k).float() for k in (3, 4)]
+    left, right = spoilt(engine, LEFT, 40, half + depth), spoilt(engine, RIGHT, half + depth, 37)
+    batch, out = Batch(engine), torch.full((40, 37), torch.nan)
+    for after, x, y in zip((0, half), xs, ys, strict=True):
+        batch.pack(x, left, after)
+        batch.pack(y, right, after)
+    batch.multiply(left, right, out)
+    batch.run()
+    want = sum(x.double() @ y.double() for x, y in zip(xs, ys, strict=True))
+    assert relative(out.double(), want) <= (1e-2 if engine == "amx" else 1e-4)
 
 
 def test_engines_are_those_of_the_processor() -> None:

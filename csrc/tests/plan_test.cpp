@@ -243,7 +243,7 @@ void panels_of_a_thin_gradient() {
         Layer* layers[] = {&anew, &once};
         for (int l = 0; l < 2; ++l) {
             Block block = layers[l]->block(Source::thin);
-            block.given = nullptr, block.left = left.data(), block.right = right.data(), block.depth = depth;
+            block.given = nullptr, block.factors = {left.data(), right.data(), depth};
             block.room = l ? room.data() : nullptr;
             Plan plan({block});
             double norm;
