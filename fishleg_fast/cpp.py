@@ -1,4 +1,6 @@
-"""The ``cpp`` backend: the passes over memory of a step in C++ (csrc/cpu), on torch's threads; products by torch.
+"""The ``cpp`` backend: the passes over memory of a step in C++ (csrc/cpu), on torch's threads.
+
+Products of Kron blocks are packed ones (``packed``) where the processor has an engine for them, and torch's elsewhere.
 
 The reference takes an operation of torch for every few elements' arithmetic and every block; here all blocks take two
 passes, one for the norms and one that writes. Rules and signatures are those of ``reference.steps``.
@@ -194,8 +196,8 @@ def lambda_step(
             ws.append(met[k].residual(damping, 1.0 if scale is None else float(scale)))
         else:
             ws.append(steps.whole(steps.residual(us[k], vs[k], fvs[k], damping, scale)))
-            if precondition:
-                (ws[-1],) = packed.qv([blocks[k]], ws[-1:])
+    if precondition:
+        ws = [*packed.qv([blocks[k] for k in mine], ws)]
     found = packed.gradients([blocks[k] for k in mine], [met.get(k, us[k]) for k in mine], ws)
     gradients |= zip(mine, found, strict=True)
     native_ = [(b, gradients[k]) for k, b in enumerate(blocks) if _native(b)]
@@ -203,6 +205,7 @@ def lambda_step(
     ok = bool(torch.isfinite(loss)) and bool(power != 0)
     ok = ok and all(bool(torch.isfinite(g).all()) for _, grads in others for g in grads.values())
     ok = ok and _adam(native_, float(lr), betas, eps)
+    packed.forget([blocks[k] for k in mine if k not in met])
     if ok:
         for block, grads in others:
             steps.adam_step(block, dict(grads), lr, betas, eps, torch.tensor(True))

@@ -55,7 +55,7 @@ class LayerTap:
         self.clear()
 
     def clear(self) -> None:
-        """Forget, and free, everything seen."""
+        """Forget everything seen."""
         self.seen: list[tuple[Tensor, Tensor]] = []  # (input, output gradient) of each call
         self.positions = 0
         self.backward: int | None = None  # the backward pass that they are from
@@ -97,8 +97,11 @@ class LayerTap:
             self.probe = torch.randn(H.shape[1], generator=torch.Generator().manual_seed(0)).to(H)
         return E, H
 
-    def _room(self, x: Tensor) -> Tensor:
-        """Memory for H, kept from step to step."""
+    @torch.inference_mode(False)
+    def _room(self, x: Tensor) -> Tensor | None:
+        """Memory for H, kept from step to step; None where the inputs are all of it."""
+        if len(self.block.parts) == 1:
+            return None
         shape = x.numel() // max(x.shape[-1], 1), self.block.shape[1]
         if self.room is None or self.room.shape != shape:
             self.room = x.new_empty(shape)

@@ -8,7 +8,7 @@ the next product. All blocks share each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ class Packed:
         self.m, self.n = block.shape
         self.P = Panels(engine, LEFT, self.m, self.m)
         self.S = Panels(engine, RIGHT, self.n, self.n)
-        self._formed: Version | None = None  # the λ that P and S are of
-        self._factors: dict[tuple[str, int], Version] = {}  # ... and those packed
+        self._versions: dict[Any, Version] = {}  # the λ that packed factors, or P and S ("PS"), are of
         self._rooms: dict[tuple[str, int], Panels] = {}
 
     def room(self, name: str, side: int, rows: int, columns: int) -> Panels:
@@ -43,23 +42,38 @@ class Packed:
 
     def factor(self, batch: Batch, name: str, side: int) -> Panels:
         """R, L, or a transpose, "R'" or "L'", of today's λ."""
+        if side == RIGHT and self.engine not in MATRIX_UNITS:
+            return self.factor(batch, name[0] if "'" in name else name + "'", LEFT).turned()
         factor, k = self.structure.fishleg_aux[name[0]], self.m if name[0] == "R" else self.n
         room = self.room(name, side, k, k)
-        if self._factors.get((name, side)) != self.structure.version:
+        if not self._current((name, side)) and not batch.promises((id(self), (name, side))):
             batch.pack(factor.T if "'" in name else factor, room)
-            self._factors[name, side] = self.structure.version
+            self._promise(batch, (name, side))
         return room
+
+    def _current(self, key: Any) -> bool:
+        return self._versions.get(key) == self.structure.version
+
+    def _promise(self, batch: Batch, key: Any) -> None:
+        """What ``key`` names is being written to, and of today's λ once the batch is done."""
+        self._versions.pop(key, None)
+        version = self.structure.version
+        batch.then((id(self), key), lambda: self._versions.update({key: version}))
 
     @property
     def stale(self) -> bool:
         """Whether P and S are of another λ than today's."""
-        return self._formed != self.structure.version
+        return not self._current("PS")
 
     def form(self, batch: Batch) -> None:
         """Have P = RᵀR and S = LLᵀ made."""
         batch.multiply(self.factor(batch, "R'", LEFT), self.factor(batch, "R", RIGHT), self.P, symmetric=True)
         batch.multiply(self.factor(batch, "L", LEFT), self.factor(batch, "L'", RIGHT), self.S, symmetric=True)
-        self._formed = self.structure.version
+        self._promise(batch, "PS")
+
+    def forget(self) -> None:
+        """Free what the λ-gradients of a dense u alone take: several times the block's size."""
+        self._rooms = {key: room for key, room in self._rooms.items() if "dense" not in key[0]}
 
 
 def takes(block: Block) -> bool:
@@ -262,10 +276,11 @@ def _dense_gradient(p: Packed, batch: Batch, u: Tensor, w: Tensor) -> Callable[[
     batch.multiply(batch.pack(w, p.room("u", LEFT, p.m, p.n)), p.S, wS)
 
     def finish(batch: Batch) -> dict[str, Gradient]:
-        M, N = p.room("M", LEFT, p.n, p.n), p.room("N", RIGHT, p.m, p.m)
+        M, N = p.room("dense M", LEFT, p.n, p.n), p.room("dense N", RIGHT, p.m, p.m)
         for name, out, k, depth, xs in (("L", M, p.n, p.m, (u.T, Pw.T)), ("R", N, p.m, p.n, (wS, u))):
             half = padded(p.engine, depth)
-            left, right = p.room("d" + name, LEFT, k, half + depth), p.room("d" + name, RIGHT, half + depth, k)
+            name = f"dense {name}"
+            left, right = p.room(name, LEFT, k, half + depth), p.room(name, RIGHT, half + depth, k)
             for after, x, other in zip((0, half), xs, xs[::-1], strict=True):
                 batch.pack(x, left, after)
                 batch.pack(other.T, right, after)
@@ -273,3 +288,9 @@ def _dense_gradient(p: Packed, batch: Batch, u: Tensor, w: Tensor) -> Callable[[
         return {"R": (p.factor(batch, "R", LEFT), N), "L": (M, p.factor(batch, "L", RIGHT))}
 
     return finish
+
+
+def forget(blocks: Sequence[Block]) -> None:
+    """Free what the λ-gradients of dense u were made of."""
+    for block in blocks:
+        packed_of(block).forget()

@@ -6,7 +6,10 @@ and done in one call, on torch's threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +42,18 @@ class Panels:
         self.engine, self.side, self.rows, self.columns = engine, side, rows, columns
         self.lanes, self.depth = (rows, columns) if side == LEFT else (columns, rows)
         self.memory = torch.empty(native.extension().packed_size(engine, self.lanes, self.depth), dtype=torch.uint8)
-        self.address = self.memory.data_ptr()
+
+    @property
+    def address(self) -> int:
+        """Where the first panel is."""
+        return self.memory.data_ptr()
+
+    def turned(self) -> Panels:
+        """The transpose as an operand of the other side: the same memory, in engines that store both alike."""
+        assert self.engine not in MATRIX_UNITS
+        other = copy(self)
+        other.side, other.rows, other.columns = 1 - self.side, self.columns, self.rows
+        return other
 
 
 class Batch:
@@ -50,13 +64,22 @@ class Batch:
         self._packs: list[tuple[int, ...]] = []
         self._products: list[tuple[int, ...]] = []
         self._kept: list[Tensor] = []  # what addresses point to
+        self._then: dict[Any, Callable[[], None]] = {}
+
+    def then(self, key: Any, note: Callable[[], None]) -> None:
+        """Once all of this is done, and only then, ``note`` that it is."""
+        self._then[key] = note
+
+    def promises(self, key: Any) -> bool:
+        """Whether that is to be noted."""
+        return key in self._then
 
     def pack(self, x: Tensor, to: Panels, after: int = 0) -> Panels:
         """x (rows, columns) float32 into panels; ``after`` so many of the depth, a multiple of ``padded``'s, of others.
 
         The depth are a left operand's columns, a right one's rows.
         """
-        assert x.dtype == torch.float32
+        assert x.dtype == torch.float32 and to.engine == self.engine
         if 1 not in x.stride():
             x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a single number's strides
         self._kept += x, to.memory
@@ -69,13 +92,14 @@ class Batch:
     def multiply(self, x: Panels, y: Panels, out: Panels | Tensor, symmetric: bool = False) -> None:
         """out = x y, a matrix (float32, rows without gaps) or packed."""
         assert x.side == LEFT and y.side == RIGHT and x.columns == y.rows
+        assert x.engine == y.engine == self.engine
         target, address, stride = MATRIX, 0, 0
         if isinstance(out, Tensor):
             assert out.shape == (x.rows, y.columns) and out.stride(1) == 1 and out.dtype == torch.float32
             address, stride = out.data_ptr(), out.stride(0)
             self._kept.append(out)
         else:
-            assert (out.rows, out.columns) == (x.rows, y.columns)
+            assert (out.rows, out.columns, out.engine) == (x.rows, y.columns, self.engine)
             target, address = out.side + 1, out.address
             self._kept.append(out.memory)
         self._kept += x.memory, y.memory
@@ -89,4 +113,6 @@ class Batch:
             native.extension().pack(self.engine, self._packs, threads)
         if self._products:
             native.extension().multiply(self.engine, self._products, threads)
-        self._packs, self._products, self._kept = [], [], []
+        for note in self._then.values():
+            note()
+        self._packs, self._products, self._kept, self._then = [], [], [], {}

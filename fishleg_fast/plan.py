@@ -37,7 +37,7 @@ def _view(t: Tensor) -> View:
 
 
 class Plan:
-    """``native`` is the C++ one. ``formed``: the indices of blocks whose products with Q are torch's."""
+    """``native`` is the C++ one. ``formed``: the indices of blocks with products of matrices in Q."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = list(blocks)

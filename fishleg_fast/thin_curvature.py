@@ -74,7 +74,8 @@ class ThinLayers:
             assert block.layer is not None
             found = layer_of(block.layer).rows(block, x, e)
             if found is not None:
-                rows[k].append(found)
+                a, e = found
+                rows[k].append((a.to(block.dtype), e.to(block.dtype)))  # as v is, whatever autocast was on
         if not all(rows):
             return None
         sides = [[torch.cat(side) if len(side) > 1 else side[0] for side in zip(*pairs, strict=True)] for pairs in rows]

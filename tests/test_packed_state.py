@@ -52,8 +52,8 @@ def test_every_operand_follows_lambda(operands: torch.dtype, name: str, what: st
             packed.gradients(blocks, met, [thins.residual(0.1, 1.0) for thins in met])
         else:
             packed.gradients(blocks, us, [reference.residual(u, v, u, 0.1, None) for u, v in zip(us, vs, strict=True)])
-    kept = [(p, set(p._factors)) for p in map(packed.packed_of, blocks)]
-    assert all(len(names) >= 6 and not p.stale for p, names in kept)  # R, L and transposes, as left and right operands
+    kept = [(p, set(p._versions)) for p in map(packed.packed_of, blocks)]
+    assert all(len(names) >= 7 and not p.stale for p, names in kept)  # R, L, transposes, left and right; P and S
     for b in [*blocks, *fresh]:
         b.structure.fishleg_aux[name].mul_(1.1)
     assert all(map(torch.equal, run(blocks, what), run(fresh, what)))

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -18,10 +17,10 @@ class Memory {
     char* room(int64_t bytes) {
         if (bytes > size_) {
             memory_.reset();
-            size_ = (bytes + page - 1) / page * page;
-            memory_.reset(static_cast<char*>(std::aligned_alloc(page, size_)));
-            if (!memory_) size_ = 0;
-            if (!memory_) throw std::bad_alloc();
+            const int64_t wanted = (bytes + page - 1) / page * page;
+            size_ = 0;
+            memory_.reset(static_cast<char*>(::operator new(wanted, std::align_val_t{page})));
+            size_ = wanted;
 #ifdef __linux__
             madvise(memory_.get(), size_, MADV_HUGEPAGE);  // a wish
 #endif
@@ -37,7 +36,7 @@ class Memory {
   private:
     static constexpr int64_t page = 1 << 21;
     struct Free {
-        void operator()(char* memory) const { std::free(memory); }
+        void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{page}); }
     };
     std::unique_ptr<char, Free> memory_;
     int64_t size_ = 0;

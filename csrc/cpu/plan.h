@@ -1,6 +1,7 @@
 // A plan: the θ step of a list of blocks, and Adam on their λ, as passes over memory on several threads.
 //
-// Products of matrices are the caller's. Pointers are the caller's too, and have to be valid while a method runs.
+// Products of matrices are the caller's, but where it gives their packed operands (products.h): those are multiplied
+// inside the passes. Pointers are the caller's, and have to be valid while a method runs.
 #pragma once
 
 #include <string>
