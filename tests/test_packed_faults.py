@@ -23,7 +23,8 @@ poisoned = pytest.mark.usefixtures("poisoned")
 
 
 def ours(operands: torch.dtype) -> list[Block]:
-    return [b for b in mixed(operands) if packed.takes(b)]
+    """Some packed blocks, none of them large."""
+    return [b for b in mixed(operands) if packed.takes(b)][1:4]
 
 
 def images(blocks: list[Block], thin: bool) -> list[Tensor]:
@@ -73,11 +74,9 @@ def test_an_interrupted_op_leaves_no_stale_operand(
     """Each of its batches is broken off once, after λ was written to. What it did not make is made by the next op."""
     for number in itertools.count():
         blocks, fresh = ours(operands), ours(operands)
-        step(blocks, "dense u")  # all operands are in use
-        for b, twin in zip(blocks, fresh, strict=True):
-            for name, t in b.structure.fishleg_aux.items():
-                t.copy_(1.1 * twin.structure.fishleg_aux[name])
-        scale(fresh, 1.1)
+        for those in (blocks, fresh):
+            step(those, "dense u")  # all operands are in use
+            scale(those, 1.1)
         with monkeypatch.context() as patch:
             interrupted = Interrupted(patch, number, packs)
             try:
@@ -91,12 +90,12 @@ def test_an_interrupted_op_leaves_no_stale_operand(
         step(blocks, "dense u")
         step(fresh, "dense u")
         lambdas = [[t for b in those for t in b.structure.fishleg_aux.values()] for those in (blocks, fresh)]
-        assert all(relative(x, y) <= 0.02 for x, y in zip(*lambdas, strict=True))
+        assert all(map(torch.equal, *lambdas)), number
     assert number >= 1
 
 
 @poisoned
-@pytest.mark.parametrize(("one", "other"), itertools.permutations(["amx", "amx split", "avx512"], 2))
+@pytest.mark.parametrize(("one", "other"), [*itertools.permutations(["amx", "amx split", "avx512"], 2)])
 def test_a_batch_refuses_panels_of_another_engine(one: str, other: str) -> None:
     """Their layouts differ: to write or read one as the other would leave its memory."""
     if not {one, other} <= set(panels.engines()):
@@ -141,8 +140,9 @@ def test_a_copy_has_operands_of_its_own(operands: torch.dtype, kind: str, first:
             for those in (used, resting):
                 us = [whole(u) for u in directions(those, 33, seed=3, thin=thin)]
                 errors = [relative(v, exact_q(b, u)) for b, u, v in zip(those, us, images(those, thin), strict=True)]
-                assert max(errors) <= 2 * ERRORS[operands].product
-    assert len({p.memory.data_ptr() for p in held()}) == len(held())
+                assert max(errors) <= 3 * ERRORS[operands].product
+    rooms = [[p.memory.data_ptr() for b in those for p in b.packed._rooms.values()] for those in (blocks, copies)]
+    assert not set(rooms[0]) & set(rooms[1])
 
 
 def held() -> list[panels.Panels]:
@@ -192,21 +192,26 @@ def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: st
     assert 0 < relative(*states) <= 0.1
 
 
+# Forward mode carries no tangents in inference mode: F v is zero, and the λ step is taken.
+UPDATE = pytest.mark.xfail(strict=True, reason="an update of λ in inference mode takes F for zero")
+
+
 @pytest.mark.parametrize("thin", [True, False], ids=["thin", "dense"])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, pytest.param(3, marks=UPDATE)])
 def test_a_step_in_inference_mode(at: int, backend: str, precision: str, thin: bool) -> None:
-    """... of a smaller batch, between updates of λ: to the bit as without, and all that it kept can be written to."""
-    ends = []
-    for mode in (False, True):
-        net, optimizer = make(thin, dtype=torch.float32, backend=backend, precision=precision)
-        train(net, optimizer, range(at))
-        x = randn(2, 40, seed=99).sigmoid().float()
-        optimizer.zero_grad()
-        optimizer.likelihood.nll(x, net(x)).backward()
-        with torch.inference_mode(mode):
-            optimizer.step()
-        train(net, optimizer, range(at + 1, at + 7), sizes=(6, 2, 50))
-        ends.append(state(optimizer))
-    assert torch.equal(*ends)
+    """... of another batch size, in λ's cycle of three: to the bit as without, and what it kept can be written to."""
+    for size in (2, 50):
+        ends = []
+        for mode in (False, True):
+            net, optimizer = make(thin, dtype=torch.float32, backend=backend, precision=precision)
+            train(net, optimizer, range(at))
+            x = randn(size, 40, seed=99).sigmoid().float()
+            optimizer.zero_grad()
+            optimizer.likelihood.nll(x, net(x)).backward()
+            with torch.inference_mode(mode):
+                optimizer.step()
+            train(net, optimizer, range(at + 1, at + 5), sizes=(6, 2, 50))
+            ends.append(state(optimizer))
+        assert torch.equal(*ends)

@@ -53,7 +53,8 @@ def test_every_operand_follows_lambda(operands: torch.dtype, name: str, what: st
         else:
             packed.gradients(blocks, us, [reference.residual(u, v, u, 0.1, None) for u, v in zip(us, vs, strict=True)])
     kept = [(p, set(p._versions)) for p in map(packed.packed_of, blocks)]
-    assert all(len(names) >= 7 and not p.stale for p, names in kept)  # R, L, transposes, left and right; P and S
+    least = 7 if operands == torch.bfloat16 else 5  # R, L, transposes; P and S. float32 takes both sides from one
+    assert all(len(names) >= least and not p.stale for p, names in kept)
     for b in [*blocks, *fresh]:
         b.structure.fishleg_aux[name].mul_(1.1)
     assert all(map(torch.equal, run(blocks, what), run(fresh, what)))
