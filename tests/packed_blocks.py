@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,29 @@ from fishleg_fast.blocks import Block
 from fishleg_fast.reference.thin import Thin, dense
 from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
 
-AMX = pytest.mark.skipif("amx" not in panels.engines(), reason="the processor has no matrix unit (AMX)")
+
+def needs(engine: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(engine not in panels.engines(), reason=f"this processor, or this build, has no {engine}")
+
+
+EACH = pytest.mark.parametrize(
+    "operands", [pytest.param(t, marks=needs(engine), id=str(t)[6:]) for t, engine in panels.ENGINES.items()]
+)
+
+
+class Errors(NamedTuple):
+    """Relative errors allowed, and ``least``: that of products of large blocks, which are rounded indeed."""
+
+    product: float
+    step: float
+    gradient: float
+    least: float
+
+
+ERRORS = {
+    torch.bfloat16: Errors(8e-3, 1e-2, 1e-2, 1e-3),  # a bfloat16 number has one of up to 4e-3
+    torch.float32: Errors(1e-6, 1e-5, 1e-6, 1e-8),  # ... a float32 number of 6e-8
+}
 
 SHAPES = [(1, 1), (1, 33), (7, 5), (33, 31), (64, 100), (130, 257)]
 OTHERS: list[Callable] = [  # between the packed ones
@@ -43,10 +66,10 @@ def block_of(make: Callable, m: int, n: int, seed: int, dtype=torch.float32, ope
     return block
 
 
-def mixed(operands: torch.dtype = torch.bfloat16, **group: object) -> list[Block]:
+def mixed(operands: torch.dtype, **group: object) -> list[Block]:
     """All shapes, with a block of another kind after each of them."""
     ours = [block_of(Kron, m, n, 10 * k, operands=operands, **group) for k, (m, n) in enumerate(SHAPES)]
-    assert all(packed.takes(b) == (operands in panels.ENGINES) for b in ours)
+    assert all(map(packed.takes, ours))
     rest = [block_of(f, 9, 6, 7 * k, operands=operands, **group) for k, f in enumerate(OTHERS)]
     rest.append(block_of(Kron, 9, 7, 1, dtype=torch.float64, operands=torch.float64, **group))
     assert not any(map(packed.takes, rest))
