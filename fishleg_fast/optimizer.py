@@ -201,6 +201,7 @@ class FishLeg(Optimizer):
         if self._built:
             self._take_up(group["params"])
 
+    @torch.inference_mode(False)  # in which F v would have no derivatives to come from
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` re-evaluates the model and returns the loss, which is returned.
@@ -347,6 +348,7 @@ class FishLeg(Optimizer):
             self._refuse_bad_aux()
             self._counts["skipped_aux_steps"] += 1
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def pretrain_aux(self, steps: int) -> list[float]:
         """``steps`` updates of λ without moving the parameters; returns the auxiliary losses.

@@ -192,14 +192,10 @@ def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: st
     assert 0 < relative(*states) <= 0.1
 
 
-# Forward mode carries no tangents in inference mode: F v is zero, and the λ step is taken.
-UPDATE = pytest.mark.xfail(strict=True, reason="an update of λ in inference mode takes F for zero")
-
-
 @pytest.mark.parametrize("thin", [True, False], ids=["thin", "dense"])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("at", [1, 2, pytest.param(3, marks=UPDATE)])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_step_in_inference_mode(at: int, backend: str, precision: str, thin: bool) -> None:
     """... of another batch size, in λ's cycle of three: to the bit as without, and what it kept can be written to."""
     for size in (2, 50):
