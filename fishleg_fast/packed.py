@@ -81,7 +81,8 @@ def takes(block: Block) -> bool:
     s = block.structure
     if s.operands not in ENGINES or ENGINES[s.operands] not in engines() or s.maths is not MATHS["kron"]:
         return False
-    return all(t.ndim == 2 and t.dtype == torch.float32 for t in s.fishleg_aux.values()) and min(block.shape) > 0
+    aux = s.fishleg_aux.values()
+    return all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() for t in aux) and min(block.shape) > 0
 
 
 def packed_of(block: Block) -> Packed:
