@@ -126,7 +126,7 @@ class Auxiliary:
     def _thin_fisher_product(
         self, blocks: Sequence[Block], vs: Sequence[Matrix], thin: Sequence[int], inputs: Inputs
     ) -> list[Matrix] | None:
-        rest = [k for k in range(len(blocks)) if k not in thin]
+        rest = sorted(set(range(len(blocks))).difference(thin))
         others = [blocks[k] for k in rest]
         params = _params(others)
         tangents = _tensors(others, [dense(vs[k]) for k in rest])

@@ -47,7 +47,7 @@ def refresh(blocks: Sequence[Block], vectors: Sequence[Vectors] | None = None) -
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """As ``reference.steps.qv``."""
     mine = [k for k, block in enumerate(blocks) if packed.takes(block)]
-    others = [k for k in range(len(blocks)) if k not in mine]
+    others = sorted(set(range(len(blocks))).difference(mine))
     found = dict(zip(mine, packed.qv([blocks[k] for k in mine], [us[k] for k in mine]), strict=True))
     found |= zip(others, steps.qv([blocks[k] for k in others], [us[k] for k in others]), strict=True)
     return [found[k] for k in range(len(blocks))]
@@ -115,10 +115,12 @@ def _give(plan: Plan, gs: Sequence[Matrix], momentum: str, times: int, threads: 
     kept = []
     mine = [k for k in plan.formed if before and packed.takes(blocks[k])]
     _give_packed(plan, gs, mine)
-    for k in sorted(set(plan.formed).difference(mine)):
+    rest = sorted(set(plan.formed).difference(mine))
+    after = {} if before else dict(zip(rest, qv([blocks[k] for k in rest], [gs[k] for k in rest]), strict=True))
+    for k in rest:
         block, g, product = blocks[k], gs[k], 0
-        if not before:
-            source, given = AFTER, dense(qv([block], [g])[0]).to(block.dtype)
+        if k in after:
+            source, given = AFTER, dense(after[k]).to(block.dtype)
         elif isinstance(g, Thin):
             steps.know_product(block)
             source, given = THIN, _image(block, g)
@@ -174,7 +176,8 @@ def lambda_step(
     capturable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.steps.lambda_step``."""
-    mine = [k for k, block in enumerate(blocks) if packed.takes(block) and _native(block)]
+    plain = [_native(block) for block in blocks]
+    mine = [k for k, block in enumerate(blocks) if plain[k] and packed.takes(block)]
     met: dict[int, packed.Thins] = {}
     for k in mine:
         u, v = us[k], vs[k]
@@ -187,8 +190,7 @@ def lambda_step(
     loss, power, scale = steps.aux_loss(dots, damping, learn_scale)
     gradients: dict[int, Mapping[str, Any]] = {
         k: steps.aux_gradients(blocks[k], us[k], vs[k], fvs[k], damping, scale, precondition)
-        for k in rest
-        if k not in mine
+        for k in sorted(set(rest).difference(mine))
     }
     ws: list[Any] = []
     for k in mine:
@@ -200,11 +202,11 @@ def lambda_step(
         ws = [*packed.qv([blocks[k] for k in mine], ws)]
     found = packed.gradients([blocks[k] for k in mine], [met.get(k, us[k]) for k in mine], ws)
     gradients |= zip(mine, found, strict=True)
-    native_ = [(b, gradients[k]) for k, b in enumerate(blocks) if _native(b)]
-    others = [(b, gradients[k]) for k, b in enumerate(blocks) if not _native(b)]
+    ours = [(b, gradients[k]) for k, b in enumerate(blocks) if plain[k]]
+    others = [(b, gradients[k]) for k, b in enumerate(blocks) if not plain[k]]
     ok = bool(torch.isfinite(loss)) and bool(power != 0)
     ok = ok and all(bool(torch.isfinite(g).all()) for _, grads in others for g in grads.values())
-    ok = ok and _adam(native_, float(lr), betas, eps)
+    ok = ok and _adam(ours, float(lr), betas, eps)
     packed.forget([blocks[k] for k in mine if k not in met])
     if ok:
         for block, grads in others:
