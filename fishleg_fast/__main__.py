@@ -7,8 +7,8 @@ from importlib import metadata
 
 import torch
 
-from . import backends, native
 from ._version import __version__
+from .backends import native, registry
 
 
 def _triton_version() -> str:
@@ -19,9 +19,9 @@ def _triton_version() -> str:
 
 
 def _extension_version() -> str:
-    ok, reason = native.available()
-    if not ok:
-        return f"unavailable: {reason}"
+    found = native.available()
+    if not found.supported:
+        return f"unavailable: {found.reason}"
     features = native.features()
     compilers = ", ".join(str(features[key]) for key in ("compiler", "cuda_compiler") if features[key])
     return f"{native.version()} ({compilers})"
@@ -36,11 +36,11 @@ def report() -> str:
         ("triton", _triton_version()),
         ("extension", _extension_version()),
     ]
-    if native.available()[0]:
-        rows.append(("its CUDA", native.cuda_status()[1]))
+    if native.available().supported:
+        rows.append(("its CUDA", native.cuda_status().reason))
     backend_rows = [
-        (name, ("available" if ok else "unavailable") + (f": {reason}" if reason else ""))
-        for name, ok, reason in backends.report()
+        (name, ("available" if found.supported else "unavailable") + (f": {found.reason}" if found.reason else ""))
+        for name, found in registry.report()
     ]
     width = max(len(name) for name, _ in rows + backend_rows)
     lines = [f"{name:<{width}}  {text}" for name, text in rows]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
-from .blocks import Block
+from .model.block import Block
 
 
 def _leaves(live: dict, saved: Any, where: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,3 +62,14 @@ def restore(blocks: list[Block], pairs: list[tuple[Tensor, Tensor]]) -> None:
     restored = {id(live) for live, _ in pairs}
     for block in blocks:
         block.product_version = block.structure.version if id(block.product) in restored else None
+
+
+def publish(blocks: Sequence[Block], state: MutableMapping[Tensor, Any]) -> None:
+    """Let an optimizer's ``state`` show the blocks' live tensors, each under the first parameter of its block."""
+    for block in blocks:
+        entry = state[block.parts[0].param]
+        if block.key:
+            entry[block.key] = block.state()
+        else:
+            entry.pop("product", None)
+            entry.update(block.state())

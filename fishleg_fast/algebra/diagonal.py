@@ -1,0 +1,73 @@
+"""Diagonal: Q u = d²∘u."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .maths import Aux, Maths, no_cache
+from .structure import Structure, float_dtype, refuse_non_finite
+
+
+def diagonal_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:
+    d = aux["d"]
+    return d * d * u
+
+
+def diagonal_grads(aux: Aux, cache: Aux, u: Tensor, w: Tensor) -> Aux:
+    return {"d": 2 * aux["d"] * u * w}
+
+
+def diagonal_diag(aux: Aux, cache: Aux, m: int, n: int) -> Tensor:
+    return aux["d"] * aux["d"]
+
+
+DIAGONAL = Maths(no_cache, diagonal_qv, diagonal_grads, diagonal_diag)
+
+
+class Diagonal(Structure):
+    """Q u = d²∘u, for a block of any ``shape``; λ is d, of that shape."""
+
+    maths = DIAGONAL
+    moments = ("diagonal",)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape)
+        self.fishleg_aux = {"d": torch.ones(self.shape, dtype=float_dtype(dtype), device=device)}
+
+    @torch.no_grad()
+    def _start_sgd(self, scale: float) -> None:
+        self.fishleg_aux["d"].fill_(scale**0.5)
+
+    def new_moments(self) -> Aux:
+        return {"diagonal": torch.zeros_like(self.fishleg_aux["d"])}
+
+    @torch.no_grad()
+    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
+        """E[g²]."""
+        moments = self.new_moments()
+        for g in grads:
+            moments["diagonal"].addcmul_(g, g, value=1 / len(grads))
+        return moments
+
+    @torch.no_grad()
+    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+        """count·Σ (e∘e)(a∘a)ᵀ: exact where every sample has one position; positions count as uncorrelated elsewhere."""
+        return {"diagonal": (e * e).T @ (a * a) * count}
+
+    @torch.no_grad()
+    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
+        """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape.
+
+        Raises torch.linalg.LinAlgError when they are not finite; λ is then unchanged.
+        """
+        refuse_non_finite(moments)
+        self.fishleg_aux["d"].copy_((moments["diagonal"] / weight + damping).rsqrt())

@@ -1,0 +1,132 @@
+"""What structures of Kronecker factors share: factors R (rows) and L (columns), their layouts and their two starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .factors import cross, diagonal, inverse_root, trace, transpose
+from .maths import Aux
+from .structure import LayerStatistics, Structure, float_dtype, refuse_non_finite, size
+
+
+def _new_factor(side: str, k: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
+    """A zeroed factor for one side of a block: dense, diagonal, or block-diagonal where it would outgrow the limit."""
+    if side in diagonal:
+        return torch.zeros(k, **options)
+    if max_factor_size is None or k <= max_factor_size:
+        return torch.zeros(k, k, **options)
+    count = -(-k // max_factor_size)
+    width = -(-k // count)
+    return torch.zeros(count, width, width, **options)
+
+
+def _set_identity(factor: Tensor, value: float = 1.0) -> None:
+    if factor.ndim == 1:
+        factor.fill_(value)
+    else:
+        factor.zero_().diagonal(dim1=-2, dim2=-1).fill_(value)
+
+
+class Kronecker(Structure):
+    """What Kron, DiagKron and SumKron share: factors R (rows) and L (columns), and how they start."""
+
+    moments = ("rows", "columns")
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        *,
+        diagonal: Collection[str],
+        max_factor_size: int | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__((m, n))
+        if not set(diagonal) <= {"R", "L"}:
+            raise ValueError(f"diagonal should name factors, 'R' or 'L', but is: {diagonal!r}")
+        if max_factor_size is not None:
+            size("max_factor_size", max_factor_size, least=1)
+        self._options: dict[str, Any] = {"dtype": float_dtype(dtype), "device": device}
+        self._layout = (diagonal, max_factor_size, self._options)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        m, n = self.shape
+        return _new_factor("R", m, *self._layout), _new_factor("L", n, *self._layout)
+
+    def _set_factors(self, R: Tensor, L: Tensor, c: Tensor | float = 1.0) -> None:
+        """Make Q = RᵀR ⊗ LLᵀ, by cR and L/c."""
+        torch.mul(R, c, out=self.fishleg_aux["R"])
+        torch.mul(L, 1 / c, out=self.fishleg_aux["L"])
+        for name in ("A", "B"):
+            if name in self.fishleg_aux:
+                self.fishleg_aux[name].fill_(1)
+
+    @torch.no_grad()
+    def _start_sgd(self, scale: float) -> None:
+        R, L = self._factors()
+        for factor in (R, L):
+            _set_identity(factor, scale**0.25)
+        self._set_factors(R, L)
+
+    def new_moments(self) -> Aux:
+        return dict(zip(self.moments, self._factors(), strict=True))
+
+    @torch.no_grad()
+    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
+        """E[GGᵀ] and E[GᵀG], each over the square root of their common trace, so that rows ⊗ columns has F's trace."""
+        moments = self.new_moments()
+        for g in grads:
+            moments["rows"].add_(cross(g, g, moments["rows"]), alpha=1 / len(grads))
+            moments["columns"].add_(cross(g.T, g.T, moments["columns"]), alpha=1 / len(grads))
+        root = trace(moments["rows"]).sqrt().clamp_min(torch.finfo(moments["rows"].dtype).tiny)
+        return {name: moment / root for name, moment in moments.items()}
+
+    @torch.no_grad()
+    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+        """rows = count·Σ e eᵀ, columns = mean a aᵀ (Martens & Grosse 2015; for convolutions Grosse & Martens 2016)."""
+        R, L = list(self.fishleg_aux.values())[:2]  # their layouts
+        e, a = e * count**0.5, a / max(a.shape[0], 1) ** 0.5
+        return {"rows": cross(e.T, e.T, R), "columns": cross(a.T, a.T, L)}
+
+    @torch.no_grad()
+    def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
+        """As above; of dense factors within the product that makes the new ones."""
+        rows, columns = moments["rows"], moments["columns"]
+        if not isinstance(new, LayerStatistics) or rows.ndim != 2 or columns.ndim != 2:
+            return super().average(moments, new, weight)
+        a, e, count = new
+        alphas = weight * count, weight / max(a.shape[0], 1)
+        sizes = torch.stack([torch.linalg.vector_norm(x).square() * c for x, c in zip((e, a), alphas, strict=True)])
+        if not torch.isfinite(sizes).all():  # the traces of what is added
+            return False
+        rows.addmm_(e.T, e, beta=1 - weight, alpha=alphas[0])
+        columns.addmm_(a.T, a, beta=1 - weight, alpha=alphas[1])
+        return True
+
+    @torch.no_grad()
+    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
+        """(G + √γ/π I)⁻¹ = RᵀR and (Ā + π√γ I)⁻¹ = LLᵀ, π² = (tr Ā/n)/(tr G/m) (Martens & Grosse 2015, section 6.3).
+
+        ``moments``: "rows" G and "columns" Ā, laid out as R and L; their Kronecker product estimates the Fisher matrix.
+        Raises torch.linalg.LinAlgError when they are not finite or not positive semi-definite; λ is then unchanged.
+        """
+        refuse_non_finite(moments)
+        G, A = moments["rows"], moments["columns"]
+        m, n = self.shape
+        if m == 0 or n == 0:
+            return
+        tiny = torch.finfo(G.dtype).tiny
+        mean_g, mean_a = (trace(G) / weight / m).clamp_min(tiny), (trace(A) / weight / n).clamp_min(tiny)
+        pi = (mean_a / mean_g).sqrt()
+        R = inverse_root(G, damping**0.5 / pi, weight)
+        L = transpose(inverse_root(A, damping**0.5 * pi, weight))
+        # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
+        # layer that starts at zero, π puts twenty orders of magnitude between them.
+        sizes = [torch.linalg.vector_norm(diagonal(F, k).double()) / k**0.5 for F, k in ((R, m), (L, n))]
+        c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
+        self._set_factors(R, L, c)

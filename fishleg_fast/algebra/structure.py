@@ -1,0 +1,253 @@
+"""What every structure is: a Q(λ) of one block with its cached products and its starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factors import trace
+from .low_rank import DenseAndLowRank, LowRank, LowRankProduct
+from .maths import Applications, Aux, Maths, no_cache
+
+LambdaVersion = tuple[tuple[int, int], ...]
+
+
+def size(name: str, value: int, least: int = 0) -> int:
+    """``value`` itself; ValueError unless it is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} should be an integer of at least {least} but is: {value!r}")
+    return value
+
+
+def float_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """λ's dtype, the default one for None; ValueError unless λ can have it."""
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype should be torch.float32 or torch.float64 (λ needs the precision) but is: {dtype}")
+    return dtype
+
+
+def finite(moments: Aux) -> bool:
+    """Whether second moments are finite: those of a positive semi-definite matrix are where its trace is."""
+    return all(torch.isfinite(t.sum() if name == "diagonal" else trace(t)) for name, t in moments.items())
+
+
+def refuse_non_finite(moments: Aux) -> None:
+    """torch.linalg.LinAlgError unless second moments are finite."""
+    if not finite(moments):
+        raise torch.linalg.LinAlgError(f"moments should be finite but are not: {sorted(moments)}")
+
+
+class LayerStatistics(NamedTuple):
+    """What a layer showed in a pass with drawn labels, the loss being a mean over ``terms`` independent ones."""
+
+    a: Tensor  # (positions, n): inputs
+    e: Tensor  # (positions, m): output gradients
+    terms: float
+
+
+class Structure:
+    """One block's Q(λ). Subclasses set ``maths`` and fill ``fishleg_aux`` in their constructor.
+
+    Attributes:
+        shape: (m, n) of the block.
+        fishleg_aux: λ, name -> tensor. May be edited in place; the cached products follow.
+    """
+
+    maths: Maths
+    moments: tuple[str, ...] = ()  # names of the second moments that ``start_kfac`` reads
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(size("each size of shape", k) for k in shape)
+        self.fishleg_aux: Aux = {}
+        self.operand_dtype: torch.dtype | None = (
+            None  # what operands of matrix products are rounded to; None: λ's dtype
+        )
+        self.precision = "ieee"  # what GPU kernels multiply in: see ``precision.kernel_precision``
+        self._cache: Aux = {}
+        self._memory: Aux = {}  # that of earlier caches, for the next one
+        self._cache_key: tuple[LambdaVersion, torch.dtype | None, Applications] | None = None
+        self._rounded: Aux = {}
+
+    @property
+    def version(self) -> LambdaVersion:
+        """Changes whenever λ is written to."""
+        return tuple((id(t), t._version) for t in self.fishleg_aux.values())
+
+    @property
+    def keeps_low_rank(self) -> bool:
+        """Whether Q u is a low-rank matrix where u is one (see ``algebra.low_rank``)."""
+        return self.maths.low_rank_qv is not None
+
+    @property
+    def cache(self) -> Aux:
+        """What depends on λ alone (P and S of a Kron), recomputed only when λ was written to."""
+        if self._cache_key is None or self._cache_key[:2] != (self.version, self.operand_dtype):
+            self.refresh()
+        return self._cache
+
+    def refresh(self, applications: Applications = None) -> None:
+        """Bring the cache up to date with λ, for as much use as ``applications`` says: products that would not pay for
+        themselves are left out, and Q u then takes the factors.
+        """
+        if self.maths.refresh is no_cache:
+            return
+        key = (self.version, self.operand_dtype, applications)
+        if self._cache_key != key:
+            self._refresh(key, applications)
+
+    @torch.inference_mode(False)  # what is kept is written to later
+    @torch.no_grad()
+    def _refresh(self, key: tuple[LambdaVersion, torch.dtype | None, Applications], applications: Applications) -> None:
+        stale = self._cache_key is None or self._cache_key[:2] != key[:2]
+        if self._cache_key is not None and self._cache_key[1] != self.operand_dtype:
+            self._memory = {}  # of another dtype
+        if stale:
+            self._rounded = {}
+        aux = self._operands()
+        self._cache = self.maths.refresh(aux, applications, {} if stale else self._cache, self._memory)
+        self._memory = {**self._memory, **self._cache}
+        self._cache_key = key
+
+    def holds(self, *names: str) -> bool:
+        """Whether the cached products of those names are there, and of today's λ."""
+        key = self._cache_key
+        return (
+            key is not None and key[:2] == (self.version, self.operand_dtype) and all(n in self._cache for n in names)
+        )
+
+    @torch.inference_mode(False)
+    def cache_memory(self, multiple: int = 1, **like: Tensor) -> Aux:
+        """Memory for the cached products of those names, to be filled and adopted: as large as the matrices given, with
+        rows that start at multiples of so many entries.
+        """
+        memory = {}
+        for name, t in like.items():
+            old = self._memory.get(name)
+            if old is None or old.dtype != t.dtype or old.stride(0) % multiple:
+                old = t.new_empty(t.shape[0], -(-t.shape[1] // multiple) * multiple)[:, : t.shape[1]]
+            memory[name] = old
+        return memory
+
+    def adopt(self, cache: Aux) -> None:
+        """Take over products that a backend made of λ as it is now, in memory that they keep."""
+        if self.operand_dtype not in (None, self._dtype):
+            return  # of another dtype than the cache would be
+        self._cache, self._memory = cache, {**self._memory, **cache}
+        self._cache_key, self._rounded = (self.version, self.operand_dtype, None), {}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.fishleg_aux.values())).dtype
+
+    def _operands(self) -> Aux:
+        """λ, rounded where products are to be; kept until λ changes."""
+        if not self.keeps_low_rank or self.operand_dtype is None:  # elementwise products stay at full precision
+            return self.fishleg_aux
+        if not self._rounded:
+            self._rounded = {name: t.to(self.operand_dtype) for name, t in self.fishleg_aux.items()}
+        return self._rounded
+
+    def product(self, u: Tensor) -> Tensor:
+        """Q u in λ's dtype, at the precision of ``operand_dtype``."""
+        cache, aux = self.cache, self._operands()
+        narrow = self.operand_dtype if self.keeps_low_rank else None
+        return self.maths.qv(aux, cache, u.to(narrow or u.dtype)).to(u.dtype)
+
+    def low_rank_product(self, u: LowRank) -> LowRankProduct:
+        """Q u for a low-rank u, as ``operand_dtype`` are."""
+        assert self.maths.low_rank_qv is not None
+        cache, aux = self.cache, self._operands()
+        return self.maths.low_rank_qv(aux, cache, u.to(self.operand_dtype))
+
+    def gradients(self, u: Tensor, w: Tensor) -> Aux:
+        """∂⟨w, Q u⟩/∂λ, as ``operand_dtype`` are."""
+        cache, aux = self.cache, self._operands()
+        narrow = self.operand_dtype if self.keeps_low_rank else None
+        return self.maths.grads(aux, cache, u.to(narrow or u.dtype), w.to(narrow or w.dtype))
+
+    def low_rank_gradients(self, u: LowRank, v: LowRankProduct, w: DenseAndLowRank) -> Aux:
+        """The same for a low-rank u, of which v is ``low_rank_product``."""
+        assert self.maths.low_rank_grads is not None
+        return self.maths.low_rank_grads(self._operands(), u.to(self.operand_dtype), v, w.to(self.operand_dtype))
+
+    def _check(self, name: str, u: Tensor) -> Tensor:
+        if tuple(u.shape) != self.shape:
+            raise ValueError(f"{name} should have shape {self.shape} but has: {tuple(u.shape)}")
+        dtype = next(iter(self.fishleg_aux.values())).dtype
+        if u.dtype != dtype:
+            raise TypeError(f"{name} should have λ's dtype {dtype} but has: {u.dtype}; convert it with .to({dtype})")
+        return u
+
+    @torch.no_grad()
+    def Qv(self, u: Tensor) -> Tensor:
+        """Q(λ) u, for u of the block's shape and λ's dtype. ValueError or TypeError otherwise."""
+        return self.product(self._check("u", u))
+
+    @torch.no_grad()
+    def aux_grads(self, u: Tensor, w: Tensor) -> Aux:
+        """Gradient of s(λ) = ⟨w, Q(λ) u⟩ with u, w constant: a dict with λ's names and shapes."""
+        grads = self.gradients(self._check("u", u), self._check("w", w))
+        return {name: grad.to(u.dtype) for name, grad in grads.items()}
+
+    @torch.no_grad()
+    def diag(self) -> Tensor:
+        """The diagonal of Q, in the block's shape."""
+        aux = self.fishleg_aux
+        return self.maths.diag(aux, self.maths.refresh(aux, None, {}, {}), *self._matrix_shape()).reshape(self.shape)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """Q as a matrix (m·n, m·n) over row-major vec(u). For tests and small blocks: quadratic in the block's size."""
+        k = torch.Size(self.shape).numel()
+        like = next(iter(self.fishleg_aux.values()))
+        basis = torch.eye(k, dtype=like.dtype, device=like.device)
+        columns = [self.Qv(e.reshape(self.shape)).reshape(-1) for e in basis]
+        return torch.stack(columns, dim=1) if columns else basis
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        m, *rest = self.shape or (1,)
+        return m, torch.Size(rest).numel()
+
+    def start_sgd(self, scale: float = 1.0) -> None:
+        """Q₀ = scale·I. ``scale`` > 0 and finite, ValueError otherwise."""
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale should be positive and finite but is: {scale}")
+        self._start_sgd(scale)
+
+    def _start_sgd(self, scale: float) -> None:
+        """Structures with a start of their own override this and the three below; others keep the λ they were given."""
+
+    def new_moments(self) -> Aux:
+        """Zeroed second moments of the gradient, as ``start_kfac`` reads them; empty if it reads none."""
+        return {}
+
+    def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
+        """Second moments from gradients on drawn labels, each (m, n) and scaled so that E[vec(g) vec(g)ᵀ] = F."""
+        return {}
+
+    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+        """Second moments from what a layer showed (see :class:`LayerStatistics`)."""
+        return {}
+
+    @torch.no_grad()
+    def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
+        """Average new second moments into ``moments``, in place. False where they are not finite; nothing is written
+        then.
+        """
+        found = self.layer_moments(*new) if isinstance(new, LayerStatistics) else new
+        if not finite(found):
+            return False
+        for name, moment in moments.items():
+            moment.lerp_(found[name], weight)
+        return True
+
+    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
+        """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it.
+
+        ``moments`` are to be divided by ``weight``: that of a moving average.
+        """

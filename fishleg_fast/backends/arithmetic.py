@@ -1,0 +1,28 @@
+"""The arithmetic of the optimizer's own products, whatever the user's passes are in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from ..model.block import Block
+from ..precision import kernel_precision, operand_dtype, precision_scope
+
+
+def own_arithmetic(blocks: Sequence[Block], precision: str | None) -> ExitStack:
+    """A context in which ops on ``blocks`` multiply at ``precision`` (None: torch's setting), and out of autocast."""
+    kernels, dtypes = kernel_precision(precision), {}
+    for block in blocks:
+        where = block.momentum.device, block.momentum.dtype
+        if where not in dtypes:
+            dtypes[where] = operand_dtype(precision, *where)
+        block.structure.precision, block.structure.operand_dtype = kernels, dtypes[where]
+    stack = ExitStack()
+    kind = blocks[0].parts[0].param.device.type
+    if torch.is_autocast_enabled(kind):
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    if precision is not None:
+        stack.enter_context(precision_scope(precision))
+    return stack

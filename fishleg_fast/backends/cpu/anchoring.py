@@ -1,0 +1,96 @@
+"""Anchoring of Kron blocks by packed products (csrc/cpu/moments.h and inverse_root.h), all blocks in two calls.
+
+For ``precision="medium"`` moments are averaged from operands rounded to bfloat16, of which they stay positive
+semi-definite. Their roots are not made so: an error in Q relative to its norm would spoil the directions in which Q is
+small. There every operand is split into two bfloat16 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...algebra.kron import Kron
+from ...algebra.maths import Aux
+from ...algebra.structure import LayerStatistics
+from ...model.block import Block
+from .. import native
+from ..reference import anchoring as reference
+from .packed_matrix import engines
+
+Pair = tuple[str, str]
+# Operands' dtype -> what multiplies for moments, and for their roots: the first pair that this processor has.
+ENGINES: dict[torch.dtype, tuple[Pair, ...]] = {
+    torch.bfloat16: (("amx", "amx split"), ("avx512", "avx512")),
+    torch.float32: (("avx512", "avx512"),),
+}
+
+
+@torch.no_grad()
+def anchor(
+    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], *, decay: float, damping: float
+) -> None:
+    """As the reference's."""
+    mine: dict[Pair, list[tuple[Block, LayerStatistics]]] = {}
+    others: list[tuple[Block, LayerStatistics | Aux]] = []
+    for block, new in zip(blocks, statistics, strict=True):
+        pair = _engines(block, new)
+        if pair is not None and isinstance(new, LayerStatistics):
+            mine.setdefault(pair, []).append((block, new))
+        else:
+            others.append((block, new))
+    for (averaging, inverting), found in mine.items():
+        for block in _start(inverting, _average(averaging, found, decay), damping):
+            reference.start_kfac(block, damping)  # which repeats it in float64 where float32 does not do
+    reference.anchor([b for b, _ in others], [new for _, new in others], decay=decay, damping=damping)
+
+
+def _engines(block: Block, new: LayerStatistics | Aux) -> Pair | None:
+    """What is to multiply for the block; None where that is torch."""
+    s = block.structure
+    if type(s) is not Kron or "A" in s.fishleg_aux or not isinstance(new, LayerStatistics):
+        return None
+    matrices = [*s.fishleg_aux.values(), *block.moments.values()]
+    if not all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in matrices):
+        return None
+    if not new.a.dtype == new.e.dtype == torch.float32:
+        return None
+    here = engines()
+    return next((pair for pair in ENGINES.get(s.operand_dtype or torch.float32, ()) if {*pair} <= {*here}), None)
+
+
+def _average(engine: str, pairs: Sequence[tuple[Block, LayerStatistics]], decay: float) -> list[Block]:
+    """Average what layers showed into the moments; the blocks for which that was finite."""
+    weight, kept, rows = 1 - decay, [], []
+    for block, (a, e, count) in pairs:
+        a, e = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (a, e))
+        kept.append((a, e))
+        G, A = block.moments["rows"], block.moments["columns"]
+        rows.append((_moment(e, G, weight * count), _moment(a, A, weight / max(a.shape[0], 1))))
+    done = native.extension().average_moments(engine, rows, 1 - weight, torch.get_num_threads())
+    found = [block for (block, _), ok in zip(pairs, done, strict=True) if ok]
+    for block in found:
+        torch.autograd.graph.increment_version(list(block.moments.values()))
+        block.moments_weight.mul_(decay).add_(weight)
+    return found
+
+
+def _moment(x: Tensor, out: Tensor, alpha: float) -> tuple[int, int, int, int, int, float]:
+    positions, size = x.shape
+    return x.data_ptr(), positions, size, x.stride(0) if positions > 1 else size, out.data_ptr(), alpha
+
+
+def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
+    """R and L from the moments; the blocks for which that failed, whose λ is unchanged."""
+    rows = []
+    for block in blocks:
+        aux, m = block.structure.fishleg_aux, block.moments
+        matrices = (m["rows"], m["columns"], aux["R"], aux["L"])
+        rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, block.moments_weight.item()))
+    done = native.extension().start_kfac(engine, rows, damping, torch.get_num_threads())
+    for block, ok in zip(blocks, done, strict=True):
+        if ok:
+            torch.autograd.graph.increment_version(list(block.structure.fishleg_aux.values()))
+    return [block for block, ok in zip(blocks, done, strict=True) if not ok]

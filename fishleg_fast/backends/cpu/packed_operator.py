@@ -1,0 +1,63 @@
+"""One Kron block's λ, P and S as packed operands of products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...algebra.structure import LambdaVersion
+from ...model.block import Block
+from .packed_matrix import LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, ProductBatch
+
+
+class PackedOperator:
+    """One block's λ, P and S as operands."""
+
+    def __init__(self, block: Block, engine: str) -> None:
+        self.structure, self.engine = block.structure, engine
+        self.m, self.n = block.shape
+        self.P = PackedMatrix(engine, LEFT, self.m, self.m)
+        self.S = PackedMatrix(engine, RIGHT, self.n, self.n)
+        self._versions: dict[Any, LambdaVersion] = {}  # the λ that packed factors, or P and S ("PS"), are of
+        self._scratch: dict[tuple[str, int], PackedMatrix] = {}
+
+    def scratch(self, name: str, side: int, rows: int, columns: int) -> PackedMatrix:
+        """Memory for an operand, of that name for as long as it is in use."""
+        held = self._scratch.get((name, side))
+        if held is None or (held.rows, held.columns) != (rows, columns):
+            held = self._scratch[name, side] = PackedMatrix(self.engine, side, rows, columns)
+        return held
+
+    def factor(self, batch: ProductBatch, name: str, side: int) -> PackedMatrix:
+        """R, L, or a transpose, "R'" or "L'", of today's λ."""
+        if side == RIGHT and self.engine not in MATRIX_UNITS:
+            return self.factor(batch, name[0] if "'" in name else name + "'", LEFT).turned()
+        factor, k = self.structure.fishleg_aux[name[0]], self.m if name[0] == "R" else self.n
+        held = self.scratch(name, side, k, k)
+        if not self._current((name, side)) and not batch.promises((id(self), (name, side))):
+            batch.pack(factor.T if "'" in name else factor, held)
+            self._promise(batch, (name, side))
+        return held
+
+    def _current(self, key: Any) -> bool:
+        return self._versions.get(key) == self.structure.version
+
+    def _promise(self, batch: ProductBatch, key: Any) -> None:
+        """What ``key`` names is being written to, and of today's λ once the batch is done."""
+        self._versions.pop(key, None)
+        version = self.structure.version
+        batch.then((id(self), key), lambda: self._versions.update({key: version}))
+
+    @property
+    def stale(self) -> bool:
+        """Whether P and S are of another λ than today's."""
+        return not self._current("PS")
+
+    def form(self, batch: ProductBatch) -> None:
+        """Have P = RᵀR and S = LLᵀ made."""
+        batch.multiply(self.factor(batch, "R'", LEFT), self.factor(batch, "R", RIGHT), self.P, symmetric=True)
+        batch.multiply(self.factor(batch, "L", LEFT), self.factor(batch, "L'", RIGHT), self.S, symmetric=True)
+        self._promise(batch, "PS")
+
+    def forget(self) -> None:
+        """Free what the λ-gradients of a dense u alone take: several times the block's size."""
+        self._scratch = {key: held for key, held in self._scratch.items() if "dense" not in key[0]}

@@ -1,0 +1,100 @@
+"""Which blocks the CUDA kernels cover, and what they are told of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...algebra.diagonal import DIAGONAL
+from ...algebra.kron import KRON, KRON_SCALED
+from ...algebra.low_rank import LowRank
+from ...algebra.matrix import Matrix
+from ...model.block import Block
+from ...model.gradients import GradientInPlace
+from .runtime import runtime
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cuda numbers them
+PRECISIONS = {"ieee": 0, "tf32x3": 1, "tf32": 2, "bf16": 3}
+MOST_DIMS = 4
+LARGE = 1024  # from here on in both sides torch's own products are taken to be faster: not measured yet
+
+UNCOVERED = 0  # of csrc/cuda/plan.h's Kind; the others:
+_KINDS = ((KRON, 1), (KRON_SCALED, 2), (DIAGONAL, 3))
+
+
+class BlockFacts:
+    """What the kernels are told of a block, and does not change from step to step."""
+
+    __slots__ = ("kind", "kronecker", "layout", "offsets", "shapes", "signature", "why")
+
+    def __init__(self, block: Block, signature: list[Any]) -> None:
+        self.signature = signature
+        self.why = _why_uncovered(block)
+        self.kind = next((kind for maths, kind in _KINDS if block.structure.maths is maths), UNCOVERED)
+        self.kronecker = self.kind in (1, 2)
+        views = [part.of(part.param) for part in block.parts]
+        self.shapes = [tuple(v.shape) for v in views]
+        self.offsets = [0]
+        for v in views:
+            self.offsets.append(self.offsets[-1] + v.numel() // (max(v.shape[0], 1) if block.axis else 1))
+        self.layout = [(tuple(v.shape), v.stride(), TYPES.get(v.dtype, 0)) for v in views]
+
+    def operator(self, block: Block) -> tuple[int, int, int, int]:
+        """P and S with their leading dimensions, or d, as they were last refreshed."""
+        if not self.kronecker:
+            return block.structure.fishleg_aux["d"].data_ptr(), 0, 0, 0
+        cache = block.structure.cache
+        P, S = cache["P"], cache["S"]
+        return P.data_ptr(), max(P.stride(0), P.shape[0]), S.data_ptr(), max(S.stride(0), S.shape[0])
+
+    def outer(self, block: Block) -> Tensor | None:
+        """A."""
+        return block.structure.fishleg_aux.get("A")
+
+    @property
+    def lambdas(self) -> tuple[str, ...]:
+        """The names of R and L, or of d."""
+        return ("R", "L") if self.kronecker else ("d",)
+
+
+def _why_uncovered(block: Block) -> str | None:
+    structure, kind = block.structure, runtime().kind
+    if not any(structure.maths is maths for maths, _ in _KINDS):
+        return "its structure is not Kron or Diagonal"
+    for name, t in structure.fishleg_aux.items():
+        if t.dtype != torch.float32 or t.device.type != kind or not t.is_contiguous():
+            return f"λ {name!r} is not contiguous float32 on a {kind} device"
+        if name in ("R", "L") and t.ndim != 2:
+            return f"factor {name!r} is not dense"
+    if structure.maths is not DIAGONAL and min(block.shape) >= LARGE:
+        return f"both sides are at least {LARGE}: torch's products are taken to be faster"
+    for p in (part.param for part in block.parts):
+        if p.dtype not in TYPES or p.layout != torch.strided or p.device != block.momentum.device:
+            return f"a parameter is {p.dtype}, {p.layout} on {p.device}"
+        if p.ndim > MOST_DIMS and not p.is_contiguous():
+            return "a parameter has more dimensions than the kernels follow"
+    return None
+
+
+def why_uncovered(
+    facts: BlockFacts, u: Matrix | None = None, v: Matrix | None = None, learning: bool = False
+) -> str | None:
+    """Why the kernels leave a block, or products with u and v, to the reference's functions; None: they do not.
+
+    ``learning``: whether λ's gradient is wanted.
+    """
+    if facts.why is not None:
+        return facts.why
+    if learning and facts.kind == 2:
+        return "the gradient of an outer diagonal"
+    if isinstance(u, LowRank) or isinstance(v, LowRank):
+        return "a thin gradient"
+    if isinstance(u, GradientInPlace):
+        for grad in u.block.grads:
+            if grad is not None and (grad.dtype not in TYPES or grad.layout != torch.strided):
+                return f"a gradient is {grad.dtype}, {grad.layout}"
+            if grad is not None and grad.ndim > MOST_DIMS and not grad.is_contiguous():
+                return "a gradient has more dimensions than the kernels follow"
+    return None

@@ -1,0 +1,26 @@
+"""Anchoring, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...algebra.maths import Aux
+from ...algebra.structure import LayerStatistics
+from ...model.block import Block
+from ...precision import precision_scope
+
+
+def anchor(
+    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], *, decay: float, damping: float
+) -> None:
+    """Q from the moving average of the Kronecker factors, with the new ones in it: see ``protocol.Ops``."""
+    for block, new in zip(blocks, statistics, strict=True):
+        if new and block.structure.average(block.moments, new, 1 - decay):
+            block.moments_weight.mul_(decay).add_(1 - decay)
+            start_kfac(block, damping)
+
+
+def start_kfac(block: Block, damping: float) -> None:
+    """Q from the block's average as it is."""
+    with precision_scope("highest"):  # of a triangular inverse that λ starts from
+        block.structure.start_kfac(block.moments, damping, block.moments_weight.item())

@@ -1,0 +1,104 @@
+"""What the optimizer tells of itself: counters, the latest step in numbers, steps skipped, a writer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model.block import Block
+
+
+class Diagnostics:
+    """Counters and the numbers of the latest step. With ``capturable`` they stay on the device until they are read."""
+
+    def __init__(self, capturable: bool, writer: Any) -> None:
+        self._capturable, self._writer = capturable, writer
+        self._counts: dict[str, Any] = dict.fromkeys(
+            ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
+        )
+        self._last: dict[str, Any] = {}
+
+    @property
+    def steps(self) -> int:
+        """θ steps so far, those that were skipped on the device included."""
+        return self._counts["steps"]
+
+    def counts(self) -> dict[str, int]:
+        """All counters, for a checkpoint."""
+        return {k: int(v) for k, v in self._counts.items()}
+
+    def load(self, counts: dict[str, int]) -> None:
+        """Take up a checkpoint's counters."""
+        self._counts.update(counts)
+
+    def note_gradient(self, norm: Tensor) -> None:
+        """‖g‖ of this step."""
+        self._last["grad_norm"] = norm
+
+    def note_anchor(self) -> None:
+        """Q was estimated anew."""
+        self._counts["anchors"] += 1
+
+    def note_update(self, blocks: Sequence[Block], loss: Tensor, ok: Tensor) -> None:
+        """An update of λ, and whether it was taken. RuntimeError where the λ of ``blocks`` had been spoilt before."""
+        self._counts["aux_steps"] += 1
+        self._last["aux_loss"] = loss
+        if self._capturable:
+            self._counts["skipped_aux_steps"] = self._counts["skipped_aux_steps"] + ~ok
+        elif not ok:
+            _refuse_bad_aux(blocks)
+            self._counts["skipped_aux_steps"] += 1
+
+    def note_step(self, blocks: Sequence[Block], stepped: Sequence[Block], norms: Tensor, ok: Tensor) -> None:
+        """A θ step of ``stepped``, and whether it was taken. RuntimeError where the λ of ``blocks`` is spoilt."""
+        self._counts["steps"] += 1
+        self._last["nat_norm"] = ([b.name for b in stepped], norms)
+        if self._capturable:
+            self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
+        elif not ok:
+            _refuse_bad_aux(blocks)
+            self.skip_step("the natural gradient is not finite", stacklevel=5)
+
+    def skip_step(self, reason: str, stacklevel: int = 4) -> None:
+        """A step was not taken. The first is warned of."""
+        if not self._counts["skipped_steps"]:
+            warnings.warn(
+                f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on",
+                stacklevel=stacklevel,
+            )
+        self._counts["skipped_steps"] += 1
+
+    @property
+    def aux_loss(self) -> float:
+        """𝒜 at the latest update of λ."""
+        return float(self._last["aux_loss"])
+
+    def report(self) -> dict[str, Any]:
+        """As ``FishLeg.diagnostics`` has it."""
+        names, norms = self._last.get("nat_norm", ([], torch.zeros(0)))
+        scalars = {key: float(self._last[key]) if key in self._last else None for key in ("aux_loss", "grad_norm")}
+        return {**self.counts(), **scalars, "nat_norm": dict(zip(names, norms.tolist(), strict=True))}
+
+    def write(self) -> None:
+        """Give the report to the writer, if there is one."""
+        if self._writer is None:
+            return
+        for key, value in self.report().items():
+            items = {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            for name, number in items.items():
+                if number is not None:
+                    self._writer.add_scalar(f"fishleg/{name}", number, self.steps)
+
+
+def _refuse_bad_aux(blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        for name, t in block.structure.fishleg_aux.items():
+            if not torch.isfinite(t).all():
+                raise RuntimeError(
+                    f"λ of {block.name!r}, fishleg_aux[{name!r}], is not finite; load a checkpoint or make "
+                    f"the optimizer anew"
+                )

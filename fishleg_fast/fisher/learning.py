@@ -1,0 +1,198 @@
+"""How λ follows the Fisher matrix: learned on the auxiliary loss, and anchored to the Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra.costs import count_applications
+from ..algebra.low_rank import LowRank
+from ..algebra.maths import Applications
+from ..algebra.matrix import Matrix, dense
+from ..backends.protocol import LambdaOptions, Ops
+from ..model.block import Block
+from ..passes.inputs import Inputs
+from ..passes.isolated import IsolatedPasses
+from .low_rank_products import low_rank_ggn
+from .moments import moments
+from .products import FISHER, drawn_gradient
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """How λ follows the Fisher matrix, with the names and meanings of ``FishLeg``'s arguments; ``update`` is Adam's."""
+
+    update: LambdaOptions
+    update_aux_every: int
+    fisher: str
+    u_sampling: str
+    init: str
+    anchor_every: int
+    anchor_decay: float
+    curvature_batch: int | None
+
+
+def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
+    """The trainable parameters of the blocks, by id."""
+    return {id(part.param): part.param for b in blocks for part in b.parts if part.param.requires_grad}
+
+
+def _matrices(blocks: Sequence[Block], tensors: Mapping[int, Tensor]) -> list[Tensor]:
+    """Tensors of the parameters' shapes, by id -> (m, n) of each block; zeros where there is none."""
+    return [
+        b.matrix([part.of(tensors[id(part.param)]) if id(part.param) in tensors else None for part in b.parts])
+        for b in blocks
+    ]
+
+
+def _tensors(blocks: Sequence[Block], matrices: Sequence[Tensor]) -> dict[int, Tensor]:
+    """(m, n) of each block -> tensors of the trainable parameters' shapes, by id."""
+    tensors: dict[int, Tensor] = {}
+    for block, matrix in zip(blocks, matrices, strict=True):
+        for part, piece in zip(block.parts, block.split(matrix), strict=True):
+            p = part.param
+            if p.requires_grad and part.rows is None:
+                tensors[id(p)] = piece
+            elif p.requires_grad:
+                whole = tensors.setdefault(id(p), torch.zeros_like(p, dtype=matrix.dtype))
+                part.of(whole).copy_(piece)
+    return tensors
+
+
+def _expanded(block: Block, v: Matrix) -> Tensor:
+    """(m, n) in λ's dtype; of a low-rank v in the block's scratch memory."""
+    if not isinstance(v, LowRank):
+        return dense(v)
+    v.into(block.scratch())
+    return block.scratch()
+
+
+class CurvatureLearner:
+    """Learns and anchors the λ of blocks, by the ops of a backend and passes through the user's model."""
+
+    def __init__(self, passes: IsolatedPasses, options: CurvatureOptions, ops: Ops) -> None:
+        self.passes, self.options, self.ops = passes, options, ops
+
+    def _curvature_batch(self) -> Inputs:
+        return self.passes.inputs(self.options.curvature_batch)
+
+    def updates_due(self, step: int) -> int:
+        """How many updates of λ come before this step."""
+        every = self.options.update_aux_every
+        return -every if every < 0 else int(every > 0 and step % every == 0)
+
+    def anchor_due(self, blocks: Sequence[Block], step: int) -> list[Block]:
+        """The blocks whose Q starts, or is estimated anew, before this step."""
+        return [b for b in blocks if self._anchor_due(b, step)]
+
+    def _anchor_due(self, block: Block, step: int) -> bool:
+        if not block.moments or not any(part.param.requires_grad for part in block.parts):
+            return False
+        every = self.options.anchor_every
+        start = self.options.init == "kfac" and not block.moments_weight
+        return start or (every > 0 and step > 0 and step % every == 0)
+
+    def anchor(self, blocks: Sequence[Block]) -> None:
+        """Q from the moving average of the Fisher's Kronecker factors, to which this batch's are added.
+
+        Factors that are not finite are left out: Q stays what it is.
+        """
+        statistics = moments(self.passes, blocks, self.passes.inputs())
+        options = self.options
+        self.ops.anchor(blocks, statistics, decay=options.anchor_decay, damping=options.update.damping)
+
+    def applications_in_update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Applications]:
+        """How often P and S of each block are used in an update of λ."""
+        us = gs if self.options.u_sampling == "gradient" else [b.momentum for b in blocks]  # dense, of that shape
+        return [count_applications(u, 2, int(self.options.update.precondition)) for u in us]
+
+    def applications_in_steps(self, blocks: Sequence[Block]) -> list[Applications] | None:
+        """How often P and S of each block are used in steps until λ changes; None: it does not."""
+        periods = [max(every, 1) for every in (self.options.update_aux_every, self.options.anchor_every) if every]
+        # As if all were dense: whatever the batch, so that a resumed run decides as the first one did.
+        times = min(periods, default=0)
+        return [(times * n, times * m) for m, n in (b.shape for b in blocks)] if times else None
+
+    def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
+        """u of the auxiliary loss: of unit norm over all blocks together, or zero where the gradient is."""
+        us = _SAMPLING[self.options.u_sampling](self, blocks, gs)
+        norm = self.ops.inner(us, us).sqrt()
+        norm = torch.where(norm > 0, norm, 1)
+        return [u / norm.to(u) if isinstance(u, Tensor) else u.scaled(1 / norm) for u in us]
+
+    def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
+        generator = torch.Generator(blocks[0].momentum.device).manual_seed(self.passes.seed())
+        return [torch.empty_like(b.momentum).normal_(generator=generator) for b in blocks]
+
+    def _gradient(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
+        return list(gs)
+
+    def _momentum(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
+        return [torch.lerp(b.momentum, dense(g), 1 - b.beta) for b, g in zip(blocks, gs, strict=True)]
+
+    def update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
+        """One Adam step of λ (eq. 14 of the talk). Returns (𝒜, whether the step was taken)."""
+        us = self.directions(blocks, gs)
+        vs = self.ops.qv(blocks, us)
+        return self.ops.lambda_step(blocks, us, vs, self._fisher_product(blocks, vs), self.options.update)
+
+    def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Matrix]:
+        """F v, low-rank where v is and the model's passes allow it."""
+        low_rank = [k for k, v in enumerate(vs) if isinstance(v, LowRank)]
+        inputs = self._curvature_batch()
+        if low_rank and self.options.fisher == "ggn" and self.passes.forward_mode and self.passes.low_rank_mode:
+            found = self._low_rank_fisher_product(blocks, vs, low_rank, inputs)
+            if found is not None:
+                return found
+            self.passes.low_rank_mode = False
+        return list(self._dense_fisher_product(blocks, vs, inputs))
+
+    def _low_rank_fisher_product(
+        self, blocks: Sequence[Block], vs: Sequence[Matrix], low_rank: Sequence[int], inputs: Inputs
+    ) -> list[Matrix] | None:
+        rest = sorted(set(range(len(blocks))).difference(low_rank))
+        others = [blocks[k] for k in rest]
+        params = _params(others)
+        tangents = _tensors(others, [dense(vs[k]) for k in rest])
+        found = low_rank_ggn(
+            self.passes,
+            list(params.values()),
+            [tangents[i] for i in params],
+            [blocks[k] for k in low_rank],
+            [v for v in vs if isinstance(v, LowRank)],
+            inputs,
+        )
+        if found is None:
+            return None
+        products, low_rank_products = found
+        matrices = _matrices(others, dict(zip(params, products, strict=True)))
+        together: dict[int, Matrix] = {
+            **dict(zip(rest, matrices, strict=True)),
+            **dict(zip(low_rank, low_rank_products, strict=True)),
+        }
+        return [together[k] for k in range(len(blocks))]
+
+    def _dense_fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix], inputs: Inputs) -> list[Tensor]:
+        """F v, from blocks to the model's parameters and back."""
+        params = _params(blocks)
+        tangents = _tensors(blocks, [_expanded(b, v) for b, v in zip(blocks, vs, strict=True)])
+        estimate = FISHER[self.options.fisher]
+        order = list(params)
+        products = estimate(self.passes, [params[i] for i in order], [tangents[i] for i in order], inputs)
+        return _matrices(blocks, dict(zip(order, products, strict=True)))
+
+    def drawn_gradients(self, blocks: Sequence[Block]) -> list[Tensor]:
+        """The gradient on labels drawn from the model, (m, n) of each block."""
+        params = _params(blocks)
+        grads = drawn_gradient(self.passes, list(params.values()), self._curvature_batch())
+        return _matrices(blocks, dict(zip(params, grads, strict=True)))
+
+
+_SAMPLING: dict[str, Callable[[CurvatureLearner, Sequence[Block], Sequence[Matrix]], list[Matrix]]] = {
+    "gradient": CurvatureLearner._gradient,
+    "momentum": CurvatureLearner._momentum,
+    "gaussian": CurvatureLearner._gaussian,
+}

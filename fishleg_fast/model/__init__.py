@@ -1,0 +1,1 @@
+"""How a model becomes matrices: blocks, layers, the modules that carry λ, and their assembly."""

@@ -1,0 +1,178 @@
+"""A block: the parameters of one layer seen as one matrix θ (m, n), with its λ and the state of its moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra.structure import LambdaVersion, Structure
+
+
+@dataclass
+class Part:
+    """A parameter, or some of its rows, that is (part of) a block."""
+
+    param: nn.Parameter
+    rows: slice | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part's view of a tensor that has the parameter's shape."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+
+def _empty() -> Tensor:
+    return torch.zeros(())
+
+
+class BackendState:
+    """What a backend keeps on a block: what it has prepared, workspaces. Made without arguments.
+
+    It is of that block's memory: a copied block starts without.
+    """
+
+    def __deepcopy__(self, memo: dict) -> BackendState:
+        return type(self)()
+
+
+State = TypeVar("State", bound=BackendState)
+
+
+@dataclass(eq=False)
+class Block:
+    """What every op takes: parameters, gradients, λ, moving averages and hyperparameters of one layer.
+
+    ``axis`` tells how the parts make the matrix: 1, side by side as columns, each seen as (m, numel/m), the weight and
+    its bias; 0, one below the other as a single column. No part is empty.
+    """
+
+    name: str
+    parts: list[Part]
+    axis: int
+    structure: Structure
+    key: str = ""  # tells apart the blocks that are rows of one parameter
+    layer: nn.Module | None = None  # whose inputs and outputs tell the Kronecker factors
+    momentum: Tensor = field(default_factory=_empty)  # moving average of g, or of Q g: (m, n)
+    step: Tensor = field(default_factory=_empty)  # scalar float32: how often the block was stepped
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)  # Adam's moments of λ
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+    aux_step: Tensor = field(default_factory=_empty)  # scalar float32: Adam's steps
+    moments: dict[str, Tensor] = field(default_factory=dict)  # moving average of the Kronecker factors of the Fisher
+    moments_weight: Tensor = field(default_factory=_empty)  # scalar float32: its total weight, 0 before the first
+    grads: list[Tensor | None] = field(default_factory=list)  # this step's, one a part; negated where it maximizes
+    product: Tensor | None = None  # Q m, of the λ that product_version tells; kept for low-rank gradients only
+    product_version: LambdaVersion | None = None  # None: m has moved on
+    scratch_memory: Tensor | None = None  # (m, n)
+    backend_state: BackendState | None = None  # what the backend that steps the block keeps on it
+    groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
+
+    @cached_property
+    def params(self) -> list[nn.Parameter]:
+        """The parameter of each part."""
+        return [part.param for part in self.parts]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of λ and of every moving average: float32 unless the parameters are float64."""
+        return torch.float64 if self.parts[0].param.dtype == torch.float64 else torch.float32
+
+    @property
+    def beta(self) -> float:
+        """Momentum: that of the first part's group."""
+        return self.groups[0]["beta"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        views = [part.of(part.param) for part in self.parts]
+        if self.axis == 0:
+            return sum(v.numel() for v in views), 1
+        m = views[0].shape[0]
+        return m, sum(v.numel() for v in views) // m
+
+    def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One tensor a part, None for zeros -> (m, n) in λ's dtype."""
+        pieces = []
+        for part, t in zip(self.parts, tensors, strict=True):
+            t = torch.zeros_like(part.of(part.param)) if t is None else t
+            pieces.append(self._piece(t if t.layout == torch.strided else t.to_dense()))
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.axis)
+        return whole.to(self.dtype)
+
+    def _piece(self, tensor: Tensor) -> Tensor:
+        rows = tensor.shape[0] if self.axis else tensor.numel()
+        return tensor.reshape(rows, tensor.numel() // rows)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """(m, n) -> one tensor a part, in the part's shape and λ's dtype; views where that is possible."""
+        sizes, shapes = self._layout
+        return [piece.reshape(s) for s, piece in zip(shapes, matrix.split(sizes, dim=self.axis), strict=True)]
+
+    @cached_property
+    def _layout(self) -> tuple[list[int], list[torch.Size]]:
+        """How many rows or columns each part takes, and each part's shape."""
+        shapes = [part.of(part.param).shape for part in self.parts]
+        return [s.numel() // (self.shape[0] if self.axis else 1) for s in shapes], shapes
+
+    def allocate(self, on_device: bool) -> None:
+        """Zeroed state on the parameters' device; the counters stay on the CPU unless ``on_device``."""
+        device = self.parts[0].param.device
+        counters = device if on_device else torch.device("cpu")
+        self.step, self.aux_step = torch.zeros((), device=counters), torch.zeros((), device=counters)
+        self.momentum = torch.zeros(self.shape, dtype=self.dtype, device=device)
+        self.exp_avg = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
+        self.moments = self.structure.new_moments()
+        self.moments_weight = torch.zeros(())
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """``product`` and scratch memory, of the momentum's shape, made at the first call."""
+        if self.product is None:
+            self.product = torch.empty_like(self.momentum)
+        return self.product, self.scratch()
+
+    def scratch(self) -> Tensor:
+        """Memory of the momentum's shape for what is not needed after an op, made at the first call."""
+        if self.scratch_memory is None:
+            self.scratch_memory = torch.empty_like(self.momentum)
+        return self.scratch_memory
+
+    def kept(self, kind: type[State]) -> State:
+        """``backend_state`` of that kind, made at the first call; another backend's is given up."""
+        if type(self.backend_state) is not kind:
+            self.backend_state = kind()
+        return self.backend_state
+
+    def check_placement(self) -> None:
+        """RuntimeError where the parameters have left λ's device or dtype."""
+        param = self.parts[0].param
+        if self.momentum.device != param.device or self.momentum.dtype != self.dtype:
+            raise RuntimeError(
+                f"λ of {self.name!r} is {self.momentum.dtype} on {self.momentum.device} but its parameter is "
+                f"{param.dtype} on "
+                f"{param.device}: move or convert the model before making the optimizer"
+            )
+
+    @property
+    def product_known(self) -> bool:
+        """Whether ``product`` is Q m."""
+        return self.product_version is not None and self.product_version == self.structure.version
+
+    def state(self) -> dict:
+        """What a checkpoint holds of the block: live tensors, by name, Q m among them since its rounding goes on."""
+        known = {"product": self.product} if self.product_known else {}
+        return {
+            **known,
+            "step": self.step,
+            "momentum": self.momentum,
+            "fishleg_aux": self.structure.fishleg_aux,
+            "aux_step": self.aux_step,
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "moments": self.moments,
+            "moments_weight": self.moments_weight,
+        }

@@ -1,0 +1,192 @@
+"""How each layer's parameters become matrices: one class a kind of layer, one row of ``LAYERS`` each.
+
+A layer says which of its parameters form which block, and turns the inputs and output gradients that a forward and
+backward pass showed into rows a (positions, n) and e (positions, m): the gradient is eᵀa, and with labels drawn from
+the model their second moments are the Kronecker factors of the Fisher matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..algebra.factors import cross
+from ..algebra.maths import Aux
+from ..algebra.structure import LayerStatistics
+from .block import Block
+
+
+@dataclass
+class BlockSpec:
+    """A block to be: ``parts`` are (parameter's name in the module, rows or None)."""
+
+    suffix: str
+    parts: list[tuple[str, slice | None]]
+    axis: int = 1
+    diagonal: tuple[str, ...] = ()  # factors to keep diagonal
+    elementwise: bool = False  # always a Diagonal structure
+
+
+class Layer:
+    """The default: nothing claimed, nothing seen."""
+
+    low_rank = False  # whether the gradient is a low-rank product of few positions that costs nothing to see
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        return []
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's input as (positions, inputs), without the bias's column of ones; None if it cannot be told."""
+        return None
+
+    def output_gradients(self, module: nn.Module, e: Tensor) -> Tensor:
+        """The output's gradient as (positions, m)."""
+        return e.reshape(-1, e.shape[-1])
+
+    def rows(self, block: Block, x: Tensor, e: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """a (positions, n) and e (positions', m), with the columns of the block's parts: the block's gradient is eᵀa.
+
+        positions is positions' times the layer's groups. None where the layer does not show them. ``room``: memory for
+        a, where it has to be put together.
+        """
+        module = block.layer
+        assert module is not None
+        a, e = self.inputs(module, x), self.output_gradients(module, e)
+        if a is None or a.shape[0] % max(e.shape[0], 1):
+            return None
+        own = {id(part.param): part for part in block.parts}
+        columns = [a] if id(module.weight) in own else []
+        if id(module.bias) in own:
+            columns.append(a.new_ones(a.shape[0], 1))
+        if not columns:  # the parameters were replaced
+            return None
+        a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1, out=room)
+        if (e.shape[1], a.shape[1]) != block.shape:  # a subclass whose forward does something else
+            return None
+        return a, e
+
+    def shown(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
+        """What tells the block's second moments, from the rows of all calls of its layer.
+
+        ``count``: the independent terms over which the loss is the mean.
+        """
+        return LayerStatistics(a.to(block.dtype), e.to(block.dtype), count)
+
+
+class Linear(Layer):
+    """weight (out, in), bias (out,) -> (out, in + 1)."""
+
+    low_rank = True
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        return [BlockSpec("", [("weight", None), ("bias", None)])]
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        return x.reshape(-1, x.shape[-1])
+
+
+class Conv(Layer):
+    """weight (out, in/groups, *kernel), bias (out,) -> (out, in/groups·|kernel| + 1).
+
+    Inputs are seen in one and two dimensions.
+    """
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        return [BlockSpec("", [("weight", None), ("bias", None)])]
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        dims = len(module.kernel_size)
+        if dims > 2:
+            return None
+        x = x if x.ndim == dims + 2 else x[None]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+        if dims == 1:
+            x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
+        patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (batch, in·|kernel|, positions)
+        return patches.unflatten(1, (module.groups, -1)).movedim(2, -1).flatten(0, 2)
+
+    def output_gradients(self, module: nn.Module, e: Tensor) -> Tensor:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        e = e if e.ndim == len(module.kernel_size) + 2 else e[None]
+        return e.flatten(2).mT.flatten(0, 1)
+
+
+class Embedding(Layer):
+    """weight (vocab, dim), with a diagonal factor on the vocabulary's side."""
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        return [BlockSpec("", [("weight", None)], diagonal=("R",))]
+
+    def rows(self, block: Block, x: Tensor, e: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """The words (positions,) and e (positions, dim), without padding."""
+        assert isinstance(block.layer, nn.Embedding)
+        moments = block.structure.new_moments()
+        if "rows" not in moments or moments["rows"].ndim != 1:
+            return None
+        words, e = x.reshape(-1), self.output_gradients(block.layer, e)
+        if block.layer.padding_idx is None:
+            return words, e
+        real = words != block.layer.padding_idx
+        return words[real], e[real]
+
+    def shown(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
+        """rows = how often each word occurs (the second moment of one-hot inputs), columns = count·Σ e eᵀ."""
+        moments, words, e = block.structure.new_moments(), a, e.to(block.dtype)
+        moments["rows"] += torch.bincount(words, minlength=block.shape[0]).to(e.dtype) / max(words.numel(), 1)
+        moments["columns"] += cross(e.T, e.T, moments["columns"]) * count
+        return moments
+
+
+class Norm(Layer):
+    """Elementwise weight and bias: one diagonal block."""
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        return [BlockSpec("", [("weight", None), ("bias", None)], axis=0, elementwise=True)]
+
+
+class Attention(Layer):
+    """The packed in-projection as three blocks q, k, v. The out-projection is a child layer and claims itself."""
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        assert isinstance(module, nn.MultiheadAttention)
+        d = module.embed_dim
+        packed = module.in_proj_weight is not None
+        specs = []
+        for i, name in enumerate("qkv"):
+            rows = slice(i * d, (i + 1) * d)
+            weight = ("in_proj_weight", rows) if packed else (f"{name}_proj_weight", None)
+            specs.append(BlockSpec(name, [weight, ("in_proj_bias", rows)]))
+        return specs
+
+
+LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: Linear(),
+    nn.Conv1d: Conv(),
+    nn.Conv2d: Conv(),
+    nn.Conv3d: Conv(),
+    nn.Embedding: Embedding(),
+    nn.LayerNorm: Norm(),
+    nn.RMSNorm: Norm(),
+    nn.GroupNorm: Norm(),
+    nn.BatchNorm1d: Norm(),
+    nn.BatchNorm2d: Norm(),
+    nn.BatchNorm3d: Norm(),
+    nn.SyncBatchNorm: Norm(),
+    nn.InstanceNorm1d: Norm(),
+    nn.InstanceNorm2d: Norm(),
+    nn.InstanceNorm3d: Norm(),
+    nn.MultiheadAttention: Attention(),
+}
+
+_UNKNOWN = Layer()
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """The row for a module's class or its nearest base."""
+    return next((LAYERS[c] for c in type(module).__mro__ if c in LAYERS), _UNKNOWN)

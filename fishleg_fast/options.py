@@ -1,0 +1,225 @@
+"""FishLeg's arguments: checked, and frozen. Each message names the argument, its value and what it should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from .backends.protocol import LambdaOptions, ThetaOptions
+from .fisher.learning import CurvatureOptions
+from .fisher.products import FISHER
+from .likelihoods import Likelihood
+from .model.assemble import StructureChoice, check_choice
+from .precision import PRECISIONS
+
+_CHOICES = {
+    "fisher": tuple(FISHER),
+    "u_sampling": ("gradient", "momentum", "gaussian"),
+    "init": ("kfac", "sgd"),
+    "momentum": ("before", "after"),
+    "normalize": ("rms", "trust", None),
+    "precision": (*PRECISIONS, None),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is one for the whole model, with the names and meanings of ``FishLeg``'s arguments.
+
+    TypeError or ValueError where a value is wrong.
+    """
+
+    # the step
+    momentum: str
+    nesterov: bool
+    normalize: str | None
+    kappa: float
+    capturable: bool
+    # λ and its learning
+    structure: StructureChoice | Mapping[str, StructureChoice]
+    max_factor_size: int | None
+    damping: float
+    fisher: str
+    curvature_batch: int | None
+    update_aux_every: int
+    aux_lr: float
+    aux_betas: tuple[float, float]
+    aux_eps: float
+    u_sampling: str
+    precondition_aux: bool
+    learn_scale: bool
+    # its start, and anchoring
+    init: str
+    scale: float
+    anchor_every: int
+    anchor_decay: float
+    # the rest
+    precision: str | None
+    writer: Any
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} should be one of {choices} but is: {getattr(self, name)!r}")
+        for name in ("aux_lr", "damping", "scale", "kappa", "aux_eps"):
+            _check_number(name, getattr(self, name), strict=True)
+        if not isinstance(self.aux_betas, (tuple, list)) or len(self.aux_betas) != 2:
+            raise ValueError(f"aux_betas should be a pair of numbers but is: {self.aux_betas!r}")
+        for i, beta in enumerate(self.aux_betas):
+            _check_number(f"aux_betas[{i}]", beta, below=1)
+        _check_number("anchor_decay", self.anchor_decay, below=1)
+        check_count("update_aux_every", self.update_aux_every, least=-1_000_000)
+        check_count("anchor_every", self.anchor_every)
+        check_count("seed", self.seed)
+        for name in ("curvature_batch", "max_factor_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=1)
+        for name in ("precondition_aux", "learn_scale", "nesterov"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} should be a bool but is: {getattr(self, name)!r}")
+        check_choice(self.structure)
+        if self.momentum == "after" and self.u_sampling == "momentum":
+            raise ValueError(
+                "u_sampling='momentum' needs an average of gradients, but momentum='after' averages Q g; use "
+                "momentum='before'"
+            )
+        if self.writer is not None and not callable(getattr(self.writer, "add_scalar", None)):
+            raise TypeError(
+                f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {self.writer!r}"
+            )
+
+    @cached_property
+    def theta(self) -> ThetaOptions:
+        """Those of the θ step."""
+        return ThetaOptions(
+            momentum=self.momentum, nesterov=self.nesterov, normalize=self.normalize, kappa=self.kappa,
+            capturable=self.capturable,
+        )  # fmt: skip
+
+    @cached_property
+    def curvature(self) -> CurvatureOptions:
+        """Those of λ."""
+        update = LambdaOptions(
+            damping=self.damping, lr=self.aux_lr, betas=self.aux_betas, eps=self.aux_eps,
+            precondition=self.precondition_aux, learn_scale=self.learn_scale, capturable=self.capturable,
+        )  # fmt: skip
+        return CurvatureOptions(
+            update=update, update_aux_every=self.update_aux_every, fisher=self.fisher, u_sampling=self.u_sampling,
+            init=self.init, anchor_every=self.anchor_every, anchor_decay=self.anchor_decay,
+            curvature_batch=self.curvature_batch,
+        )  # fmt: skip
+
+
+def _check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, strict: bool = False) -> None:
+    """TypeError or ValueError unless least ≤ value < below (least < value where ``strict``)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} should be a number or a scalar tensor but has shape: {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} should be a number but is: {value!r}")
+    value = float(value)
+    if not math.isfinite(value) or value < least or value >= below or (strict and value == least):
+        limits = f"{'greater than' if strict else 'at least'} {least:g}" + (
+            "" if below == math.inf else f" and below {below:g}"
+        )
+        raise ValueError(f"{name} should be {limits} but is: {value!r}")
+
+
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """TypeError or ValueError unless value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} should be an integer but is: {value!r}")
+    if value < least:
+        raise ValueError(f"{name} should be at least {least} but is: {value}")
+
+
+def check_sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: Any, fisher: str) -> None:
+    """What the loss and the curvature batches come from."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module but is: {type(model).__name__}; pass parameters as params=")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "model should not be a DistributedDataParallel over several processes: each would learn its own λ, and "
+            "the replicas would drift apart. Distributed training is not supported yet"
+        )
+    for name, function in (("draw", draw), ("nll", nll)):
+        if isinstance(function, Likelihood):
+            raise TypeError(f"{name} should be a function but is: {type(function).__name__}; pass it as likelihood=")
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} should be callable but is: {function!r}")
+    if likelihood is not None and not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}")
+    if (draw is None) != (nll is None):
+        raise ValueError(f"draw and nll go together, but {'draw' if draw is None else 'nll'} is missing")
+    if likelihood is None and nll is None:
+        raise ValueError("FishLeg needs likelihood=, or both draw= and nll=, to know the Fisher matrix; none was given")
+    if fisher == "ggn" and likelihood is None:
+        raise ValueError("fisher='ggn' needs likelihood=; draw and nll alone do with fisher='hessian'")
+    if fisher == "ggn" and likelihood is not None and any(p.requires_grad for p in likelihood.parameters()):
+        if type(likelihood).own_fisher_product is Likelihood.own_fisher_product:
+            raise ValueError(
+                f"likelihood should implement own_fisher_product(outputs, vs), since {type(likelihood).__name__} has "
+                "parameters of its own, but does not; or use fisher='hessian'"
+            )
+    if aux_loader is not None:
+        if not isinstance(aux_loader, Iterable):
+            raise TypeError(f"aux_loader should be iterable, like a DataLoader, but is: {type(aux_loader).__name__}")
+        try:
+            size = len(aux_loader) if isinstance(aux_loader, Sized) else None
+        except TypeError:  # a DataLoader over an IterableDataset
+            size = None
+        if size == 0:
+            raise ValueError("aux_loader should not be empty but has length: 0")
+
+
+def check_group(options: dict[str, Any]) -> None:
+    """A parameter group's options."""
+    _check_number("lr", options["lr"])
+    _check_number("weight_decay", options["weight_decay"])
+    _check_number("beta", options["beta"], below=1)
+    if not isinstance(options["maximize"], bool):
+        raise TypeError(f"maximize should be a bool but is: {options['maximize']!r}")
+
+
+def chosen_parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[Any] | None) -> list[Any]:
+    """What the optimizer trains: ``params``, or everything trainable under the roots."""
+    for prefix, root in roots:
+        for name, p in root.named_parameters():
+            if isinstance(p, UninitializedParameter):
+                raise ValueError(
+                    f"parameter {prefix + name!r} is not initialized yet: run one forward pass before making "
+                    f"the optimizer"
+                )
+    if isinstance(params, Tensor):
+        raise TypeError("params should be an iterable of tensors or of dicts but is: a tensor")
+    chosen = [p for _, root in roots for p in root.parameters() if p.requires_grad] if params is None else list(params)
+    if not chosen:
+        where = "model should have a trainable parameter" if params is None else "params should hold a parameter"
+        raise ValueError(
+            f"{where} but has none" + (" (does everything have requires_grad=False?)" if params is None else "")
+        )
+    return chosen
+
+
+def check_membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor]) -> None:
+    """Every parameter is the model's or the likelihood's, and real floating point."""
+    names = {id(p): prefix + name for prefix, root in roots for name, p in root.named_parameters()}
+    for p in params:
+        if id(p) not in names:
+            raise ValueError(f"params should be parameters of the model, but one of shape {tuple(p.shape)} is not")
+        if not p.is_floating_point():
+            raise TypeError(f"parameter {names[id(p)]!r} should be real floating point but has dtype: {p.dtype}")
+        if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"parameter {names[id(p)]!r} should be float16, bfloat16, float32 or float64 but has dtype: {p.dtype}"
+            )

@@ -1,0 +1,229 @@
+"""Auxiliary passes through the user's model that leave it as it was.
+
+Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random generators, the captured inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..likelihoods import Likelihood
+from .generators import private_rng
+from .gradient_tap import GradientTap
+from .input_tap import InputTap
+from .inputs import Inputs, tree_map
+from .loader import AuxBatches
+
+Draw = Callable[[nn.Module, Any], Any]
+Nll = Callable[[nn.Module, Any, Any], Tensor]
+
+
+class _Shell(nn.Module):
+    """Model and likelihood under one roof, so that one functional_call replaces the tensors of both."""
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood | None) -> None:
+        super().__init__()
+        self.model = model
+        if likelihood is not None:
+            self.likelihood = likelihood
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside DataParallel, DistributedDataParallel or torch.compile's wrapper."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def output_tensor(outputs: Any) -> Tensor:
+    """The tensor a likelihood scores: the output itself, or its ``logits``. TypeError otherwise."""
+    outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model's output should be a tensor, or have one as .logits, but is: {type(outputs).__name__}; "
+            "pass draw and nll functions of your own with fisher='hessian' and no likelihood"
+        )
+    return outputs
+
+
+class _Recorder:
+    """Stands in for ``model.forward`` during a user's function, and notes what the model is given."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.call: tuple[tuple, dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = args, kwargs
+        return self.forward(*args, **kwargs)
+
+
+class IsolatedPasses:
+    """Batches, drawn labels and losses of one model.
+
+    Where the user gave ``draw`` and ``nll`` functions these make the drawn-label loss, a mean over the batch; the
+    likelihood does otherwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        draw: Draw | None,
+        nll: Nll | None,
+        likelihood: Likelihood | None,
+        loader: Any,
+        seed: int,
+        user: object | None = None,
+        gradients: GradientTap | None = None,
+    ) -> None:
+        self.model, self.likelihood = unwrapped(model), likelihood
+        self._own = None if draw is None or nll is None else (draw, nll)
+        self.shell = _Shell(self.model, likelihood)
+        self.device = next(self.shell.parameters()).device
+        self.devices = sorted({p.device for p in self.shell.parameters()}, key=str)
+        modules = list(self.model.modules())
+        self._sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
+        self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
+        self.low_rank_mode = True  # until a layer with a low-rank gradient does not show what F v is made of
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tap = None if loader is not None else InputTap.on(model, user)
+        self.loader = None if loader is None else AuxBatches(loader, self.devices)
+        self.gradients = gradients
+
+    def seed(self) -> int:
+        """A fresh seed from the optimizer's own generator."""
+        return int(torch.randint(2**62, (), generator=self.generator))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: where the generator of seeds and the loader are."""
+        loader = None if self.loader is None else self.loader.state()
+        return {"generator": self.generator.get_state(), "aux_loader": loader}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint."""
+        self.generator.set_state(state["generator"].cpu())
+        if self.loader is not None and state["aux_loader"] is not None:
+            self.loader.load(state["aux_loader"])
+
+    def inputs(self, size: int | None = None) -> Inputs:
+        """The next batch, of at most ``size`` samples.
+
+        RuntimeError before the model was given any input, ValueError where the loader is empty.
+        """
+        if self.loader is not None:
+            item = self.loader.next(self.seed)
+            x = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+            inputs = Inputs.of(tree_map(lambda t: t.to(self.device, non_blocking=True), x))
+        elif self.tap is not None and self.tap.last is not None:
+            inputs = self.tap.last
+        else:
+            raise RuntimeError(
+                "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was "
+                "made. Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
+            )
+        inputs = (inputs if size is None else inputs.rows(0, size)).copied()
+        if self._own is not None and self.likelihood is not None and self.loader is not None:
+            self._record_call(inputs)
+        return inputs
+
+    def _record_call(self, inputs: Inputs) -> None:
+        """What the user's own draw(model, x) calls the model with, which need not be x: ask it once."""
+        assert self._own is not None
+        before = self.model.__dict__.get("forward")
+        recorder = _Recorder(self.model.forward)
+        self.model.forward = recorder
+        try:
+            self.run(inputs, self.seed(), lambda: self.draw(inputs))
+        finally:
+            del self.model.__dict__["forward"]
+            if before is not None:
+                self.model.__dict__["forward"] = before
+        if recorder.call is not None:
+            inputs.args, inputs.kwargs = tree_map(Tensor.detach, recorder.call)
+
+    def run(self, inputs: Inputs, seed: int, function: Callable[[], Any]) -> Any:
+        """``function()``, gradients enabled, apart from everything that the user's own passes use or change.
+
+        Random generators start from ``seed``, buffers are copies, autocast is as it was when the inputs were captured.
+        Backward passes belong inside too: a checkpointed module runs its forward again during them.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(private_rng(seed, self.devices))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no forward or double derivative
+            stack.enter_context(torch.enable_grad())
+            if self._recurrent and self.device.type == "cuda":  # neither do cuDNN's
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if "torch._dynamo" in sys.modules:  # nor do modules compiled in place
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if inputs.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, inputs.autocast))
+            if self.tap is not None:
+                stack.enter_context(self.tap.pause())
+            if self.gradients is not None:
+                stack.enter_context(self.gradients.pause())
+            for module in self._sparse:  # sparse gradients have no second derivative either
+                module.sparse = False
+                stack.callback(setattr, module, "sparse", True)
+            return self.replaced({id(b): b.clone() for b in self.shell.buffers()}, function)
+
+    def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
+        """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""
+        # Place by place, as they are now: torch's own tying of weights restores a module that is used twice wrongly.
+        named = {
+            f"{path}.{name}": tensors[id(t)]
+            for path, module in self.shell.named_modules()
+            for name, t in (*module._parameters.items(), *module._buffers.items())
+            if id(t) in tensors
+        }
+        return functional_call(self.shell, named, (function,), tie_weights=False)
+
+    def outputs(self, inputs: Inputs) -> Tensor:
+        """The model's outputs, as the likelihood takes them."""
+        past_hooks = inputs.tapped and self.tap is not None and self.model.__dict__.get("forward") is self.tap
+        call = self.tap.inner if past_hooks and self.tap is not None else self.model
+        return output_tensor(call(*inputs.args, **inputs.kwargs))
+
+    def draw(self, inputs: Inputs) -> Any:
+        """Labels drawn from the model."""
+        with torch.no_grad():
+            if self._own is not None:
+                return self._own[0](self.model, inputs.x)
+            assert self.likelihood is not None
+            return self.likelihood.draw(self.outputs(inputs))
+
+    def nll(self, inputs: Inputs, labels: Any) -> Tensor:
+        if self._own is not None:
+            return self._own[1](self.model, inputs.x, labels)
+        assert self.likelihood is not None
+        return self.likelihood.nll(labels, self.outputs(inputs))
+
+    def drawn_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
+        """The nll on labels drawn from the model, and over how many independent terms it is the mean."""
+        if self._own is not None:
+            return self.nll(inputs, self.draw(inputs)), inputs.size()
+        return self.likelihood_loss(inputs)
+
+    def likelihood_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
+        """``drawn_loss`` by the likelihood where there is one: one forward pass, and the exact number of terms."""
+        if self.likelihood is None:
+            return self.drawn_loss(inputs)
+        outputs = self.outputs(inputs)
+        with torch.no_grad():
+            labels = self.likelihood.draw(outputs)
+        return self.likelihood.nll(labels, outputs), self.likelihood.terms(outputs)
