@@ -27,7 +27,7 @@ def low_rank_pays(R: Tensor, L: Tensor, m: int, n: int, rank: int) -> bool:
 def outer_products_pay(factor: Tensor, rank: int) -> bool:
     """Whether (M+Mᵀ)L with M = XᵀY of ``rank`` costs less as Xᵀ(Y L) + Yᵀ(X L) than by way of M.
 
-    By M: rank·numel for M, width·numel for its product with L. Thin: two products with L and two outer products.
+    By M: rank·numel for M, width·numel for its product with L. Of low rank: two products with L and two outer products.
     """
     return factor.ndim == 2 and 4 * rank < rank + factor.shape[-1]
 

@@ -42,11 +42,11 @@ def sumkron_low_rank_qv(aux: Aux, cache: Aux, u: LowRank) -> LowRankProduct:
 
 def sumkron_low_rank_grads(aux: Aux, u: LowRank, v: LowRankProduct, w: DenseAndLowRank) -> Aux:
     terms = _terms(aux, "RL")
-    images = [
+    products = [
         LowRankProduct(E, H, v.halves[k : k + 1])
         for k, (E, H) in enumerate(zip(v.E.split(u.rank), v.H.split(u.rank), strict=True))
     ]
-    return _joined([kron_low_rank_grads(a, u, image, w) for a, image in zip(terms, images, strict=True)])
+    return _joined([kron_low_rank_grads(a, u, product, w) for a, product in zip(terms, products, strict=True)])
 
 
 def sumkron_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:

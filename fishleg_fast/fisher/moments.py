@@ -36,12 +36,12 @@ def moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs) -> 
 
 
 def _layer_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs) -> dict[int, LayerStatistics | Aux]:
-    shown: list[tuple[Block, Tensor, Any]] = []  # a block, its layer's input, and where its output's gradient will be
+    seen: list[tuple[Block, Tensor, Any]] = []  # a block, its layer's input, and where its output's gradient will be
 
     def watch(block: Block) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
-                shown.append(
+                seen.append(
                     (block, args[0].detach(), get_gradient_edge(output))
                 )  # an edge outlives in-place activations
 
@@ -52,7 +52,7 @@ def _layer_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inpu
         loss, count = passes.likelihood_loss(inputs)
         for handle in hooks:  # before the backward pass, in which checkpointed modules run once more
             handle.remove()
-        edges = [edge for *_, edge in shown]
+        edges = [edge for *_, edge in seen]
         return count, torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
 
     hooks = [watch(block) for block in blocks]
@@ -63,7 +63,7 @@ def _layer_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inpu
             handle.remove()
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
     unseen: set[int] = set()
-    for (block, x, _), e in zip(shown, gradients, strict=True):
+    for (block, x, _), e in zip(seen, gradients, strict=True):
         assert block.layer is not None
         found = None if e is None else layer_of(block.layer).rows(block, x, e)
         if found is None:
@@ -75,14 +75,14 @@ def _layer_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inpu
         if id(block) in rows and id(block) not in unseen:
             assert block.layer is not None
             a, e = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*rows[id(block)], strict=True))
-            together[id(block)] = layer_of(block.layer).shown(block, a, e, count)
+            together[id(block)] = layer_of(block.layer).statistics(block, a, e, count)
     return together
 
 
 def _gradient_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs) -> dict[int, Aux]:
     # All of them, as a user's own backward pass: torch's GroupNorm (2.13, channels_last)
     # crashes where its input needs no gradient.
-    params = [p for p in passes.shell.parameters() if p.requires_grad and p.numel()]
+    params = [p for p in passes.root.parameters() if p.requires_grad and p.numel()]
     size = inputs.size()
     chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))
     edges = [size * i // chunks for i in range(chunks + 1)]

@@ -46,10 +46,10 @@ class Layer:
         """The output's gradient as (positions, m)."""
         return e.reshape(-1, e.shape[-1])
 
-    def rows(self, block: Block, x: Tensor, e: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """a (positions, n) and e (positions', m), with the columns of the block's parts: the block's gradient is eᵀa.
 
-        positions is positions' times the layer's groups. None where the layer does not show them. ``room``: memory for
+        positions is positions' times the layer's groups. None where the layer does not show them. ``out``: memory for
         a, where it has to be put together.
         """
         module = block.layer
@@ -63,12 +63,12 @@ class Layer:
             columns.append(a.new_ones(a.shape[0], 1))
         if not columns:  # the parameters were replaced
             return None
-        a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1, out=room)
+        a = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1, out=out)
         if (e.shape[1], a.shape[1]) != block.shape:  # a subclass whose forward does something else
             return None
         return a, e
 
-    def shown(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
+    def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
         """What tells the block's second moments, from the rows of all calls of its layer.
 
         ``count``: the independent terms over which the loss is the mean.
@@ -123,7 +123,7 @@ class Embedding(Layer):
     def specs(self, module: nn.Module) -> list[BlockSpec]:
         return [BlockSpec("", [("weight", None)], diagonal=("R",))]
 
-    def rows(self, block: Block, x: Tensor, e: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The words (positions,) and e (positions, dim), without padding."""
         assert isinstance(block.layer, nn.Embedding)
         moments = block.structure.new_moments()
@@ -135,7 +135,7 @@ class Embedding(Layer):
         real = words != block.layer.padding_idx
         return words[real], e[real]
 
-    def shown(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
+    def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
         """rows = how often each word occurs (the second moment of one-hot inputs), columns = count·Σ e eᵀ."""
         moments, words, e = block.structure.new_moments(), a, e.to(block.dtype)
         moments["rows"] += torch.bincount(words, minlength=block.shape[0]).to(e.dtype) / max(words.numel(), 1)

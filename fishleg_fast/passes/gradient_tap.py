@@ -59,7 +59,7 @@ class LayerTap:
         self.seen: list[tuple[Tensor, Tensor]] = []  # (input, output gradient) of each call
         self.positions = 0
         self.backward: int | None = None  # the backward pass that they are from
-        self.whole = False  # it found no gradient to add to
+        self.fresh = False  # it found no gradient to add to
 
     def pays(self, positions: int) -> bool:
         """Whether a low-rank gradient of so many positions is worth having."""
@@ -74,17 +74,17 @@ class LayerTap:
         if number != self.backward:
             self.clear()
             self.backward = number
-            self.whole = all(part.param.grad is None for part in self.block.parts)
+            self.fresh = all(part.param.grad is None for part in self.block.parts)
         self.positions += e.numel() // max(e.shape[-1], 1)
-        if self.whole and self.pays(self.positions):
+        if self.fresh and self.pays(self.positions):
             self.seen.append((x, e.detach()))
         else:
-            self.seen, self.whole = [], False
+            self.seen, self.fresh = [], False
 
     def sides(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
         """E and H of which ``grads``, one a part and as autograd left them, may be the product; None where not."""
         block = self.block
-        if not self.whole or not self.seen or any(g is None or g._version or g.dtype != block.dtype for g in grads):
+        if not self.fresh or not self.seen or any(g is None or g._version or g.dtype != block.dtype for g in grads):
             return None
         assert block.layer is not None
         layer, alone = layer_of(block.layer), len(self.seen) == 1

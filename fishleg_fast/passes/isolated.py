@@ -26,7 +26,7 @@ Draw = Callable[[nn.Module, Any], Any]
 Nll = Callable[[nn.Module, Any, Any], Tensor]
 
 
-class _Shell(nn.Module):
+class _ModelAndLikelihood(nn.Module):
     """Model and likelihood under one roof, so that one functional_call replaces the tensors of both."""
 
     def __init__(self, model: nn.Module, likelihood: Likelihood | None) -> None:
@@ -93,9 +93,9 @@ class IsolatedPasses:
     ) -> None:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
-        self.shell = _Shell(self.model, likelihood)
-        self.device = next(self.shell.parameters()).device
-        self.devices = sorted({p.device for p in self.shell.parameters()}, key=str)
+        self.root = _ModelAndLikelihood(self.model, likelihood)
+        self.device = next(self.root.parameters()).device
+        self.devices = sorted({p.device for p in self.root.parameters()}, key=str)
         modules = list(self.model.modules())
         self._sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
@@ -180,18 +180,18 @@ class IsolatedPasses:
             for module in self._sparse:  # sparse gradients have no second derivative either
                 module.sparse = False
                 stack.callback(setattr, module, "sparse", True)
-            return self.replaced({id(b): b.clone() for b in self.shell.buffers()}, function)
+            return self.replaced({id(b): b.clone() for b in self.root.buffers()}, function)
 
     def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
         """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""
         # Place by place, as they are now: torch's own tying of weights restores a module that is used twice wrongly.
         named = {
             f"{path}.{name}": tensors[id(t)]
-            for path, module in self.shell.named_modules()
+            for path, module in self.root.named_modules()
             for name, t in (*module._parameters.items(), *module._buffers.items())
             if id(t) in tensors
         }
-        return functional_call(self.shell, named, (function,), tie_weights=False)
+        return functional_call(self.root, named, (function,), tie_weights=False)
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """The model's outputs, as the likelihood takes them."""

@@ -70,7 +70,7 @@ def product(blocks: Sequence[Block], us: Sequence[Tensor], outs: Sequence[Tensor
 
 
 def low_rank_products(blocks: Sequence[Block], gs: Sequence[LowRank]) -> list[tuple[PackedMatrix, PackedMatrix]]:
-    """Q g of low-rank gradients g = EᵀH, as panels of (E P)ᵀ (m, r) and H S (r, n)."""
+    """Q g of low-rank gradients g = EᵀH, packed: (E P)ᵀ (m, r) and H S (r, n)."""
     if not blocks:
         return []
     form(blocks)

@@ -69,8 +69,7 @@ def _give(plan: StepPlan, gs: Sequence[Matrix], options: ThetaOptions, threads: 
 
 
 def _give_packed(plan: StepPlan, gs: Sequence[Matrix], mine: Sequence[int]) -> None:
-    """Give the plan the products of packed blocks: of low-rank gradients packed, of which it makes
-    Q g where needed."""
+    """Give the plan the products of packed blocks: of low-rank gradients packed, of which it makes Q g where needed."""
     low_rank = {k: g for k in mine if isinstance(g := gs[k], LowRank)}
     whole = [plan.blocks[k] for k in mine if k not in low_rank]
     unknown = [b for k in low_rank if not (b := plan.blocks[k]).product_known]
@@ -84,17 +83,10 @@ def _give_packed(plan: StepPlan, gs: Sequence[Matrix], mine: Sequence[int]) -> N
     if low_rank:
         blocks = [plan.blocks[k] for k in low_rank]
         products = packed_products.low_rank_products(blocks, list(low_rank.values()))
-        rows = [
-            (
-                k,
-                left.address,
-                right.address,
-                left.columns,
-                packed_products.scratch_address(b),
-                b.buffers()[0].data_ptr(),
-            )
-            for k, b, address, (left, right) in zip(low_rank, blocks, scratch, products, strict=True)
-        ]
+        rows = []
+        for k, b, (left, right) in zip(low_rank, blocks, products, strict=True):
+            scratch_at, product_at = packed_products.scratch_address(b), b.buffers()[0].data_ptr()
+            rows.append((k, left.address, right.address, left.columns, scratch_at, product_at))
         plan.native.give_panels(packed_operator(blocks[0]).engine, rows)
 
 

@@ -90,7 +90,7 @@ def why_uncovered(
     if learning and facts.kind == 2:
         return "the gradient of an outer diagonal"
     if isinstance(u, LowRank) or isinstance(v, LowRank):
-        return "a thin gradient"
+        return "a low-rank gradient"
     if isinstance(u, GradientInPlace):
         for grad in u.block.grads:
             if grad is not None and (grad.dtype not in TYPES or grad.layout != torch.strided):

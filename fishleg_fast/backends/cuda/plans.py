@@ -67,11 +67,11 @@ class GradientViews:
 class Plan:
     """One of the extension's plans with its workspace, and what it is pointed to for the op under way."""
 
-    def __init__(self, compiled: Any, count: int, outside: int, device: torch.device) -> None:
+    def __init__(self, compiled: Any, count: int, uncovered: int, device: torch.device) -> None:
         self.native, self.device = compiled, device
         self.workspace = torch.empty(max(compiled.workspace_bytes, 1), dtype=torch.uint8, device=device)
-        self.external = self._doubles(compiled.external, 3 * outside).view(outside, 3)
-        self.external_2 = self._doubles(compiled.external_2, 3 * outside).view(outside, 3)
+        self.external = self._doubles(compiled.external, 3 * uncovered).view(uncovered, 3)
+        self.external_2 = self._doubles(compiled.external_2, 3 * uncovered).view(uncovered, 3)
         self.external_2.zero_()
         self.scales = self._doubles(compiled.scales, count)
         self.captured = False

@@ -24,7 +24,7 @@ ALIGNED = 4  # entries: rows of P and S start at multiples of 16 bytes, and are 
 def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None = None) -> None:
     """Bring every block's cached products (P and S) up to date with its λ. Reading them does so too.
 
-    ``applications`` as the protocol has them, for blocks outside; of the others both products are always formed.
+    ``applications`` as the protocol has them, for uncovered blocks; of the others both products are always formed.
     """
     counts: Sequence[Applications] = applications or [None] * len(blocks)
     ours, facts = [], []
@@ -39,7 +39,7 @@ def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None
 
 
 def _form(blocks: Sequence[Block], facts: Sequence[BlockFacts]) -> None:
-    """P and S of blocks that are not outside, where they are not today's."""
+    """P and S of covered blocks, where they are not today's."""
     stale = [
         k for k, (b, f) in enumerate(zip(blocks, facts, strict=True)) if f.kronecker and not b.structure.holds("P", "S")
     ]
@@ -64,12 +64,12 @@ def _form(blocks: Sequence[Block], facts: Sequence[BlockFacts]) -> None:
 def prepare(
     op: Op, blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix | None] | None = None
 ) -> tuple[Plan | None, list[BlockFacts], list[GradientViews | None]]:
-    """A plan, with P and S formed, and where each u is, None for a block outside; no plan where all are outside."""
+    """A plan, with P and S formed, and where each u is, None for a block not covered; no plan where none is."""
     facts = [facts_of(b) for b in blocks]
     views: list[GradientViews | None] = []
     for block, found, u, v in zip(blocks, facts, us, vs or [None] * len(blocks), strict=True):
-        outside = why_uncovered(found, u, v, learning=op is Op.LAMBDA) is not None
-        views.append(None if outside else GradientViews(block, found, u))
+        covered = why_uncovered(found, u, v, learning=op is Op.LAMBDA) is None
+        views.append(GradientViews(block, found, u) if covered else None)
     inside = [k for k, view in enumerate(views) if view is not None]
     if not inside:
         return None, facts, views
@@ -78,7 +78,7 @@ def prepare(
 
 
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
-    """Q u for each block, low-rank where u is (which ``structure.thin`` has to allow)."""
+    """Q u for each block, low-rank where u is (which ``structure.keeps_low_rank`` has to allow)."""
     plan, facts, views = prepare(Op.QV, blocks, us)
     outs: list[Matrix] = []
     for block, found, view, u in zip(blocks, facts, views, us, strict=True):
@@ -112,9 +112,9 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     entries = extension.cuda_tile_entries
     tiles = sum(-(-x.numel() // entries) for x, _ in pairs)
     sums = torch.zeros if others else torch.empty
-    room = sums(tiles + len(others), 3, dtype=torch.float64, device=device)
+    partial_sums = sums(tiles + len(others), 3, dtype=torch.float64, device=device)
     if others:
-        room[tiles:, 0] = torch.stack([t.to(device, torch.float64) for t in others])
+        partial_sums[tiles:, 0] = torch.stack([t.to(device, torch.float64) for t in others])
     out = torch.empty((), dtype=torch.float32, device=device)
     flat = [t for pair in pairs for t in pair]
     extension.cuda_inner(
@@ -123,7 +123,7 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
         array("q", [t.data_ptr() for t in flat]),
         array("q", [x.numel() for x, _ in pairs]),
         array("q", [TYPES[t.dtype] for t in flat]),
-        room.data_ptr(),
+        partial_sums.data_ptr(),
         len(others),
         out.data_ptr(),
     )

@@ -53,8 +53,8 @@ def plan_of(
                 del plans[old]
         layouts = [described(op, b, f, v) for b, f, v in zip(blocks, facts, views, strict=True)]
         compiled = runtime().extension.CudaPlan(int(op), layouts, device.index or 0)
-        outside = 0 if op is Op.REFRESH else sum(v is None for v in views)
-        plan = plans[key] = Plan(compiled, len(blocks), outside, device)
+        uncovered = 0 if op is Op.REFRESH else sum(v is None for v in views)
+        plan = plans[key] = Plan(compiled, len(blocks), uncovered, device)
         plan.facts = list(facts)  # alive, so that their ids are theirs
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         plan.captured = True
