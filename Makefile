@@ -1,7 +1,6 @@
 # make help lists the targets. Everything happens in .venv; PYTHON chooses the Python that it is made with.
 PYTHON ?= python3
 ARGS ?=
-OUT ?= outputs/gpu
 PYTEST_ARGS ?=
 OUT ?= outputs/gpu
 # One process per core with one thread each is faster, and steadier, than torch's threads in one process.
@@ -51,25 +50,25 @@ lint: setup  ## ruff and mypy
 	$(BIN)/python -m mypy
 
 train: setup  ## train the deep autoencoder, FishLeg beside AdamW; ARGS='--help' for its options
-	$(BIN)/python benchmarks/train_autoencoder.py $(ARGS)
+	$(BIN)/python -m benchmarks.train.train_autoencoder $(ARGS)
 
 train-resnet: setup  ## train a ResNet18, FishLeg beside AdamW; ARGS='--help' for its options
-	$(BIN)/python benchmarks/train_resnet.py $(ARGS)
+	$(BIN)/python -m benchmarks.train.train_resnet $(ARGS)
 
 convergence: setup  ## the study behind the defaults: optimizers, learning rates and seeds (long)
-	$(BIN)/python benchmarks/convergence.py $(ARGS)
+	$(BIN)/python -m benchmarks.study.convergence $(ARGS)
 
 bench: setup  ## what a step costs beside AdamW and the published way (minutes); ARGS='--help' for its options
-	$(BIN)/python benchmarks/step_time.py $(ARGS)
+	$(BIN)/python -m benchmarks.cpu.step_time $(ARGS)
 
 bench-passes: setup  ## what the C++ backend for CPUs does, beside the reference
-	$(BIN)/python benchmarks/passes.py $(ARGS)
+	$(BIN)/python -m benchmarks.cpu.passes $(ARGS)
 
 bench-gpu:  ## on a GPU: check and time every kernel and whole steps, results to OUT; PYTHON is used as it is (9 minutes)
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
 wallclock: setup  ## seconds until the other optimizers' training NLL on CURVES (long)
-	$(BIN)/python benchmarks/wallclock.py $(ARGS)
+	$(BIN)/python -m benchmarks.study.wallclock $(ARGS)
 
 clean:  ## remove builds and caches; rm -r .venv starts from nothing
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,35 @@
+"""Plots of losses. matplotlib is imported late, so that nothing else needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.common.optimizers import OPTIMIZERS
+
+COLOURS = {name: f"C{i}" for i, name in enumerate(OPTIMIZERS)}
+
+
+def pyplot() -> Any:
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def loss_axis(axes: Any) -> None:
+    """A logarithmic axis with numbers that read as losses: 60, not 6×10¹."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))
+    axes.grid(alpha=0.3, which="both")
+
+
+def smooth(values: Sequence[float], window: int = 10) -> list[float]:
+    """Means over the last `window` values: batches differ, and the plot is about the trend."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

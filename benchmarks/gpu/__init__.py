@@ -1,0 +1,1 @@
+"""One command that checks and times everything on a GPU: `python -m benchmarks.gpu`."""

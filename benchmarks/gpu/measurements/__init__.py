@@ -1,0 +1,1 @@
+"""What is measured: correctness, the ops, and whole steps, beside their opponents."""

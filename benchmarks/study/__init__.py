@@ -1,0 +1,1 @@
+"""How fast the optimizers converge, in steps and in seconds."""

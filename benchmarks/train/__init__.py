@@ -1,0 +1,1 @@
+"""Training scripts, FishLeg beside AdamW."""

@@ -1,0 +1,82 @@
+"""The command for a GPU: its checks and steps compute what they say, on the CPU.
+
+Nothing here is about how long anything takes.
+"""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from dense import randn
+
+from benchmarks.common.published import Published
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.measurements import checks, models, steps
+from fishleg_fast import reference
+
+CPU = torch.device("cpu")
+
+
+def wrong(op, change):
+    """The reference with one op's results changed."""
+
+    class Wrong:
+        def __getattr__(self, name):
+            return getattr(reference, name)
+
+    ops = Wrong()
+    setattr(ops, op, change(getattr(reference, op)))
+    return ops
+
+
+def errors_of(ops):
+    make = partial(checks.optimizer, 1, CPU, structure="kron")
+    ours = make(torch.float32, backend="reference", precision="highest")
+    truth = make(torch.float64, backend="reference", precision="highest")
+    got, want = checks.run(ours, ops), checks.run(truth, reference)
+    return {q: checks.relative(got[q], want[q]) for q in checks.QUANTITIES}
+
+
+def test_the_check_finds_what_is_wrong():
+    limit = checks.LIMITS["highest"]
+    assert max(errors_of(reference).values()) < limit
+    off = errors_of(wrong("qv", lambda qv: lambda bs, us: [1.001 * v for v in qv(bs, us)]))
+    assert off["qv"] > limit > off["refresh"]
+    nan = errors_of(wrong("qv", lambda qv: lambda bs, us: [v / 0 * 0 for v in qv(bs, us)]))
+    assert nan["qv"] == float("inf")
+    half = errors_of(wrong("lambda_step", lambda f: lambda *a, damping, **o: f(*a, damping=2 * damping, **o)))
+    assert half["lambda"] > limit > half["qv"]
+    plain = errors_of(wrong("theta_step", lambda f: lambda *a, nesterov: f(*a, nesterov=False)))
+    assert plain["theta"] > limit > plain["lambda"]
+    lazy = errors_of(wrong("theta_step", lambda f: lambda *a, **o: None))
+    assert lazy["theta"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("case", models.TINY)
+def test_models_can_be_stepped_without_a_warning(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a ggn that forward mode fails
+        training = steps.Training(Clock(CPU, 0.0), models.TINY[case], "reference", "highest")
+        figures = training.cycle()
+    training.finish()
+    assert set(figures) == {"whole", "passes", "step", "ordinary", "aux", "anchor"}
+    assert training.opt.diagnostics()["aux_steps"] == 1 and training.opt.diagnostics()["anchors"] == 1
+
+
+def test_the_transformer_is_causal():
+    model = models.transformer(8, 2, 2, 5).double()
+    x = randn(1, 4, 8)
+    y = x.clone()
+    y[:, 3] = randn(8, seed=1)
+    a, b = model(x), model(y)
+    assert torch.equal(a[:, :3], b[:, :3]) and not torch.allclose(a[:, 3], b[:, 3])
+
+
+def test_the_published_way_is_timed_as_it_is():
+    """One θ step of it: its own function, with λ that is not the identity, and nothing else in the call."""
+    fn = steps._theta(models.TINY["mnist"], CPU, "published", "highest", False)
+    assert fn.__func__ is Published.theta_step
+    layer = fn.__self__.layers[0]
+    assert not torch.equal(layer.R, torch.eye(len(layer.R)))
+    assert fn.__self__.steps == 0  # no λ update has run
