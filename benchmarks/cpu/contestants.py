@@ -63,8 +63,8 @@ def fishleg(**settings: Any) -> Callable[[nn.Module, Any, Stopwatch], Runner]:
     def make(model: nn.Module, likelihood: Any, clock: Stopwatch) -> Runner:
         optimizer = FishLeg(model, likelihood=likelihood, lr=1e-3, update_aux_every=UPDATE_EVERY, **settings)
         clock.watch(optimizer, "_anchor", "anchor")
-        clock.watch(optimizer._aux, "update", "aux")
-        return Runner(optimizer, lambda inputs: optimizer.step(), optimizer.settings["anchor_every"])
+        clock.watch(optimizer._learner, "update", "aux")
+        return Runner(optimizer, lambda inputs: optimizer.step(), optimizer.settings.anchor_every)
 
     return make
 

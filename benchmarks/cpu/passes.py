@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -32,20 +31,26 @@ from benchmarks.common.machine import cpu_name
 from benchmarks.common.paths import RESULTS
 from benchmarks.common.tables import table
 from benchmarks.cpu.summary import cell, spread
-from fishleg_fast import BernoulliLikelihood, FishLeg, __version__, backends, cpp, packed
-from fishleg_fast.blocks import Block
-from fishleg_fast.reference import steps
-from fishleg_fast.reference.thin import Matrix, Thin
-from fishleg_fast.structure import Structure
+from fishleg_fast import BernoulliLikelihood, FishLeg, __version__
+from fishleg_fast.algebra.low_rank import LowRank
+from fishleg_fast.algebra.matrix import Matrix
+from fishleg_fast.algebra.structure import Structure
+from fishleg_fast.backends import cpu, reference, registry
+from fishleg_fast.backends.arithmetic import own_arithmetic
+from fishleg_fast.backends.cpu import packed_products
+from fishleg_fast.backends.protocol import LambdaOptions, Ops, ThetaOptions
+from fishleg_fast.backends.reference import lambda_update
+from fishleg_fast.model.block import Block
 
 TIMES = RESULTS / "passes.json"
 BACKENDS = ("reference", "cpp")
+STEP, LEARNING = ThetaOptions(nesterov=True), LambdaOptions(damping=0.1, lr=1e-9, eps=1e-7)
 TARGETS = {"passes": "1.5 times faster", "host": "100 µs"}
 
 
-def ops_of(name: str) -> ModuleType:
+def ops_of(name: str) -> Ops:
     """A backend's ops."""
-    return backends.choose(name, torch.device("cpu"), torch.float32)[1]
+    return registry.choose(name, torch.device("cpu"), torch.float32)[1]
 
 
 def trained(net: nn.Module, inputs: Tensor, targets: Tensor, **settings: Any) -> FishLeg:
@@ -72,11 +77,11 @@ def products_left_out(loss: tuple[Tensor, Tensor, None], gradients: dict[int, di
     """Both backends' θ and λ steps without matrix products: what they would compute stays as it was."""
 
     with (
-        mock.patch.object(packed, "takes", lambda block: False),  # which multiplies inside its passes
-        mock.patch.object(Structure, "thin_product", lambda structure, g: _Ready()),
-        mock.patch.object(steps, "dots", lambda *args: None),
-        mock.patch.object(steps, "aux_loss", lambda *args: loss),
-        mock.patch.object(steps, "aux_gradients", lambda block, *args: gradients[id(block)]),
+        mock.patch.object(packed_products, "covers", lambda block: False),  # which multiplies inside its passes
+        mock.patch.object(Structure, "low_rank_product", lambda structure, g: _Ready()),
+        mock.patch.object(lambda_update, "dots", lambda *args: None),
+        mock.patch.object(lambda_update, "aux_loss", lambda *args: loss),
+        mock.patch.object(lambda_update, "aux_gradients", lambda block, *args: gradients[id(block)]),
     ):
         yield
 
@@ -92,15 +97,15 @@ def passes(rounds: int, precision: str) -> dict[str, Any]:
     """ms of the elementwise part of a θ step and of an Adam step of λ, and their ratios, of a round each."""
     inputs = torch.rand(100, models.MNIST_WIDTHS[0])
     optimizer = trained(models.autoencoder(models.MNIST_WIDTHS), inputs, inputs, precision=precision)
-    with torch.no_grad(), optimizer._own_arithmetic():
+    with torch.no_grad(), own_arithmetic(optimizer.blocks, precision):
         blocks, gs = optimizer._gather()
-        us = optimizer._aux.directions(blocks, gs)
-        vs = steps.qv(blocks, us)
+        us = optimizer._learner.directions(blocks, gs)
+        vs = reference.qv(blocks, us)
         fvs = [torch.randn_like(b.momentum) for b in blocks]
-        loss, power, _ = steps.aux_loss(steps.dots(us, vs, fvs), 0.1, True)
+        loss, power, _ = lambda_update.aux_loss(lambda_update.dots(us, vs, fvs), LEARNING)
         found = zip(blocks, us, vs, fvs, strict=True)
-        gradients = {id(b): steps.aux_gradients(b, u, v, fv, 0.1, None, False) for b, u, v, fv in found}
-        chosen = [(b, g) for b, g in zip(blocks, gs, strict=True) if isinstance(g, Thin)]  # the others are tiny
+        gradients = {id(b): lambda_update.aux_gradients(b, u, v, fv, None, LEARNING) for b, u, v, fv in found}
+        chosen = [(b, g) for b, g in zip(blocks, gs, strict=True) if isinstance(g, LowRank)]  # the others are tiny
         times: dict[str, list[float]] = {f"{kind} {name}": [] for kind in ("θ", "λ") for name in BACKENDS}
         with products_left_out((loss, power, None), gradients):
             for turn in range(rounds + 2):
@@ -120,7 +125,7 @@ def passes(rounds: int, precision: str) -> dict[str, Any]:
 
 
 def one_round(
-    ops: ModuleType,
+    ops: Ops,
     chosen: Sequence[tuple[Block, Matrix]],
     blocks: Sequence[Block],
     us: Sequence[Matrix],
@@ -130,12 +135,12 @@ def one_round(
     """Seconds of a θ step and of a λ step without their products."""
     some, gs = zip(*chosen, strict=True)
     for block in some:
-        product, image = block.buffers()
+        product, scratch = block.buffers()
         torch.nn.init.normal_(product)
-        image.normal_()
+        scratch.normal_()
         block.product_version = block.structure.version
-    theta = seconds(lambda: ops.theta_step(some, gs, nesterov=True))
-    aux = seconds(lambda: ops.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=1e-9, eps=1e-7))
+    theta = seconds(lambda: ops.theta_step(some, gs, STEP))
+    aux = seconds(lambda: ops.lambda_step(blocks, us, vs, fvs, LEARNING))
     return theta, aux
 
 
@@ -158,7 +163,7 @@ def host(rounds: int, layer: str) -> dict[str, Any]:
     for _ in range(rounds):
         for name, (optimizer, (blocks, gs)) in runs.items():
             with torch.no_grad():
-                times[f"θ step {name}"].append(in_a_row(partial(optimizer._ops.theta_step, blocks, gs, nesterov=True)))
+                times[f"θ step {name}"].append(in_a_row(partial(optimizer._ops.theta_step, blocks, gs, STEP)))
             times[f"whole step {name}"].append(in_a_row(optimizer.step))
     return {key: spread(values) for key, values in times.items()}
 
@@ -203,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "A θ step is the op with all blocks' gradients at hand; the whole step is optimizer.step(), which gathers",
             "them and takes their norm, without updates of λ; both of 20 in a row. Made by `make bench-passes`.",
         ],
-        "made": f"{cpu_name()}, {torch.get_num_threads()} threads, {cpp.available()[1]}. python "
+        "made": f"{cpu_name()}, {torch.get_num_threads()} threads, {cpu.available()[1]}. python "
         f"{platform.python_version()}, torch {torch.__version__}, fishleg_fast {__version__}. "
         f"{date.today().isoformat()}: `python -m benchmarks.cpu.passes --rounds {args.rounds}`",
     }

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.results_file import describe
-from fishleg_fast import __version__, backends
+from fishleg_fast import __version__
+from fishleg_fast.backends import registry
 
 
 def usable_backends(device: torch.device) -> dict[str, tuple[bool, str]]:
     """Backend -> whether it can run on the device, and why not; a backend that breaks when asked cannot."""
     found = {}
-    for name in backends.BACKENDS:
+    for name in registry.BACKENDS:
         try:
-            found[name] = backends.available(name, device, torch.float32)
+            found[name] = registry.available(name, device, torch.float32)
         except Exception as error:
             found[name] = (False, f"it broke when asked: {describe(error)}")
     return found

@@ -17,10 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fishleg_fast.blocks import Block, Part
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.backends import registry
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from fishleg_fast.kernels import backend, configurations
 from fishleg_fast.kernels.configurations import TILES, Tile
-from fishleg_fast.structures import Kron
+from fishleg_fast.model.block import Block, Part
 
 SIDES = [(32, 32), (64, 32), (64, 64), (128, 64), (64, 128), (128, 128), (256, 128)]
 LAYERS = {
@@ -77,13 +79,13 @@ def steps_of(shape: str, precision: str) -> Callable[[], object]:
     blocks = blocks_of(LAYERS[shape], precision)
     gs = [b.matrix(b.grads) for b in blocks]
     if shape != "epilogue":
-        return lambda: backend.theta_step(blocks, gs, capturable=True)
+        return lambda: backend.theta_step(blocks, gs, ThetaOptions(capturable=True))
     us = [g / 1e3 for g in gs]
     vs = backend.qv(blocks, us)
 
     def step() -> None:
-        backend.theta_step(blocks, gs, normalize=None, capturable=True)
-        backend.lambda_step(blocks, us, vs, vs, damping=0.1, lr=1e-9, capturable=True)
+        backend.theta_step(blocks, gs, ThetaOptions(normalize=None, capturable=True))
+        backend.lambda_step(blocks, us, vs, vs, LambdaOptions(damping=0.1, lr=1e-9, capturable=True))
 
     return step
 
@@ -93,7 +95,9 @@ def main() -> None:
     parser.add_argument("--class", dest="shape", choices=sorted(TILES), help="one shape class only")
     parser.add_argument("--precision", choices=sorted(TILES["small"]), help="one precision only")
     arguments = parser.parse_args()
-    ok, reason = backend.available(torch.device("cuda"), torch.float32) if torch.cuda.is_available() else (False, "")
+    ok, reason = (
+        registry.available("triton", torch.device("cuda"), torch.float32) if torch.cuda.is_available() else (False, "")
+    )
     if not ok:
         raise SystemExit(f"the table is derived on a CUDA device that the backend runs on; {reason or 'none here'}")
     major, minor = torch.cuda.get_device_capability()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fishleg_fast import cpp
+from fishleg_fast.backends import cpu
 
 pytest.importorskip("tqdm")
 
@@ -15,9 +15,9 @@ from benchmarks.common import models
 from benchmarks.cpu import passes
 
 
-@pytest.mark.skipif(not cpp.available()[0], reason=cpp.available()[1])
+@pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 def test_passes_end_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "MNIST_WIDTHS", (500, 400, 4))  # large enough for thin gradients
+    monkeypatch.setattr(models, "MNIST_WIDTHS", (500, 400, 4))  # large enough for low-rank gradients
     out = tmp_path / "new" / "passes.json"
     assert passes.main(["--rounds", "2", "--out", str(out)]) == 0
     record = json.loads(out.read_text())

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.measurements.ops import DAMPING
-from fishleg_fast import FishLeg, GaussianLikelihood, reference
-from fishleg_fast.blocks import Block
-from fishleg_fast.structures import Kron
+from fishleg_fast import FishLeg, GaussianLikelihood
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.backends import reference
+from fishleg_fast.backends.arithmetic import own_arithmetic
+from fishleg_fast.backends.protocol import LambdaOptions, Ops, ThetaOptions
+from fishleg_fast.model.block import Block
 
 # precision -> the largest relative error that is right. TF32 cuts operands at 2⁻¹⁰, bfloat16 rounds them to 2⁻⁹; a θ
 # step is two products with products, a λ gradient three or four of them.
@@ -72,12 +75,12 @@ def _vectors(blocks: list[Block], seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
+def run(opt: FishLeg, ops: Ops) -> dict[str, list[Tensor]]:
     """What the ops make of it: P and S, Q u, the change of λ, and that of θ by two steps with a new λ.
 
     Adam's eps is large, so that a change of λ is about proportional to its gradient and not to the gradient's sign.
     """
-    with opt._own_arithmetic():
+    with own_arithmetic(opt.blocks, opt.settings.precision):
         blocks, _ = opt._gather()
         us = _vectors(blocks, 2)
         fvs = [u + 0.5 * x for u, x in zip(us, _vectors(blocks, 3), strict=True)]  # of positive curvature, as F v is
@@ -86,7 +89,7 @@ def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
         vs = ops.qv(blocks, us)
         found["qv"] = [v.clone() for v in vs]
         before = [t.clone() for b in blocks for t in b.structure.fishleg_aux.values()]
-        ops.lambda_step(blocks, us, vs, fvs, damping=DAMPING, lr=EPS, eps=EPS, learn_scale=False)
+        ops.lambda_step(blocks, us, vs, fvs, LambdaOptions(damping=DAMPING, lr=EPS, eps=EPS, learn_scale=False))
         aux = [t for b in blocks for t in b.structure.fishleg_aux.values()]
         found["lambda"] = [t - old for t, old in zip(aux, before, strict=True)]
         for t, old, change in zip(aux, before, found["lambda"], strict=True):  # change it less: by 0.3 of its norm
@@ -95,7 +98,7 @@ def run(opt: FishLeg, ops: Any) -> dict[str, list[Tensor]]:
         thetas = [part.param.detach().clone() for b in blocks for part in b.parts]
         for _ in range(2):
             blocks, gs = opt._gather()
-            ops.theta_step(blocks, gs, nesterov=True)
+            ops.theta_step(blocks, gs, ThetaOptions(nesterov=True))
             for block in blocks:  # else every average would be the gradient itself
                 for g in block.grads:
                     g.copy_(g.flip(0)).mul_(-0.5)

@@ -18,6 +18,8 @@ from benchmarks.gpu.clock import Clock, Times
 from benchmarks.gpu.measurements import plain_ops
 from benchmarks.gpu.shapes import Shape
 from fishleg_fast import FishLeg, GaussianLikelihood
+from fishleg_fast.backends.arithmetic import own_arithmetic
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from fishleg_fast.precision import precision_scope
 
 LR, DAMPING = 1e-6, 0.1  # a tiny lr, since only time counts and nothing should leave the range of floats
@@ -55,7 +57,12 @@ class Bench:
         self, shapes: Sequence[Shape], device: torch.device, backend: str, precision: str, capturable: bool = False
     ) -> None:
         self.opt = optimizer(shapes, device, backend=backend, precision=precision, capturable=capturable)
-        self.ops, self.capturable = self.opt._ops, capturable
+        self.ops = self.opt._ops
+        self.theta_options = ThetaOptions(nesterov=True, capturable=capturable)
+        self.lambda_options = LambdaOptions(
+            damping=DAMPING, lr=LR, betas=plain_ops.AUX_BETAS, eps=plain_ops.AUX_EPS, learn_scale=False,
+            capturable=capturable,
+        )  # fmt: skip
         self.blocks, self.gs = self.opt._gather()
         with torch.no_grad():
             norm = sum(m * n for m, n in shapes) ** 0.5
@@ -64,7 +71,7 @@ class Bench:
     def __enter__(self) -> Bench:
         with ExitStack() as stack:  # left again where the refresh raises
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.opt._own_arithmetic())
+            stack.enter_context(own_arithmetic(self.opt.blocks, self.opt.settings.precision))
             self.ops.refresh(self.blocks)
             self._stack = stack.pop_all()
         return self
@@ -87,13 +94,10 @@ class Bench:
         self.ops.refresh(self.blocks)
 
     def theta_step(self) -> Any:
-        return self.ops.theta_step(self.blocks, self.gs, nesterov=True, capturable=self.capturable)
+        return self.ops.theta_step(self.blocks, self.gs, self.theta_options)
 
     def lambda_step(self) -> Any:
-        return self.ops.lambda_step(
-            self.blocks, self.us, self.vs, self.fvs, damping=DAMPING, lr=LR, betas=plain_ops.AUX_BETAS,
-            eps=plain_ops.AUX_EPS, learn_scale=False, capturable=self.capturable,
-        )  # fmt: skip
+        return self.ops.lambda_step(self.blocks, self.us, self.vs, self.fvs, self.lambda_options)
 
 
 def backend_task(clock: Clock, op: str, shapes: Sequence[Shape], backend: str, precision: str) -> Times:

@@ -117,7 +117,7 @@ class Training:
                 backend=name, precision=precision,
             )  # fmt: skip
             self.shares.watch(self.opt, "_anchor", "anchor")
-            self.shares.watch(self.opt._aux, "update", "aux")
+            self.shares.watch(self.opt._learner, "update", "aux")
 
     def _step(self, inputs: torch.Tensor) -> None:
         if self.name != "published":

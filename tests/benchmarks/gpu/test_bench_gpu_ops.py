@@ -12,8 +12,9 @@ from benchmarks.gpu import shapes
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.measurements import models, ops, plain_ops
 from benchmarks.gpu.report.lookup import floor
-from fishleg_fast import FishLeg, reference
-from fishleg_fast.structure import Structure
+from fishleg_fast import FishLeg
+from fishleg_fast.algebra.structure import Structure
+from fishleg_fast.backends import reference
 
 CPU = torch.device("cpu")
 
@@ -145,8 +146,8 @@ def test_the_plain_lambda_step_is_the_reference(bench, monkeypatch):
 
 def test_a_refresh_that_is_timed_computes(bench, monkeypatch):
     calls = []
-    real = Structure._factors_as_operands
-    monkeypatch.setattr(Structure, "_factors_as_operands", lambda self: calls.append(1) or real(self))
+    real = Structure._operands
+    monkeypatch.setattr(Structure, "_operands", lambda self: calls.append(1) or real(self))
     bench.refresh()
     bench.refresh()
     assert len(calls) == 2 * len(SHAPES)

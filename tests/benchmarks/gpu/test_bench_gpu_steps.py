@@ -4,6 +4,7 @@ Nothing here is about how long anything takes.
 """
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from dense import randn
 from benchmarks.common.published import Published
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.measurements import checks, models, steps
-from fishleg_fast import reference
+from fishleg_fast.backends import reference
 
 CPU = torch.device("cpu")
 
@@ -45,9 +46,9 @@ def test_the_check_finds_what_is_wrong():
     assert off["qv"] > limit > off["refresh"]
     nan = errors_of(wrong("qv", lambda qv: lambda bs, us: [v / 0 * 0 for v in qv(bs, us)]))
     assert nan["qv"] == float("inf")
-    half = errors_of(wrong("lambda_step", lambda f: lambda *a, damping, **o: f(*a, damping=2 * damping, **o)))
+    half = errors_of(wrong("lambda_step", lambda f: lambda *a: f(*a[:-1], replace(a[-1], damping=2 * a[-1].damping))))
     assert half["lambda"] > limit > half["qv"]
-    plain = errors_of(wrong("theta_step", lambda f: lambda *a, nesterov: f(*a, nesterov=False)))
+    plain = errors_of(wrong("theta_step", lambda f: lambda *a: f(*a[:-1], replace(a[-1], nesterov=False))))
     assert plain["theta"] > limit > plain["lambda"]
     lazy = errors_of(wrong("theta_step", lambda f: lambda *a, **o: None))
     assert lazy["theta"] == pytest.approx(1)
