@@ -84,7 +84,7 @@ def settings_of_torch() -> tuple[str, str]:
 def test_precision_holds_inside_the_optimizer_and_leaves_the_users_setting_alone(
     precision: str, users: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = settings_of_torch()
+    begin, legacy = settings_of_torch(), torch.get_float32_matmul_precision()
     try:
         if users == "legacy":
             torch.set_float32_matmul_precision("high")
@@ -107,4 +107,5 @@ def test_precision_holds_inside_the_optimizer_and_leaves_the_users_setting_alone
         rounded = torch.bfloat16 if precision == "medium" and _fast_bfloat16() else torch.float32
         assert {block.structure.operands for block in optimizer.blocks} == {rounded}
     finally:
+        torch.set_float32_matmul_precision(legacy)
         torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = begin

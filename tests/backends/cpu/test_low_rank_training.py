@@ -96,6 +96,7 @@ def users_setting() -> Iterator[Callable[[str], None]]:
     """Sets torch's own precision, and puts it back."""
     before = settings_of_torch()
     yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before[2])
     torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before[:2]
 
 
