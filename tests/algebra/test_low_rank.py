@@ -37,7 +37,7 @@ bfloat16 = pytest.mark.skipif(not precision._fast_bfloat16(), reason="the CPU ha
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_products_and_gradients_match_the_dense_matrix(kind: str, layout: str, shape: tuple[int, int]) -> None:
-    """Whichever of P and S are formed, for ranks below and above the sizes, and w with thin terms or without."""
+    """Whichever of P and S are formed, for ranks below and above the sizes, and w with low-rank terms or without."""
     structure = MAKERS[kind](*shape, **LAYOUTS[layout], dtype=torch.float64)
     randomise(structure, seed=1)
     Q = dense_q(structure, structure.fishleg_aux)

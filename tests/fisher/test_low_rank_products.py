@@ -1,4 +1,4 @@
-"""F v of thin v: that of the dense route and of the explicit Fisher matrix, or not taken; nothing stays behind."""
+"""F v of low-rank v: that of the dense route and of the explicit Fisher matrix, or not taken; nothing stays behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def frozen(name: str) -> Callable[[nn.Module], nn.Module]:
 
 
 FIRST_DENSE, THIN = [False, True], [True, True]
-MODELS: dict[str, tuple] = {  # which gradients are thin, the model, and what Case is given besides
+MODELS: dict[str, tuple] = {  # which gradients are low-rank, the model, and what Case is given besides
     "plain": (THIN, mlp),
     "no bias": (THIN, lambda: mlp(bias=False)),
     "one position": (THIN, mlp, {"shape": (1, 6)}),
@@ -113,7 +113,7 @@ def test_batches_of_a_loader(size: int | None) -> None:
     check(case)
 
 
-# Where the thin route cannot be taken
+# Where the low-rank route cannot be taken
 
 
 def test_what_was_tried_leaves_no_trace_in_batches_and_seeds() -> None:

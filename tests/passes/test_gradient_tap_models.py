@@ -51,7 +51,7 @@ def tied() -> nn.Module:
     return net
 
 
-BUILT: dict[str, tuple] = {  # what is thin, the model, and what is done to it once it has an optimizer
+BUILT: dict[str, tuple] = {  # what is low-rank, the model, and what is done to it once it has an optimizer
     "weight hook before": (FIRST_DENSE, lambda: changed(lambda f: f.weight.register_hook(doubled))),
     "weight hook after": (FIRST_DENSE, two_layers, lambda t: t.net[0].weight.register_hook(doubled)),
     "weight hook, small": (FIRST_DENSE, lambda: changed(lambda f: f.weight.register_hook(lambda g: 1.001 * g))),

@@ -50,14 +50,14 @@ class Training:
         return LIKELIHOOD.nll(y, self.net(x))
 
     def said(self) -> list[bool]:
-        """Of each matrix: whether its gradient is thin now."""
+        """Of each matrix: whether its gradient is low-rank now."""
         tap, blocks = self.optimizer._gradients, [b for b in self.optimizer.blocks if b.shape[1] > 1]
         for b in blocks:
             b.grads = [part.param.grad for part in b.parts]
         return [found is not None for found in tap.thin(blocks)]
 
     def used(self) -> list[bool]:
-        """Of each matrix: whether its latest step was a thin one."""
+        """Of each matrix: whether its latest step was a low-rank one."""
         return [b.product_known for b in self.optimizer.blocks if b.shape[1] > 1]
 
     def state(self) -> Tensor:
@@ -81,7 +81,7 @@ def take_step(t: Training, way: Way = usual) -> None:
 def check(
     way: Way, expected: list | None, build: Callable[[], nn.Module] = two_layers, after: Way = lambda t: None, **options
 ) -> None:
-    """Five steps with gradients made in this way are those that the dense gradients give, and thin where expected."""
+    """Five steps with gradients made in this way are those that dense ones give; low-rank where expected."""
     states = []
     for thin in (True, False):
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ EXACT = 1e-10
 
 
 class Case:
-    """A model after one backward pass, with its optimizer and thin v for the layers whose gradients are so."""
+    """A model after one backward pass, with its optimizer and low-rank v for the layers whose gradients are so."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Case:
             self.blocks, self.gs = self.optimizer._gather()
 
     def vs(self) -> list[Matrix]:
-        """Thin ones where the gradients are thin."""
+        """Low-rank ones where the gradients are low-rank."""
         found: list[Matrix] = []
         for k, (b, g) in enumerate(zip(self.blocks, self.gs, strict=True)):
             m, n = b.shape
@@ -60,7 +60,7 @@ class Case:
         return usual, aux._dense_fisher_product(self.blocks, vs, aux._curvature_batch())
 
     def low_rank(self) -> list[bool]:
-        """Of each matrix: whether its gradient is thin."""
+        """Of each matrix: whether its gradient is low-rank."""
         return [isinstance(g, Thin) for b, g in zip(self.blocks, self.gs, strict=True) if b.shape[1] > 1]
 
     def explicit(self, kind: str, sigma: float = 0.5) -> list[Tensor]:

@@ -77,7 +77,7 @@ def mixed(operands: torch.dtype, **group: object) -> list[Block]:
 
 
 def directions(blocks: list[Block], rank: int, seed: int, thin: bool = True) -> list[Thin | Tensor]:
-    """Thin ones where Q keeps them so. Each entry's sign is one for all seeds, so that sums of them do not cancel."""
+    """Low-rank ones where Q keeps them so. An entry has one sign for all seeds, so that sums of them do not cancel."""
     found: list[Thin | Tensor] = []
     for k, b in enumerate(blocks):
         signs = [randn(size, seed=k + 40 * i).sign() for i, size in enumerate(b.shape)]

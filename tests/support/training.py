@@ -22,7 +22,7 @@ def autoencoder(bias: bool = True) -> nn.Sequential:
 def train(
     net: nn.Module, optimizer: FishLeg, span: range, time: tuple = (), sizes: tuple = (6,), bias: bool = True
 ) -> list[bool | None]:
-    """Whether the gradients of all matrices were thin, of each step; None where those of some were."""
+    """Whether the gradients of all matrices were low-rank, of each step; None where those of some were."""
     was, gather, maximize = [], FishLeg._gather, optimizer.defaults["maximize"]
 
     def spy() -> tuple:

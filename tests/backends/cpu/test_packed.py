@@ -39,7 +39,7 @@ BAD = float("nan"), float("inf"), -float("inf")
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("thin", [True, False])
 def test_products(operands: torch.dtype, thin: bool, rank: int) -> None:
-    """... of thin matrices as thin ones, in the order of the blocks."""
+    """... of low-rank matrices as low-rank ones, in the order of the blocks."""
     blocks = mixed(operands)
     us = directions(blocks, rank, seed=3, thin=thin)
     got, theirs = cpp.qv(blocks, us), reference.qv(blocks, us)
@@ -59,7 +59,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["by columns", "gaps"])
 @pytest.mark.parametrize("thin", [True, False])
 def test_matrices_in_any_layout(operands: torch.dtype, thin: bool, layout: Callable[[Tensor], Tensor]) -> None:
-    """The same bits, of Q u and of λ, or what torch rounds otherwise: it multiplies thin float32 matrices."""
+    """The same bits, of Q u and of λ, or what torch rounds otherwise: it multiplies low-rank float32 matrices."""
     twins = mixed(operands), mixed(operands)
     plain = directions(twins[0], 5, seed=3, thin=thin)
     odd = [Thin(layout(u.E), layout(u.H)) if isinstance(u, Thin) else layout(u) for u in plain]
@@ -88,13 +88,13 @@ OPTIONS = [*itertools.product(("before", "after"), (True, False), ("rms", "trust
 
 @pytest.mark.parametrize(("momentum", "nesterov", "normalize"), OPTIONS)
 def test_theta_steps(operands: torch.dtype, momentum: str, nesterov: bool, normalize: str | None) -> None:
-    """Thin and dense gradients in turns, λ written to in between, and gradients that are not finite after that."""
+    """Low-rank and dense gradients in turns, λ written to in between, and gradients that are not finite after that."""
     options = {"momentum": momentum, "nesterov": nesterov, "normalize": normalize, "kappa": 1e-2}
     group = {"weight_decay": 0.1, "beta": 0.8}
     blocks, twins = mixed(operands, **group), mixed(operands, **group)
     exact, start = Exact(blocks), [theta(b).double() for b in blocks]
     for step in range(7):
-        if step in (2, 4):  # before a dense step, and between thin ones
+        if step in (2, 4):  # before a dense step, and between low-rank ones
             for b in [*blocks, *twins]:
                 for t in b.structure.fishleg_aux.values():
                     t.mul_(1.2)

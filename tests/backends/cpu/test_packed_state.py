@@ -116,7 +116,7 @@ def test_resuming_is_bit_for_bit(operands: torch.dtype, at: int) -> None:
     assert all(map(packed.takes, optimizer.blocks))
     torch.save((net.state_dict(), optimizer.state_dict()), buffer := io.BytesIO())
     was = train(net, optimizer, range(at, at + 6), sizes=(6, 50))
-    assert set(was) == {True, False}  # thin gradients and dense ones
+    assert set(was) == {True, False}  # low-rank gradients and dense ones
     again, resumed = make(**options)
     train(again, resumed, range(2))  # a state to be overwritten
     buffer.seek(0)

@@ -19,7 +19,7 @@ EXACT = 1e-10
 
 
 def step_blocks(**group: object) -> list:
-    """A layer with a bias, sums of two terms, factors in blocks, and a structure without a thin form."""
+    """A layer with a bias, sums of two terms, factors in blocks, and a structure without a low-rank form."""
     w = {"dtype": torch.float64}
     return [
         make_block(Kron(9, 7, **w), [randn(9, 6), randn(9, seed=1)], **group),
@@ -30,7 +30,7 @@ def step_blocks(**group: object) -> list:
 
 
 def step_gradients(blocks: list, step: int) -> list[Thin | Tensor]:
-    """Thin ones, but for the last block, and for another one at every third step."""
+    """Low-rank ones, but for the last block, and for another one at every third step."""
     gs = [low_rank_matrix(1 + step % 3, b.shape, seed=100 * step + 10 * i) for i, b in enumerate(blocks)]
     return [g if i < 3 and (step % 3 or i != step // 3 % 3) else g.dense for i, g in enumerate(gs)]
 
