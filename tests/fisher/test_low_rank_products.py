@@ -55,26 +55,26 @@ def frozen(name: str) -> Callable[[nn.Module], nn.Module]:
     return changed(change)
 
 
-FIRST_DENSE, THIN = [False, True], [True, True]
+FIRST_DENSE, LOW_RANK = [False, True], [True, True]
 MODELS: dict[str, tuple] = {  # which gradients are low-rank, the model, and what Case is given besides
-    "plain": (THIN, mlp),
-    "no bias": (THIN, lambda: mlp(bias=False)),
-    "one position": (THIN, mlp, {"shape": (1, 6)}),
-    "time": (THIN, mlp, {"shape": (2, 2, 6)}),
-    "no batch": (THIN, mlp, {"shape": (6,)}),
-    "in-place ReLU": (THIN, lambda: mlp(activation=nn.ReLU(inplace=True))),
-    "used twice": (THIN, lambda: custom(lambda f, x: f(torch.sin(f(x)))), {"shape": (2, 6)}),
-    "used twice at once": (THIN, lambda: custom(lambda f, x: f(x) * f(2 * x)), {"shape": (2, 6)}),
-    "some calls without rows": (THIN, lambda: custom(lambda f, x: f(x) + f(x[:0]).sum())),
+    "plain": (LOW_RANK, mlp),
+    "no bias": (LOW_RANK, lambda: mlp(bias=False)),
+    "one position": (LOW_RANK, mlp, {"shape": (1, 6)}),
+    "time": (LOW_RANK, mlp, {"shape": (2, 2, 6)}),
+    "no batch": (LOW_RANK, mlp, {"shape": (6,)}),
+    "in-place ReLU": (LOW_RANK, lambda: mlp(activation=nn.ReLU(inplace=True))),
+    "used twice": (LOW_RANK, lambda: custom(lambda f, x: f(torch.sin(f(x)))), {"shape": (2, 6)}),
+    "used twice at once": (LOW_RANK, lambda: custom(lambda f, x: f(x) * f(2 * x)), {"shape": (2, 6)}),
+    "some calls without rows": (LOW_RANK, lambda: custom(lambda f, x: f(x) + f(x[:0]).sum())),
     "hook before": (FIRST_DENSE, lambda: changed(lambda net: net[0].register_forward_hook(doubled))),
-    "hook after": (THIN, mlp, {"after": lambda net: net[0].register_forward_hook(doubled)}),
+    "hook after": (LOW_RANK, mlp, {"after": lambda net: net[0].register_forward_hook(doubled)}),
     "hook in front": (FIRST_DENSE, mlp, {"after": lambda net: net[0].register_forward_hook(doubled, prepend=True)}),
-    "pre-hook": (THIN, lambda: changed(lambda net: net[0].register_forward_pre_hook(lambda m, a: torch.sin(a[0])))),
-    "checkpoint": (THIN, lambda: custom(lambda f, x: checkpoint(f, x, use_reentrant=False))),
+    "pre-hook": (LOW_RANK, lambda: changed(lambda net: net[0].register_forward_pre_hook(lambda m, a: torch.sin(a[0])))),
+    "checkpoint": (LOW_RANK, lambda: custom(lambda f, x: checkpoint(f, x, use_reentrant=False))),
     "weight used elsewhere": (FIRST_DENSE, lambda: custom(lambda f, x: f(x) + torch.sin(x) @ f.weight)),
     "tied": (None, tied),
     "frozen weight": (None, lambda: frozen("weight")),
-    "frozen bias": (THIN, lambda: frozen("bias")),
+    "frozen bias": (LOW_RANK, lambda: frozen("bias")),
     "parametrized later": (
         FIRST_DENSE,
         mlp,
@@ -82,7 +82,7 @@ MODELS: dict[str, tuple] = {  # which gradients are low-rank, the model, and wha
     ),
     "norm and bare parameter": (None, lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5))),
     "other structures": (None, mlp, {"structure": {"0": "diagonal", "2": "sumkron"}}),
-    "adapter": (THIN, lambda: custom(lambda f, x: f(x) + torch.sin(x))),
+    "adapter": (LOW_RANK, lambda: custom(lambda f, x: f(x) + torch.sin(x))),
 }
 
 
@@ -160,7 +160,7 @@ HIDES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", HIDES)
 def test_a_layer_that_hides(name: str) -> None:
     case = Case(Hidden(HIDES[name]))
-    assert case.low_rank() == THIN
+    assert case.low_rank() == LOW_RANK
     case.net.hiding = True
     check(case, taken=False)
 

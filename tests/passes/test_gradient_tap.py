@@ -17,7 +17,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from support.dense import randn
-from support.gradient_tap import LIKELIHOOD, THIN, Training, Way, check, take_step, two_layers, usual
+from support.gradient_tap import LIKELIHOOD, LOW_RANK, Training, Way, check, take_step, two_layers, usual
 
 
 def on_grads(change: Callable[[nn.Parameter], Any]) -> Way:
@@ -136,7 +136,7 @@ UNCHANGED: dict[str, Way] = {
 
 @pytest.mark.parametrize("name", UNCHANGED)
 def test_gradients_that_are_thin_all_the_same(name: str) -> None:
-    check(UNCHANGED[name], THIN)
+    check(UNCHANGED[name], LOW_RANK)
 
 
 @pytest.mark.parametrize("loader", [False, True])
@@ -152,7 +152,7 @@ def test_torch_func_grad_over_the_models_own_parameters(loader: bool) -> None:
             p.grad = None if t.step % 2 else grads[name]
         if t.step % 2:
             usual(t)
-            assert t.optimizer._gradients is None or t.said() == THIN
+            assert t.optimizer._gradients is None or t.said() == LOW_RANK
 
     check(way, None, aux_loader=[(randn(5, 20),)] if loader else None)
 
@@ -166,7 +166,7 @@ def test_other_dtypes_than_lambdas_are_dense() -> None:
 def test_closure_and_tracing() -> None:
     t = Training(two_layers())
     t.optimizer.step(lambda: usual(t))
-    assert t.used() == THIN
+    assert t.used() == LOW_RANK
     assert torch.equal(torch.jit.trace(t.net, t.data()[0])(t.data()[0]), t.net(t.data()[0]))
 
 
@@ -223,8 +223,8 @@ def test_copies_of_the_model_have_no_part_in_it(how: str) -> None:
                 other = copy.deepcopy(t.net) if how == "deepcopy" else torch.load(buffer, weights_only=False)
                 other(t.data()[0]).sum().backward()
                 take_step(other := Training(other))
-                assert other.used() == THIN
-            assert t.said() == THIN
+                assert other.used() == LOW_RANK
+            assert t.said() == LOW_RANK
             t.optimizer.step()
         states.append(t.state())
     assert torch.equal(*states) and b"LayerTap" not in buffer.getvalue()

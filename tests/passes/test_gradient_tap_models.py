@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
-from support.gradient_tap import FIRST_DENSE, THIN, Custom, Training, check, take_step, two_layers, usual
+from support.gradient_tap import FIRST_DENSE, LOW_RANK, Custom, Training, check, take_step, two_layers, usual
 
 
 def doubled(*args: Any) -> Tensor:
@@ -58,13 +58,13 @@ BUILT: dict[str, tuple] = {  # what is low-rank, the model, and what is done to 
     "bias hook": (FIRST_DENSE, lambda: blind_bias(1.0)),
     "bias hook, large inputs": (FIRST_DENSE, lambda: blind_bias(100.0)),
     "forward hook before": (FIRST_DENSE, lambda: changed(lambda f: f.register_forward_hook(doubled))),
-    "forward hook after": (THIN, two_layers, lambda t: t.net[0].register_forward_hook(doubled)),
+    "forward hook after": (LOW_RANK, two_layers, lambda t: t.net[0].register_forward_hook(doubled)),
     "forward hook in front": (FIRST_DENSE, two_layers, lambda t: t.net[0].register_forward_hook(doubled, prepend=True)),
-    "forward pre-hook": (THIN, two_layers, lambda t: t.net[0].register_forward_pre_hook(lambda m, a: 2 * a[0])),
-    "another optimizer before": (THIN, lambda: second_hand(False)),
-    "another optimizer beside": (THIN, lambda: second_hand(True)),
+    "forward pre-hook": (LOW_RANK, two_layers, lambda t: t.net[0].register_forward_pre_hook(lambda m, a: 2 * a[0])),
+    "another optimizer before": (LOW_RANK, lambda: second_hand(False)),
+    "another optimizer beside": (LOW_RANK, lambda: second_hand(True)),
     "scaling subclass": (FIRST_DENSE, lambda: subclass(lambda f, x: nn.Linear.forward(f, 3 * x))),
-    "adapter subclass": (THIN, lambda: subclass(lambda f, x: nn.Linear.forward(f, x) + torch.sin(x))),
+    "adapter subclass": (LOW_RANK, lambda: subclass(lambda f, x: nn.Linear.forward(f, x) + torch.sin(x))),
     "weight_norm": ([True], lambda: Custom(first=parametrizations.weight_norm(nn.Linear(20, 20)))),
     "pruned later": (FIRST_DENSE, two_layers, lambda t: prune.l1_unstructured(t.net[0], "weight", 0.3)),
     "pruned later, no bias": (
@@ -75,16 +75,16 @@ BUILT: dict[str, tuple] = {  # what is low-rank, the model, and what is done to 
     "parametrized later": (FIRST_DENSE, two_layers, lambda t: register_parametrization(t.net[0], "weight", nn.ReLU())),
     "tied weights": (FIRST_DENSE, tied),
     "weight used elsewhere": (FIRST_DENSE, lambda: Custom(lambda f, x: f(x) + x @ f.weight)),
-    "checkpoint": (THIN, lambda: Custom(lambda f, x: checkpoint(f, x, use_reentrant=False))),
-    "reentrant": (THIN, lambda: Custom(lambda f, x: checkpoint(f, x.requires_grad_(), use_reentrant=True))),
-    "in-place ReLU": (THIN, lambda: two_layers(nn.ReLU(inplace=True))),
-    "called twice": (THIN, lambda: Custom(lambda f, x: f(torch.sin(f(x))))),
+    "checkpoint": (LOW_RANK, lambda: Custom(lambda f, x: checkpoint(f, x, use_reentrant=False))),
+    "reentrant": (LOW_RANK, lambda: Custom(lambda f, x: checkpoint(f, x.requires_grad_(), use_reentrant=True))),
+    "in-place ReLU": (LOW_RANK, lambda: two_layers(nn.ReLU(inplace=True))),
+    "called twice": (LOW_RANK, lambda: Custom(lambda f, x: f(torch.sin(f(x))))),
     "two large calls": (FIRST_DENSE, lambda: Custom(lambda f, x: sum(f(c * x.repeat(3, 1))[:3] for c in (1, 2)))),
     "named argument": (FIRST_DENSE, lambda: Custom(lambda f, x: f(input=x))),
-    "1-D input": (THIN, lambda: Custom(lambda f, x: f(x[0]) + x)),
+    "1-D input": (LOW_RANK, lambda: Custom(lambda f, x: f(x[0]) + x)),
     "no rows at all": (FIRST_DENSE, lambda: Custom(lambda f, x: x + f(x[:0]).sum())),
-    "some calls without rows": (THIN, lambda: Custom(lambda f, x: f(x) + f(x[:0]).sum())),
-    "several positions": (THIN, lambda: Custom(lambda f, x: f(torch.stack([x, -2 * x], 1)).prod(1))),
+    "some calls without rows": (LOW_RANK, lambda: Custom(lambda f, x: f(x) + f(x[:0]).sum())),
+    "several positions": (LOW_RANK, lambda: Custom(lambda f, x: f(torch.stack([x, -2 * x], 1)).prod(1))),
     "compiled": ([False, False], lambda: torch.compile(two_layers(), backend="eager")),
 }
 

@@ -12,7 +12,7 @@ from fishleg_fast import FishLeg, GaussianLikelihood
 from support.dense import flat, randn, relative
 
 LIKELIHOOD = GaussianLikelihood()
-FIRST_DENSE, THIN = [False, True], [True, True]
+FIRST_DENSE, LOW_RANK = [False, True], [True, True]
 
 
 def two_layers(activation: nn.Module | None = None, bias: bool = True) -> nn.Sequential:
