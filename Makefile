@@ -7,7 +7,10 @@ OUT ?= outputs/gpu
 JOBS ?= auto
 
 # What trains with whatever backend is the best one; it is run with the reference too.
-WHOLE_RUNS := $(foreach name,checkpoint gradient_tap learning models thin torch_optim,tests/test_$(name).py)
+WHOLE_RUNS := $(addprefix tests/, \
+  test_checkpoint.py test_torch_optim.py test_optimizer.py model/test_models.py fisher/test_learning.py \
+  passes/test_gradient_tap.py passes/test_gradient_tap_models.py algebra/test_low_rank.py \
+  backends/reference/test_low_rank_steps.py backends/cpu/test_low_rank_training.py)
 
 VENV := .venv
 BIN := $(VENV)/bin

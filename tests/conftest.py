@@ -9,6 +9,8 @@ import torch
 
 from fishleg_fast import backends
 
+pytest.register_assert_rewrite("support")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=list(backends.BACKENDS), help="what backend=None takes: in tests, the best")
@@ -25,6 +27,13 @@ def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def _seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """As an optimizer calls its ops."""
+    with torch.no_grad():
         yield
 
 

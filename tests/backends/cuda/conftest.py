@@ -1,0 +1,22 @@
+"""What the CUDA backend's tests have, on the CPU and on a device."""
+
+from __future__ import annotations
+
+import pytest
+
+from fishleg_fast import cuda, cuda_plans
+
+pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda")
+
+
+@pytest.fixture
+def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
+    """As an optimizer calls its ops, on workspaces that hold nothing but NaN before each op."""
+    plan_of = cuda_plans.plan_of
+
+    def poisoned(*arguments: object) -> cuda_plans.Plan:
+        plan = plan_of(*arguments)  # type: ignore[arg-type]
+        plan.workspace.fill_(255)
+        return plan
+
+    monkeypatch.setattr(cuda, "plan_of", poisoned)
