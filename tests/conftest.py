@@ -7,20 +7,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fishleg_fast import backends
+from fishleg_fast.backends import registry
 
 pytest.register_assert_rewrite("support")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=list(backends.BACKENDS), help="what backend=None takes: in tests, the best")
+    parser.addoption("--backend", choices=list(registry.BACKENDS), help="what backend=None takes: in tests, the best")
 
 
 @pytest.fixture(autouse=True)
 def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     name = request.config.getoption("--backend")
     if name is not None:
-        monkeypatch.setattr(backends, "BACKENDS", {name: backends.BACKENDS[name], **backends.BACKENDS})
+        monkeypatch.setattr(registry, "BACKENDS", {name: registry.BACKENDS[name], **registry.BACKENDS})
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,6 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(params=["reference", "cpp"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs with every backend for CPUs: with its ops as the test module's ``steps``."""
-    _, ops = backends.choose(request.param, torch.device("cpu"), torch.float64)
+    _, ops = registry.choose(request.param, torch.device("cpu"), torch.float64)
     monkeypatch.setattr(request.module, "steps", ops)
     return request.param

@@ -105,7 +105,7 @@ def test_precision_holds_inside_the_optimizer_and_leaves_the_users_setting_alone
         expected = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("tf32", "tf32")}[precision]
         assert inside == [expected] * 2
         rounded = torch.bfloat16 if precision == "medium" and _fast_bfloat16() else torch.float32
-        assert {block.structure.operands for block in optimizer.blocks} == {rounded}
+        assert {block.structure.operand_dtype for block in optimizer.blocks} == {rounded}
     finally:
         torch.set_float32_matmul_precision(legacy)
         torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = begin

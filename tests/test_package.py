@@ -12,7 +12,7 @@ import pytest
 
 import fishleg_fast
 import fishleg_fast.kernels
-from fishleg_fast import backends, native
+from fishleg_fast.backends import native, registry
 
 OPTIONAL = ["triton", "tensorboard", "transformers", "matplotlib", "tqdm", "sklearn", "pytorch_optimizer"]
 
@@ -77,7 +77,7 @@ def test_report_names_every_backend():
     out = run_python("-m", "fishleg_fast")
     assert fishleg_fast.__version__ in out
     shown = out.partition("\nbackends\n")[2].splitlines()
-    rows = list(backends.report())
+    rows = list(registry.report())
     assert rows
     for (name, ok, reason), line in zip(rows, shown, strict=True):
         assert line.split()[0] == name

@@ -97,7 +97,7 @@ def test_draw_and_nll_alone_are_enough() -> None:
         return torch.distributions.Categorical(logits=model(data_x)).sample()
 
     optimizer = FishLeg(net, draw, nll)
-    assert optimizer.settings["fisher"] == "hessian"
+    assert optimizer.settings.fisher == "hessian"
     for _ in range(40):
         optimizer.zero_grad()
         nll(net, x, y).backward()

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fishleg_fast import Kron, SumKron, precision
-from fishleg_fast.reference import steps
-from fishleg_fast.reference.thin import Image, Sum, dot, forms, is_zero, outer_pays, thin_pays, vectors
+from fishleg_fast.algebra.costs import count_applications, forming_pays, low_rank_pays, outer_products_pay
+from fishleg_fast.algebra.low_rank import DenseAndLowRank, LowRankProduct
+from fishleg_fast.algebra.matrix import dot, is_zero
+from fishleg_fast.backends import reference as steps
 from support.dense import dense_q, randn, randomise, relative
 from support.low_rank import FORMED, low_rank_matrix
 
@@ -46,7 +48,7 @@ def test_products_and_gradients_match_the_dense_matrix(kind: str, layout: str, s
         u = low_rank_matrix(rank, shape, seed=2)
         extra = tuple(low_rank_matrix(2 + k, shape, seed=5 + 2 * k) for k in range(terms))
         dense = [randn(*shape, seed=4)] if rank != 3 else []
-        w = Sum.of(*dense, *extra)
+        w = DenseAndLowRank.of(*dense, *extra)
         U, W = u.E.T @ u.H, sum(dense, sum(t.E.T @ t.H for t in extra))
         Qu = (Q @ U.reshape(-1)).reshape(shape)
         s = W.reshape(-1) @ dense_q(structure, leaves) @ U.reshape(-1)
@@ -57,14 +59,16 @@ def test_products_and_gradients_match_the_dense_matrix(kind: str, layout: str, s
             names = {name[0] for name in structure.cache}
             whole = {p for p, name in zip("PS", list(leaves)[:2], strict=True) if leaves[name].ndim > 1}
             assert names & whole == {"both": whole, "neither": set()}.get(formed, {formed} & whole)
-            image = structure.thin_product(u)
-            assert isinstance(image, Image) and relative(image.E.T @ image.H, Qu) <= EXACT
+            image = structure.low_rank_product(u)
+            assert isinstance(image, LowRankProduct) and relative(image.E.T @ image.H, Qu) <= EXACT
             assert relative(structure.product(U), Qu) <= EXACT
-            found = [structure.thin_gradients(u, image, w), structure.gradients(U, W)]
-            found.append(structure.thin_gradients(u, Image(image.E, image.H), w))  # without the halves
+            found = [structure.low_rank_gradients(u, image, w), structure.gradients(U, W)]
+            found.append(structure.low_rank_gradients(u, LowRankProduct(image.E, image.H), w))  # without the halves
             for got, name in itertools.product(found, want):
                 assert relative(got[name], want[name]) <= EXACT, (formed, rank, terms, name)
-    assert layout != "dense" or shape[1] < 13 or outer_pays(got[name], 1) > outer_pays(got[name], 20)  # both were met
+    assert (
+        layout != "dense" or shape[1] < 13 or outer_products_pay(got[name], 1) > outer_products_pay(got[name], 20)
+    )  # both were met
 
 
 def test_a_cache_made_in_inference_mode_does_not_stand_in_the_way() -> None:
@@ -89,7 +93,7 @@ def test_algebra() -> None:
     assert relative(steps.inner([p for p, *_ in pairs], [q for *_, q, _ in pairs]), want) <= EXACT
     assert relative(steps.inner([a.float(), x], [b.float(), y]), (a * b).sum() + (X * Y).sum()) <= 1e-6
     for terms, whole in [((x,), X), ((a, x), a + X), ((x, a, y), a + X + Y)]:
-        w, left, right = Sum.of(*terms), randn(4, 5, seed=6), randn(4, 7, seed=7)
+        w, left, right = DenseAndLowRank.of(*terms), randn(4, 5, seed=6), randn(4, 7, seed=7)
         assert relative(w.left(left), left @ whole) <= EXACT and relative(w.right(right), right @ whole.T) <= EXACT
         assert w.to(torch.float32).left(left.float()).dtype == torch.float32
         assert (w.whole is a) == any(t is a for t in terms)
@@ -123,19 +127,24 @@ def test_the_cheaper_route_is_taken(layout: str) -> None:
         structure, U = Kron(m, n, **LAYOUTS[layout]), torch.ones(m, n)
         u = low_rank_matrix(rank, (m, n)).to(torch.float32)
         R, L = structure.fishleg_aux.values()
-        thin, dense = applied(R, rank) + applied(L, rank) + m * n * rank, applied(R, n) + applied(L, m)
-        assert thin_pays(R, L, m, n, rank) == (thin < dense)
-        decisions.add(thin < dense)
+        low_rank, dense = applied(R, rank) + applied(L, rank) + m * n * rank, applied(R, n) + applied(L, m)
+        assert low_rank_pays(R, L, m, n, rank) == (low_rank < dense)
+        decisions.add(low_rank < dense)
         if "diagonal" not in layout and rank == 3:  # FlopCounterMode does not see elementwise products
             structure.refresh()
-            assert counted(lambda: structure.thin_product(u).into(torch.empty(m, n))) == thin  # noqa: B023
+            assert counted(lambda: structure.low_rank_product(u).into(torch.empty(m, n))) == low_rank  # noqa: B023
             assert counted(lambda: structure.product(U)) == dense  # noqa: B023
         for factor, k in ((R, m), (L, n)):
             form, without = applied(factor, factor.shape[-1]), 2 * applied(factor, rank)
-            assert forms(factor, None) and forms(factor, rank) == (factor.ndim == 1 or form + without // 2 <= without)
+            assert forming_pays(factor, None) and forming_pays(factor, rank) == (
+                factor.ndim == 1 or form + without // 2 <= without
+            )
             square = rank * k * k
-            assert outer_pays(factor, rank) == (factor.ndim == 2 and 4 * square < square + k**3)
-        assert vectors(u, 4, 2) == (4 * rank + 2 * n, 4 * rank + 2 * m) and vectors(U, 4, 2) == (6 * n, 6 * m)
+            assert outer_products_pay(factor, rank) == (factor.ndim == 2 and 4 * square < square + k**3)
+        assert count_applications(u, 4, 2) == (4 * rank + 2 * n, 4 * rank + 2 * m) and count_applications(U, 4, 2) == (
+            6 * n,
+            6 * m,
+        )
     assert decisions == {True, False} or "diagonal" in layout
 
 
@@ -147,18 +156,18 @@ def test_medium_precision_is_that_of_bfloat16(kind: str, layout: str) -> None:
     structure = MAKERS[kind](*shape, **LAYOUTS[layout], dtype=torch.float32)
     for k, t in enumerate(structure.fishleg_aux.values()):  # well-conditioned
         t.add_(0.1 * randn(*t.shape, seed=k).float() / t.shape[-1] ** 0.5)
-    summed = Sum.of(randn(*shape, seed=9), low_rank_matrix(2, shape, seed=10))
+    summed = DenseAndLowRank.of(randn(*shape, seed=9), low_rank_matrix(2, shape, seed=10))
     u, U, w = (x.to(torch.float32) for x in (low_rank_matrix(4, shape), randn(*shape, seed=8), summed))
-    W = w.whole + w.thin.dense
-    exact = [structure.thin_product(u).dense, structure.product(U)]
+    W = w.whole + w.low_rank.dense
+    exact = [structure.low_rank_product(u).dense, structure.product(U)]
     exact += [*structure.gradients(u.dense, W).values(), *structure.gradients(U, W).values()]
-    structure.operands = precision.operand_dtype("medium", torch.device("cpu"), torch.float32)
+    structure.operand_dtype = precision.operand_dtype("medium", torch.device("cpu"), torch.float32)
     for uses in FORMED.values():
         next(iter(structure.fishleg_aux.values())).mul_(1)
         structure.refresh(uses)
-        got = [structure.thin_product(u).dense, structure.product(U)]
+        got = [structure.low_rank_product(u).dense, structure.product(U)]
         got += [
-            *structure.thin_gradients(u, structure.thin_product(u), w).values(),
+            *structure.low_rank_gradients(u, structure.low_rank_product(u), w).values(),
             *structure.gradients(U, W).values(),
         ]
         for k, (x, y) in enumerate(zip(got, exact, strict=True)):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from dense import flat, randn, relative
 from torch import nn
 
 from benchmarks.common.published import Published
 from fishleg_fast import BernoulliLikelihood
+from support.dense import flat, randn, relative
 
 
 def published(bias=True, **settings):

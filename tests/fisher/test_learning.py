@@ -7,6 +7,7 @@ say how near.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_fast import DiagKron, Diagonal, FishLeg, GaussianLikelihood, Kron, SumKron
-from fishleg_fast.curvature import drawn_gradient
+from fishleg_fast.fisher.products import drawn_gradient
 from support.dense import dense_q, explicit_fisher, flat, randn, relative
 
 DAMPING = 0.1
@@ -62,7 +63,8 @@ class Study:
 
     def learn(self, *stages: tuple[float, int]) -> None:
         for lr, count in stages:
-            self.optimizer.settings["aux_lr"] = lr
+            learner = self.optimizer._learner
+            learner.options = replace(learner.options, update=replace(learner.options.update, lr=lr))
             self.optimizer.pretrain_aux(count)
 
     def Q(self) -> Tensor:

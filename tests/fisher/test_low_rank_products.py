@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood
-from fishleg_fast.reference.thin import dense
+from fishleg_fast.algebra.matrix import dense
 from support.dense import randn
 from support.low_rank_case import Case, check, custom, mlp
 
@@ -119,18 +119,18 @@ def test_batches_of_a_loader(size: int | None) -> None:
 def test_what_was_tried_leaves_no_trace_in_batches_and_seeds() -> None:
     """After a failure the dense route meets the batch and the seeds that it would have met, now and later."""
     found = []
-    for thin_mode in (True, False):
+    for low_rank_mode in (True, False):
         loader = [(randn(4, 6, seed=k),) for k in range(3)]
         net = custom(lambda f, x: nn.functional.dropout(NoForward.apply(f(x))))
         torch.manual_seed(0)
         for p in net.parameters():
             nn.init.normal_(p)
         case = Case(net, aux_loader=loader)
-        case.optimizer._passes.thin_mode = thin_mode
+        case.optimizer._passes.low_rank_mode = low_rank_mode
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             found.append(
-                [dense(x) for _ in range(3) for x in case.optimizer._aux._fisher_product(case.blocks, case.vs())]
+                [dense(x) for _ in range(3) for x in case.optimizer._learner._fisher_product(case.blocks, case.vs())]
             )
     assert all(map(torch.equal, *found))
 

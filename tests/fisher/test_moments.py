@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import curvature
-from fishleg_fast.assemble import build_blocks
-from fishleg_fast.blocks import Block
-from fishleg_fast.capture import Inputs
-from fishleg_fast.layers import layer_of
+from fishleg_fast.algebra.structure import LayerStatistics
+from fishleg_fast.fisher.moments import moments as statistics_of
 from fishleg_fast.likelihoods import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
-from fishleg_fast.passes import Passes
-from fishleg_fast.structure import Shown
+from fishleg_fast.model.assemble import build_blocks
+from fishleg_fast.model.block import Block
+from fishleg_fast.model.layers import layer_of
+from fishleg_fast.passes.inputs import Inputs
+from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import explicit_fisher, full, randn, relative
 
 
@@ -32,14 +32,19 @@ def blocks_of(model: nn.Module, structure: str = "kron") -> list[Block]:
     return build_blocks(model, list(model.parameters()), structure, None)
 
 
-def second_moments(passes: Passes, blocks: list[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
+def second_moments(passes: IsolatedPasses, blocks: list[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
     """What a pass shows of each block, as moments."""
-    shown = curvature.moments(passes, blocks, inputs)
-    return [b.structure.layer_moments(*s) if isinstance(s, Shown) else s for b, s in zip(blocks, shown, strict=True)]
+    shown = statistics_of(passes, blocks, inputs)
+    return [
+        b.structure.layer_moments(*s) if isinstance(s, LayerStatistics) else s
+        for b, s in zip(blocks, shown, strict=True)
+    ]
 
 
 def moments(model: nn.Module, likelihood: Likelihood, x: Tensor, seed: int = 0, structure: str = "kron") -> list:
-    return second_moments(Passes(model, None, None, likelihood, [x], seed), blocks_of(model, structure), Inputs.of(x))
+    return second_moments(
+        IsolatedPasses(model, None, None, likelihood, [x], seed), blocks_of(model, structure), Inputs.of(x)
+    )
 
 
 def with_ones(x: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def test_linear_layer_of_given_labels(batch: int) -> None:
 def test_linear_layer_is_exact_in_expectation(kind: str, likelihood: Likelihood, batch: int) -> None:
     """E[rows] ⊗ columns is the Fisher matrix: of one sample, and of any batch where H_out is constant (Gaussian)."""
     model, x = nn.Linear(3, 2).double(), randn(batch, 3)
-    passes, blocks, inputs = Passes(model, None, None, likelihood, [x], 0), blocks_of(model), Inputs.of(x)
+    passes, blocks, inputs = IsolatedPasses(model, None, None, likelihood, [x], 0), blocks_of(model), Inputs.of(x)
     draws = [second_moments(passes, blocks, inputs)[0] for _ in range(400)]
     rows = torch.stack([d["rows"] for d in draws])
     want = block_order(model, explicit_fisher(model, x, kind, 0.5))
@@ -166,7 +171,7 @@ def test_moments_from_gradients_where_a_layer_is_unseen(batch: int) -> None:
             return self.gain * x
 
     model, x = Gain(), randn(batch, 3)
-    passes = Passes(model, None, None, GaussianLikelihood(0.5), [x], 0)
+    passes = IsolatedPasses(model, None, None, GaussianLikelihood(0.5), [x], 0)
     draws = [second_moments(passes, blocks_of(model), Inputs.of(x))[0]["diagonal"] for _ in range(150)]
     samples = torch.stack(draws).reshape(150, 3)
     want = explicit_fisher(model, x, "gaussian", 0.5).diagonal()
@@ -190,7 +195,7 @@ def test_layer_used_twice_adds_up_and_tied_weights_are_left_to_gradients() -> No
     model = nn.Sequential(layer, layer)
     likelihood = Given(1.0).double()
     x, likelihood.labels = randn(5, 3), randn(5, 3, seed=1)
-    passes = Passes(model, None, None, likelihood, [x], 0)
+    passes = IsolatedPasses(model, None, None, likelihood, [x], 0)
     found = second_moments(passes, blocks_of(model), passes.inputs())
     assert len(found) == 1
     h = layer(x).detach()

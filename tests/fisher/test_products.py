@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import curvature
-from fishleg_fast.capture import Inputs
+from fishleg_fast.fisher import products
 from fishleg_fast.likelihoods import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
-from fishleg_fast.passes import Passes
+from fishleg_fast.passes.inputs import Inputs
+from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import explicit_fisher, flat, jacobian, output_fisher, randn, relative, split_like
 
 LIKELIHOODS = {
@@ -70,15 +70,15 @@ def build(network: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, 
         return make().to(dtype), x.to(dtype)
 
 
-def passes_of(model: nn.Module, likelihood: Likelihood | None, x: Tensor, seed: int = 0, own=None) -> Passes:
+def passes_of(model: nn.Module, likelihood: Likelihood | None, x: Tensor, seed: int = 0, own=None) -> IsolatedPasses:
     draw, nll = own or (None, None)
-    return Passes(model, draw, nll, likelihood, [x], seed)
+    return IsolatedPasses(model, draw, nll, likelihood, [x], seed)
 
 
-def product(name: str, passes: Passes, params: list[Tensor], v: Tensor) -> Tensor:
+def product(name: str, passes: IsolatedPasses, params: list[Tensor], v: Tensor) -> Tensor:
     """One estimate of F v, everything flat."""
     with torch.no_grad():  # as inside an optimizer's step
-        return flat(curvature.FISHER[name](passes, params, split_like(v, params), passes.inputs()))
+        return flat(products.FISHER[name](passes, params, split_like(v, params), passes.inputs()))
 
 
 def trainable(model: nn.Module, likelihood: nn.Module | None = None) -> list[Tensor]:
@@ -197,7 +197,7 @@ def test_ggn_in_lower_precision(kind: str, dtype: torch.dtype, tolerance: float)
     assert relative(got, exact) <= tolerance
 
 
-@pytest.mark.parametrize("name", curvature.FISHER)
+@pytest.mark.parametrize("name", products.FISHER)
 def test_learned_sigma(name: str) -> None:
     """F over (θ, log σ) is block-diagonal: Jᵀ H_out J and 2D."""
     model, x = build("mlp")
@@ -249,7 +249,7 @@ def test_the_textbook_matrices_are_right() -> None:
 def test_inputs_as_the_model_was_given_them() -> None:
     """Without a loader the last input given with gradients enabled is the curvature batch."""
     model, x = build("mlp")
-    passes = Passes(model, None, None, GaussianLikelihood(0.5), None, 0)
+    passes = IsolatedPasses(model, None, None, GaussianLikelihood(0.5), None, 0)
     with pytest.raises(RuntimeError, match="no curvature batch"):
         passes.inputs()
     model(x)

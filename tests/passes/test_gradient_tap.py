@@ -196,7 +196,7 @@ def hooks(net: nn.Module) -> int:
 
 def test_hooks_are_for_thin_gradients_only_and_go_with_the_optimizer() -> None:
     net = two_layers()
-    for options in ({"thin": False}, {"capturable": True}, {"structure": "diagonal"}):
+    for options in ({"low_rank": False}, {"capturable": True}, {"structure": "diagonal"}):
         take_step(t := Training(net, **options))
         assert hooks(net) == 0
     t = Training(net)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import curvature
-from fishleg_fast.assemble import build_blocks
-from fishleg_fast.capture import Inputs
+from fishleg_fast.algebra.structure import LayerStatistics
+from fishleg_fast.fisher import moments, products
 from fishleg_fast.likelihoods import GaussianLikelihood
-from fishleg_fast.passes import Passes
-from fishleg_fast.structure import Shown
+from fishleg_fast.model.assemble import build_blocks
+from fishleg_fast.passes.inputs import Inputs
+from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import randn
 
 
@@ -84,23 +84,23 @@ def trainable(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_passes(model: nn.Module, loader: object = None) -> Passes:
+def make_passes(model: nn.Module, loader: object = None) -> IsolatedPasses:
     x = randn(8, 4, seed=1, dtype=torch.float32)
-    return Passes(model, None, None, GaussianLikelihood(), [x] if loader is None else loader, 0)
+    return IsolatedPasses(model, None, None, GaussianLikelihood(), [x] if loader is None else loader, 0)
 
 
-def run(name: str, model: nn.Module, passes: Passes) -> list[Tensor]:
+def run(name: str, model: nn.Module, passes: IsolatedPasses) -> list[Tensor]:
     if name == "moments":
         blocks = build_blocks(model, list(model.parameters()), "kron", None)
-        shown = curvature.moments(passes, blocks, passes.inputs())
-        return [t for found in shown for t in (found[:2] if isinstance(found, Shown) else found.values())]
+        shown = moments.moments(passes, blocks, passes.inputs())
+        return [t for found in shown for t in (found[:2] if isinstance(found, LayerStatistics) else found.values())]
     params = trainable(model)
     vs = [torch.ones_like(p) for p in params]
     with torch.no_grad():
-        return curvature.FISHER[name](passes, params, vs, passes.inputs())
+        return products.FISHER[name](passes, params, vs, passes.inputs())
 
 
-NAMES = [*curvature.FISHER, "moments"]
+NAMES = [*products.FISHER, "moments"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,13 +160,13 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(model: nn.Module) -> No
     passes, params = make_passes(model), trainable(model)
     vs = [torch.ones_like(p) for p in params]
     model.eval()
-    first, second = (curvature.ggn(passes, params, vs, passes.inputs()) for _ in range(2))
+    first, second = (products.ggn(passes, params, vs, passes.inputs()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_input_tap_is_silent_during_a_pass() -> None:
     net = nn.Linear(4, 2)
-    passes = Passes(net, None, None, GaussianLikelihood(), None, 0)
+    passes = IsolatedPasses(net, None, None, GaussianLikelihood(), None, 0)
     x = randn(8, 4, dtype=torch.float32)
     net.forward(x)
     net(x[:5])

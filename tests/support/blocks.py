@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.blocks import Block, Part
-from fishleg_fast.structure import Structure
-from fishleg_fast.structures import DiagKron, Diagonal, Kron
+from fishleg_fast.algebra.diagkron import DiagKron
+from fishleg_fast.algebra.diagonal import Diagonal
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structure import Structure
+from fishleg_fast.model.block import Block, Part
 from support.dense import randn, randomise
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fishleg_fast.blocks import Block
-from fishleg_fast.reference.thin import Split
-from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
+from fishleg_fast.algebra.diagkron import DiagKron
+from fishleg_fast.algebra.diagonal import Diagonal
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.model.block import Block
+from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import everything, make_block
 from support.dense import randn, relative
 
@@ -55,7 +58,7 @@ def model(device: torch.device, dtype: torch.dtype = torch.float32, **group: obj
     ]
 
 
-def set_gradients(blocks: Sequence[Block], step: int) -> list[Split]:
+def set_gradients(blocks: Sequence[Block], step: int) -> list[GradientInPlace]:
     """Random gradients in ``block.grads``, laid out and typed as their parameters are."""
     for i, block in enumerate(blocks):
         grads: list[Tensor | None] = []
@@ -65,7 +68,7 @@ def set_gradients(blocks: Sequence[Block], step: int) -> list[Split]:
             grad.copy_(randn(*p.shape, seed=1000 * step + 10 * i + j))
             grads.append(grad)
         block.grads = grads
-    return [Split(b) for b in blocks]
+    return [GradientInPlace(b) for b in blocks]
 
 
 def assert_close(ours: list[Block], theirs: list[Block], tolerance: float) -> None:

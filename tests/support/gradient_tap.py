@@ -35,11 +35,11 @@ class Custom(nn.Module):
 class Training:
     """A model, its optimizer and its data."""
 
-    def __init__(self, net: nn.Module, thin: bool = True, dtype: torch.dtype = torch.float64, **options) -> None:
+    def __init__(self, net: nn.Module, low_rank: bool = True, dtype: torch.dtype = torch.float64, **options) -> None:
         self.net, self.dtype, self.batch, self.step = net.to(dtype), dtype, 3, 0
         # A large aux_eps: Adam on λ would blow up gradients that are nothing but rounding.
         options = {"update_aux_every": 2, "anchor_every": 3, "aux_eps": 1e-3, "aux_lr": 1e-2, **options}
-        self.optimizer = FishLeg(self.net, likelihood=LIKELIHOOD, thin_gradients=thin, **options)
+        self.optimizer = FishLeg(self.net, likelihood=LIKELIHOOD, thin_gradients=low_rank, **options)
 
     def data(self, part: int = 0) -> tuple[Tensor, Tensor]:
         seed = 100 * self.step + part
@@ -54,7 +54,7 @@ class Training:
         tap, blocks = self.optimizer._gradients, [b for b in self.optimizer.blocks if b.shape[1] > 1]
         for b in blocks:
             b.grads = [part.param.grad for part in b.parts]
-        return [found is not None for found in tap.thin(blocks)]
+        return [found is not None for found in tap.low_rank(blocks)]
 
     def used(self) -> list[bool]:
         """Of each matrix: whether its latest step was a low-rank one."""
@@ -83,16 +83,16 @@ def check(
 ) -> None:
     """Five steps with gradients made in this way are those that dense ones give; low-rank where expected."""
     states = []
-    for thin in (True, False):
+    for low_rank in (True, False):
         torch.manual_seed(0)
-        t = Training(build(), thin, **options)
+        t = Training(build(), low_rank, **options)
         after(t)
         for t.step in range(5):
             t.optimizer.zero_grad()
             way(t)
-            assert not thin or expected in (None, t.said()), f"step {t.step}"
+            assert not low_rank or expected in (None, t.said()), f"step {t.step}"
             t.optimizer.step()
-            assert not thin or expected in (None, t.used()), f"step {t.step}"
+            assert not low_rank or expected in (None, t.used()), f"step {t.step}"
         assert t.optimizer.diagnostics()["steps"] == 5
         states.append(t.state())
     assert relative(*states) <= 1e-10

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood
+from fishleg_fast.algebra.low_rank import LowRank
+from fishleg_fast.algebra.matrix import Matrix, dense
 from fishleg_fast.likelihoods import Likelihood
-from fishleg_fast.reference.thin import Matrix, Thin, dense
 from support.dense import explicit_fisher, flat, randn, relative
 from support.gradient_tap import Custom
 
@@ -45,15 +46,15 @@ class Case:
         found: list[Matrix] = []
         for k, (b, g) in enumerate(zip(self.blocks, self.gs, strict=True)):
             m, n = b.shape
-            v = Thin(randn(2, m, seed=10 + k), randn(2, n, seed=20 + k))
-            found.append(v if isinstance(g, Thin) else v.dense)
+            v = LowRank(randn(2, m, seed=10 + k), randn(2, n, seed=20 + k))
+            found.append(v if isinstance(g, LowRank) else v.dense)
         return found
 
     @torch.no_grad()
     def both(self) -> tuple[list[Matrix], list[Tensor]]:
         """F v by the usual route, and by the dense one."""
         vs = self.vs()
-        aux = self.optimizer._aux
+        aux = self.optimizer._learner
         state = aux.passes.generator.get_state()
         usual = aux._fisher_product(self.blocks, vs)
         aux.passes.generator.set_state(state)
@@ -61,7 +62,7 @@ class Case:
 
     def low_rank(self) -> list[bool]:
         """Of each matrix: whether its gradient is low-rank."""
-        return [isinstance(g, Thin) for b, g in zip(self.blocks, self.gs, strict=True) if b.shape[1] > 1]
+        return [isinstance(g, LowRank) for b, g in zip(self.blocks, self.gs, strict=True) if b.shape[1] > 1]
 
     def explicit(self, kind: str, sigma: float = 0.5) -> list[Tensor]:
         """F v of each block by the explicit matrix."""
@@ -104,10 +105,10 @@ def check(case: Case, taken: bool = True, explicit: str | None = "gaussian") -> 
     tensors, hooks = case.kept()
     got, want = case.both()
     for x, y, v in zip(got, want, case.vs(), strict=True):
-        assert isinstance(x, Thin) == (taken and isinstance(v, Thin))
+        assert isinstance(x, LowRank) == (taken and isinstance(v, LowRank))
         assert relative(dense(x), y) <= EXACT
     for x, y in zip(got, case.explicit(explicit) if explicit else want, strict=True):
         assert relative(dense(x), y) <= EXACT
     after, left = case.kept()
     assert left == hooks and all(map(torch.equal, tensors, after))
-    assert case.optimizer._passes.thin_mode == (taken or True not in case.low_rank())
+    assert case.optimizer._passes.low_rank_mode == (taken or True not in case.low_rank())

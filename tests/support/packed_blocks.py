@@ -11,20 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishleg_fast import packed, panels
-from fishleg_fast.blocks import Block
-from fishleg_fast.reference.thin import Thin, dense
-from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
+from fishleg_fast.algebra.diagkron import DiagKron
+from fishleg_fast.algebra.diagonal import Diagonal
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.low_rank import LowRank
+from fishleg_fast.algebra.matrix import dense
+from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.backends.cpu import packed_matrix, packed_products
+from fishleg_fast.model.block import Block
 from support.blocks import make_block, theta
 from support.dense import dense_q, randn, relative
 
 
 def needs(engine: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(engine not in panels.engines(), reason=f"this processor, or this build, has no {engine}")
+    return pytest.mark.skipif(
+        engine not in packed_matrix.engines(), reason=f"this processor, or this build, has no {engine}"
+    )
 
 
 EACH = pytest.mark.parametrize(
-    "operands", [pytest.param(t, marks=needs(engine), id=str(t)[6:]) for t, engine in panels.ENGINES.items()]
+    "operands", [pytest.param(t, marks=needs(engine), id=str(t)[6:]) for t, engine in packed_matrix.ENGINES.items()]
 )
 
 
@@ -62,39 +68,39 @@ def block_of(make: Callable, m: int, n: int, seed: int, dtype=torch.float32, ope
         matrix = t.ndim > 1 and name[0] in "RL"
         t.mul_(0.5 / t.shape[-1] ** 0.5 if matrix else 0.2)
         (t.diagonal(dim1=-2, dim2=-1) if matrix else t).add_(1)
-    block.structure.operands = operands
+    block.structure.operand_dtype = operands
     return block
 
 
 def mixed(operands: torch.dtype, **group: object) -> list[Block]:
     """All shapes, with a block of another kind after each of them."""
     ours = [block_of(Kron, m, n, 10 * k, operands=operands, **group) for k, (m, n) in enumerate(SHAPES)]
-    assert all(map(packed.takes, ours))
+    assert all(map(packed_products.covers, ours))
     rest = [block_of(f, 9, 6, 7 * k, operands=operands, **group) for k, f in enumerate(OTHERS)]
     rest.append(block_of(Kron, 9, 7, 1, dtype=torch.float64, operands=torch.float64, **group))
-    assert not any(map(packed.takes, rest))
+    assert not any(map(packed_products.covers, rest))
     return [b for pair in itertools.zip_longest(ours, rest) for b in pair if b is not None]
 
 
-def directions(blocks: list[Block], rank: int, seed: int, thin: bool = True) -> list[Thin | Tensor]:
+def directions(blocks: list[Block], rank: int, seed: int, low_rank: bool = True) -> list[LowRank | Tensor]:
     """Low-rank ones where Q keeps them so. An entry has one sign for all seeds, so that sums of them do not cancel."""
-    found: list[Thin | Tensor] = []
+    found: list[LowRank | Tensor] = []
     for k, b in enumerate(blocks):
         signs = [randn(size, seed=k + 40 * i).sign() for i, size in enumerate(b.shape)]
         E, H = (randn(rank, len(s), seed=seed + 5 * k + i).abs() * s for i, s in enumerate(signs))
-        u = Thin((0.1 * E).to(b.dtype), H.to(b.dtype))
-        found.append(u if thin and b.structure.thin else u.dense)
+        u = LowRank((0.1 * E).to(b.dtype), H.to(b.dtype))
+        found.append(u if low_rank and b.structure.keeps_low_rank else u.dense)
     return found
 
 
-def curved(blocks: list[Block], kind: str) -> list[Thin | Tensor]:
+def curved(blocks: list[Block], kind: str) -> list[LowRank | Tensor]:
     """What F v may be, whatever v is."""
     return [t if kind == "thin F v" else dense(t) for t in directions(blocks, 40, seed=50)]
 
 
-def whole(x: Thin | Tensor) -> Tensor:
+def whole(x: LowRank | Tensor) -> Tensor:
     """(m, n) in float64."""
-    return x.E.double().T @ x.H.double() if isinstance(x, Thin) else x.double()
+    return x.E.double().T @ x.H.double() if isinstance(x, LowRank) else x.double()
 
 
 def exact_q(block: Block, u: Tensor, aux: dict[str, Tensor] | None = None) -> Tensor:
@@ -118,7 +124,7 @@ def assert_close(got: list[Tensor], want: list[Tensor], theirs: list[Tensor], to
     assert_errors(*errors, [t.numel() for t in want], tolerance)
 
 
-def placed(blocks: list[Block], gs: list[Thin | Tensor]) -> list[Thin | Tensor]:
+def placed(blocks: list[Block], gs: list[LowRank | Tensor]) -> list[LowRank | Tensor]:
     """The same gradients, in ``block.grads`` too."""
     for b, g in zip(blocks, gs, strict=True):
         b.grads = b.split(dense(g))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood
-from fishleg_fast.reference.thin import Thin
+from fishleg_fast.algebra.low_rank import LowRank
 from support.dense import flat, randn
 
 
@@ -27,7 +27,7 @@ def train(
 
     def spy() -> tuple:
         blocks, gs = gather(optimizer)
-        kinds = {isinstance(g, Thin) for g in gs if min(g.shape) > 1}
+        kinds = {isinstance(g, LowRank) for g in gs if min(g.shape) > 1}
         was.append(kinds.pop() if len(kinds) == 1 else None)
         return blocks, gs
 
@@ -43,7 +43,7 @@ def train(
     return was
 
 
-def make(thin: bool = True, build: Callable[[], nn.Module] = autoencoder, dtype=torch.float64, **options) -> tuple:
+def make(low_rank: bool = True, build: Callable[[], nn.Module] = autoencoder, dtype=torch.float64, **options) -> tuple:
     """A large aux_eps, since Adam on λ blows up gradients that are nothing but rounding."""
     torch.manual_seed(0)
     net = build().to(dtype)
@@ -51,7 +51,7 @@ def make(thin: bool = True, build: Callable[[], nn.Module] = autoencoder, dtype=
         options["params"] = params(net)
     likelihood = options.pop("likelihood", GaussianLikelihood)()
     options = {"update_aux_every": 3, "anchor_every": 6, "aux_eps": 1e-3, "aux_lr": 1e-2, "lr": 5e-3, **options}
-    return net, FishLeg(net, likelihood=likelihood, thin_gradients=thin, **options)
+    return net, FishLeg(net, likelihood=likelihood, thin_gradients=low_rank, **options)
 
 
 def state(optimizer: FishLeg) -> Tensor:

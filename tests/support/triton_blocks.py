@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fishleg_fast import DiagKron, Diagonal, Kron, SumKron
-from fishleg_fast.blocks import Block
+from fishleg_fast.backends import reference as steps
 from fishleg_fast.kernels import table
 from fishleg_fast.kernels.diagkron import middle
-from fishleg_fast.reference import steps
+from fishleg_fast.model.block import Block
 from support.blocks import make_block
 from support.dense import randn, relative
 

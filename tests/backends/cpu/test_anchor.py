@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import anchoring, backends, native
-from fishleg_fast.blocks import Block, Part
-from fishleg_fast.panels import engines
-from fishleg_fast.reference import steps
-from fishleg_fast.structure import Shown
-from fishleg_fast.structures import Kron
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structure import LayerStatistics
+from fishleg_fast.backends import native, registry
+from fishleg_fast.backends import reference as steps
+from fishleg_fast.backends.cpu import anchoring
+from fishleg_fast.backends.cpu.packed_matrix import engines
+from fishleg_fast.model.block import Block, Part
 from support.dense import randn, relative
 
-ANCHOR = backends.choose("cpp", torch.device("cpu"), torch.float32)[1].anchor
+ANCHOR = registry.choose("cpp", torch.device("cpu"), torch.float32)[1].anchor
 SIZES = [(1, 1), (7, 33), (32, 31), (100, 64), (257, 129), (500, 785)]
 # Operands' dtype -> what it takes, and how far moments and Q may be from those of float64.
 CLOSE = {torch.float32: ("avx512", 1e-5, 3e-5), torch.bfloat16: ("amx", 4e-3, 1e-4)}
@@ -38,16 +39,16 @@ def threads() -> Iterator[None]:
 
 def block_of(m: int, n: int, operands: torch.dtype, **options: object) -> Block:
     block = Block("layer", [Part(nn.Parameter(torch.zeros(m, n)))], 1, Kron(m, n, **options))
-    block.structure.operands = operands
+    block.structure.operand_dtype = operands
     block.allocate(on_device=False)
     for t in block.structure.fishleg_aux.values():
         t.copy_(randn(*t.shape, seed=5))  # also above the diagonal, where learning writes
     return block
 
 
-def shown(m: int, n: int, positions: int = 40, seed: int = 0) -> Shown:
+def shown(m: int, n: int, positions: int = 40, seed: int = 0) -> LayerStatistics:
     a, e = (randn(positions, k, seed=seed + k, dtype=torch.float32) for k in (n, m))
-    return Shown(a * torch.linspace(0.1, 2, n), e / positions, float(positions))
+    return LayerStatistics(a * torch.linspace(0.1, 2, n), e / positions, float(positions))
 
 
 def spectrum(k: int, smallest: float, seed: int = 0) -> Tensor:
@@ -83,7 +84,7 @@ def test_against_the_reference_and_float64(operands: torch.dtype, monkeypatch: p
     _, coarse, fine = CLOSE[operands]
     ours, theirs = ([block_of(m, n, torch.float32) for m, n in SIZES] for _ in range(2))
     for b in ours:
-        b.structure.operands = operands
+        b.structure.operand_dtype = operands
     for step in range(3):
         news = [shown(m, n, seed=step) for m, n in SIZES]
         steps.anchor(theirs, news, decay=0.8, damping=0.01)
@@ -160,7 +161,7 @@ def test_layouts(operands: torch.dtype) -> None:
     results = []
     for a, e in [(new.a, new.e), (wide[:, 10:60], new.e.T.contiguous().T), (new.a.T.contiguous().T, new.e)]:
         block = block_of(m, n, operands)
-        ANCHOR([block], [Shown(a, e, new.terms)], decay=0.5, damping=0.1)
+        ANCHOR([block], [LayerStatistics(a, e, new.terms)], decay=0.5, damping=0.1)
         results.append(state(block))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -209,7 +210,7 @@ def test_others_go_to_the_reference(operands: torch.dtype) -> None:
     options.append({"dtype": torch.float64})
     blocks = [block_of(m, n, operands, **o) for o in options]
     others = [block_of(m, n, operands, **o) for o in options]
-    wide = Shown(shown(m, n).a.double(), shown(m, n).e.double(), 40.0)
+    wide = LayerStatistics(shown(m, n).a.double(), shown(m, n).e.double(), 40.0)
     news = [shown(m, n)] * 4 + [wide]
     assert [anchoring._engines(b, new) is None for b, new in zip(blocks, news, strict=True)] == [False] + [True] * 4
     assert anchoring._engines(blocks[0], blocks[0].structure.new_moments()) is None
@@ -223,7 +224,7 @@ def test_others_go_to_the_reference(operands: torch.dtype) -> None:
 def test_layers_below_zero(operands: torch.dtype) -> None:
     """Output gradients below a layer that starts at zero vanish; R and L have one size nonetheless."""
     block, new = block_of(40, 30, operands), shown(40, 30)
-    ANCHOR([block], [Shown(new.a, torch.zeros_like(new.e), 40.0)], decay=0.5, damping=0.1)
+    ANCHOR([block], [LayerStatistics(new.a, torch.zeros_like(new.e), 40.0)], decay=0.5, damping=0.1)
     R, L = block.structure.fishleg_aux.values()
     assert torch.isfinite(R).all() and torch.isfinite(L).all()
     assert relative(R.diagonal().norm() / 40**0.5, L.diagonal().norm() / 30**0.5) < 1e-3

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import CategoricalLikelihood, FishLeg, backends
-from fishleg_fast.plan import Plan
+from fishleg_fast import CategoricalLikelihood, FishLeg
+from fishleg_fast.backends import registry
+from fishleg_fast.backends.cpu.step_plan import StepPlan
 
 LIKELIHOOD = CategoricalLikelihood()
 
@@ -173,7 +174,7 @@ def test_groups_change() -> None:
 
 def test_signatures_are_the_references() -> None:
     names = ("available", "refresh", "qv", "inner", "theta_step", "lambda_step", "anchor")
-    ops = [backends.choose(name, torch.device("cpu"), torch.float32)[1] for name in ("reference", "cpp")]
+    ops = [registry.choose(name, torch.device("cpu"), torch.float32)[1] for name in ("reference", "cpp")]
     for name in names:
         ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in ops[::-1])
         if name != "available":  # whose reference takes anything
@@ -182,10 +183,10 @@ def test_signatures_are_the_references() -> None:
 
 
 def test_availability() -> None:
-    assert backends.available("cpp", torch.device("cuda"), torch.float32) == (False, "it runs on the CPU, not on cuda")
-    ok, detail = backends.available("cpp")
+    assert registry.available("cpp", torch.device("cuda"), torch.float32) == (False, "it runs on the CPU, not on cuda")
+    ok, detail = registry.available("cpp")
     assert ok and detail.startswith("C++, compiled for ")
-    assert backends.choose(None, torch.device("cpu"), torch.float32)[0] == "cpp"
+    assert registry.choose(None, torch.device("cpu"), torch.float32)[0] == "cpp"
 
 
 def test_errors_name_the_block() -> None:
@@ -195,7 +196,7 @@ def test_errors_name_the_block() -> None:
     LIKELIHOOD.nll(y, net(x)).backward()
     optimizer.step()
     plan = optimizer.blocks[0].plan
-    assert isinstance(plan, Plan) and plan.blocks == optimizer.blocks
+    assert isinstance(plan, StepPlan) and plan.blocks == optimizer.blocks
     plan.native.give(0, 0, 0, 0)
     with pytest.raises(ValueError, match="block '0': what its natural gradient is made of is missing"):
         plan.native.theta_step(torch.empty(9, dtype=torch.float64).data_ptr(), 2, "rms", 1e-3, 1)

@@ -43,12 +43,12 @@ def test_ctest_with_sanitizers(tmp_path: Path) -> None:
 
 
 def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fishleg_fast import backends, native
+    from fishleg_fast.backends import native, registry
 
     module = importlib.import_module("fishleg_fast._native")
     monkeypatch.setattr(module, "__version__", "0.0.1")
     ok, reason = native.available()
     assert not ok and "built for fishleg_fast 0.0.1" in reason and "make clean setup" in reason
-    assert backends.available("cpp") == (False, reason)
+    assert registry.available("cpp") == (False, reason)
     with pytest.raises(ImportError, match=r"built for fishleg_fast 0\.0\.1"):
         native.extension()

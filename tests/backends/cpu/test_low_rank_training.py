@@ -54,11 +54,11 @@ RUNS: dict[str, tuple[dict, dict]] = {
 def test_training_is_that_of_dense_gradients(name: str) -> None:
     options, data = RUNS[name]
     states = []
-    for thin in (True, False):
-        net, optimizer = make(thin, **options)
+    for low_rank in (True, False):
+        net, optimizer = make(low_rank, **options)
         start = state(optimizer)
         was, all_sizes = train(net, optimizer, range(25), **data), itertools.cycle(data.get("sizes", (6,)))
-        assert was == [thin and size < 50 and "dense" not in name for _, size in zip(was, all_sizes, strict=False)]
+        assert was == [low_rank and size < 50 and "dense" not in name for _, size in zip(was, all_sizes, strict=False)]
         assert optimizer.diagnostics()["steps"] == 25 and optimizer.diagnostics()["skipped_aux_steps"] == 0
         states.append(state(optimizer))
     assert relative(*states) <= EXACT and relative(start, states[0]) > 0.01
@@ -69,21 +69,21 @@ def test_training_is_that_of_dense_gradients(name: str) -> None:
 def test_resuming_is_bit_for_bit(at: int, sizes: tuple) -> None:
     """... and but for rounding with a checkpoint of the other kind of gradients, in the midst of λ's cycle or not."""
     saved, ends = {}, {}
-    for thin in (True, False):
-        net, optimizer = make(thin, update_aux_every=4, anchor_every=8)
+    for low_rank in (True, False):
+        net, optimizer = make(low_rank, update_aux_every=4, anchor_every=8)
         train(net, optimizer, range(at), sizes=sizes)
         torch.save((net.state_dict(), optimizer.state_dict()), buffer := io.BytesIO())
         train(net, optimizer, range(at, at + 6), sizes=sizes)
-        saved[thin], ends[thin] = buffer.getvalue(), state(optimizer)
-    for (origin, checkpoint), thin in itertools.product(saved.items(), (True, False)):
-        net, optimizer = make(thin, update_aux_every=4, anchor_every=8)
+        saved[low_rank], ends[low_rank] = buffer.getvalue(), state(optimizer)
+    for (origin, checkpoint), low_rank in itertools.product(saved.items(), (True, False)):
+        net, optimizer = make(low_rank, update_aux_every=4, anchor_every=8)
         train(net, optimizer, range(2))  # a state to be overwritten
         weights, kept = torch.load(io.BytesIO(checkpoint), weights_only=True)
         net.load_state_dict(weights)
         optimizer.load_state_dict(kept)
         train(net, optimizer, range(at, at + 6), sizes=sizes)
         assert relative(state(optimizer), ends[origin]) <= EXACT
-        assert thin != origin or torch.equal(state(optimizer), ends[origin])
+        assert low_rank != origin or torch.equal(state(optimizer), ends[origin])
 
 
 def settings_of_torch() -> tuple[str, str, str]:
@@ -119,7 +119,7 @@ def test_precision_is_the_optimizers_own(dtype: torch.dtype, setting: str | None
         train(net, optimizer, range(7))
         states.append(state(optimizer))
         rounded = (own or users) == "medium" and dtype == torch.float32
-        assert (optimizer.blocks[0].structure.operands == torch.bfloat16) == rounded
+        assert (optimizer.blocks[0].structure.operand_dtype == torch.bfloat16) == rounded
         optimizer.blocks[0].structure.fishleg_aux["R"].fill_(float("nan"))
         with pytest.raises(RuntimeError, match="is not finite"):
             optimizer.step()

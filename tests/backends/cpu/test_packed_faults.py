@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishleg_fast import cpp, native, packed, panels
-from fishleg_fast.blocks import Block
-from fishleg_fast.structures import Kron
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.backends import cpu, native
+from fishleg_fast.backends.cpu import packed_matrix, packed_products
+from fishleg_fast.backends.cpu.state import packed_operator
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
+from fishleg_fast.model.block import Block
 from support.dense import randn, relative
 from support.packed_blocks import EACH, ERRORS, block_of, curved, directions, exact_q, mixed, placed, whole
 from support.training import make, state, train
@@ -24,12 +27,12 @@ poisoned = pytest.mark.usefixtures("poisoned")
 
 def ours(operands: torch.dtype) -> list[Block]:
     """Some packed blocks, none of them large."""
-    return [b for b in mixed(operands) if packed.takes(b)][1:4]
+    return [b for b in mixed(operands) if packed_products.covers(b)][1:4]
 
 
-def images(blocks: list[Block], thin: bool) -> list[Tensor]:
+def images(blocks: list[Block], low_rank: bool) -> list[Tensor]:
     """Q u by the cpp backend."""
-    return [*map(whole, cpp.qv(blocks, directions(blocks, 33, seed=3, thin=thin)))]
+    return [*map(whole, cpu.qv(blocks, directions(blocks, 33, seed=3, low_rank=low_rank)))]
 
 
 def scale(blocks: list[Block], factor: float) -> None:
@@ -40,20 +43,22 @@ def scale(blocks: list[Block], factor: float) -> None:
 
 def step(blocks: list[Block], kind: str, rank: int = 33) -> None:
     """A λ step, or a θ step."""
-    us = directions(blocks, rank, seed=4, thin="dense u" not in kind)
+    us = directions(blocks, rank, seed=4, low_rank="dense u" not in kind)
     if "theta" in kind:
-        assert cpp.theta_step(blocks, placed(blocks, us))[1]
+        assert cpu.theta_step(blocks, placed(blocks, us), ThetaOptions())[1]
     else:
-        assert cpp.lambda_step(blocks, us, cpp.qv(blocks, us), curved(blocks, kind), damping=0.1, lr=0.01)[1]
+        assert cpu.lambda_step(
+            blocks, us, cpu.qv(blocks, us), curved(blocks, kind), LambdaOptions(damping=0.1, lr=0.01)
+        )[1]
 
 
 class Interrupted:
     """Batches whose run is broken off, once: that of the given number, before its packings or after them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, packs: bool) -> None:
-        self.left, run, extension = number, panels.Batch.run, native.extension()
+        self.left, run, extension = number, packed_matrix.ProductBatch.run, native.extension()
 
-        def broken(batch: panels.Batch) -> None:
+        def broken(batch: packed_matrix.ProductBatch) -> None:
             self.left -= 1
             if self.left == -1 and packs and batch._packs:
                 extension.pack(batch.engine, batch._packs, 1)
@@ -61,7 +66,7 @@ class Interrupted:
                 raise KeyboardInterrupt
             run(batch)
 
-        monkeypatch.setattr(panels.Batch, "run", broken)
+        monkeypatch.setattr(packed_matrix.ProductBatch, "run", broken)
 
 
 @EACH
@@ -85,8 +90,8 @@ def test_an_interrupted_op_leaves_no_stale_operand(
                 pass
         if interrupted.left >= 0:  # it has no more of them
             break
-        for thin in (True, False):
-            assert all(map(torch.equal, images(blocks, thin), images(fresh, thin))), (number, thin)
+        for low_rank in (True, False):
+            assert all(map(torch.equal, images(blocks, low_rank), images(fresh, low_rank))), (number, low_rank)
         step(blocks, "dense u")
         step(fresh, "dense u")
         lambdas = [[t for b in those for t in b.structure.fishleg_aux.values()] for those in (blocks, fresh)]
@@ -98,10 +103,10 @@ def test_an_interrupted_op_leaves_no_stale_operand(
 @pytest.mark.parametrize(("one", "other"), [*itertools.permutations(["amx", "amx split", "avx512"], 2)])
 def test_a_batch_refuses_panels_of_another_engine(one: str, other: str) -> None:
     """Their layouts differ: to write or read one as the other would leave its memory."""
-    if not {one, other} <= set(panels.engines()):
+    if not {one, other} <= set(packed_matrix.engines()):
         pytest.skip(f"this processor, or this build, has not both {one} and {other}")
-    batch, x, out = panels.Batch(one), torch.ones(5, 5), torch.empty(5, 5)
-    mine, theirs = ([panels.Panels(engine, side, 5, 5) for side in (0, 1)] for engine in (one, other))
+    batch, x, out = packed_matrix.ProductBatch(one), torch.ones(5, 5), torch.empty(5, 5)
+    mine, theirs = ([packed_matrix.PackedMatrix(engine, side, 5, 5) for side in (0, 1)] for engine in (one, other))
     with pytest.raises(AssertionError):
         batch.pack(x, theirs[0])
     for left, right, to in [
@@ -131,24 +136,28 @@ def test_a_copy_has_operands_of_its_own(operands: torch.dtype, kind: str, first:
     copies = copy.deepcopy(blocks)
     pairs = [(blocks, copies), (copies, blocks)]
     for which, (used, resting) in enumerate(pairs if first == "original" else pairs[::-1]):
-        before = [images(resting, thin) for thin in (True, False)]
+        before = [images(resting, low_rank) for low_rank in (True, False)]
         scale(used, 1.5 + which)
         step(used, kind)
-        for thin, want in zip((True, False), before, strict=True):
-            images(used, thin)
-            assert all(map(torch.equal, images(resting, thin), want))
+        for low_rank, want in zip((True, False), before, strict=True):
+            images(used, low_rank)
+            assert all(map(torch.equal, images(resting, low_rank), want))
             for those in (used, resting):
-                us = [whole(u) for u in directions(those, 33, seed=3, thin=thin)]
-                errors = [relative(v, exact_q(b, u)) for b, u, v in zip(those, us, images(those, thin), strict=True)]
+                us = [whole(u) for u in directions(those, 33, seed=3, low_rank=low_rank)]
+                errors = [
+                    relative(v, exact_q(b, u)) for b, u, v in zip(those, us, images(those, low_rank), strict=True)
+                ]
                 assert max(errors) <= 3 * ERRORS[operands].product
-    rooms = [[p.memory.data_ptr() for b in those for p in b.packed._rooms.values()] for those in (blocks, copies)]
-    assert not set(rooms[0]) & set(rooms[1])
+    held = [
+        {p.memory.data_ptr() for b in those for p in packed_operator(b)._scratch.values()} for those in (blocks, copies)
+    ]
+    assert not held[0] & held[1]
 
 
-def held() -> list[panels.Panels]:
+def held() -> list[packed_matrix.PackedMatrix]:
     """All panels that anything holds."""
     gc.collect()
-    return [x for x in gc.get_objects() if type(x) is panels.Panels]
+    return [x for x in gc.get_objects() if type(x) is packed_matrix.PackedMatrix]
 
 
 @EACH
@@ -169,14 +178,14 @@ def test_memory_held_between_steps_is_bounded(operands: torch.dtype, kind: str) 
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(not native.available()[0], reason="not built"))]
 
 
-@pytest.mark.parametrize("thin", [True, False], ids=["thin", "dense"])
+@pytest.mark.parametrize("low_rank", [True, False], ids=["thin", "dense"])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: str, thin: bool) -> None:
+def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: str, low_rank: bool) -> None:
     """F v is then bfloat16, of gradients that are float32. λ follows as without, but for rounding."""
     states = []
     for autocast in (False, True):
-        net, optimizer = make(thin, dtype=torch.float32, backend=backend, precision=precision, update_aux_every=1)
+        net, optimizer = make(low_rank, dtype=torch.float32, backend=backend, precision=precision, update_aux_every=1)
         train(net, optimizer, range(2))
         start = state(optimizer)
         for k in range(4):
@@ -192,16 +201,16 @@ def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: st
     assert 0 < relative(*states) <= 0.1
 
 
-@pytest.mark.parametrize("thin", [True, False], ids=["thin", "dense"])
+@pytest.mark.parametrize("low_rank", [True, False], ids=["thin", "dense"])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_step_in_inference_mode(at: int, backend: str, precision: str, thin: bool) -> None:
+def test_a_step_in_inference_mode(at: int, backend: str, precision: str, low_rank: bool) -> None:
     """... of another batch size, in λ's cycle of three: to the bit as without, and what it kept can be written to."""
     for size in (2, 50):
         ends = []
         for mode in (False, True):
-            net, optimizer = make(thin, dtype=torch.float32, backend=backend, precision=precision)
+            net, optimizer = make(low_rank, dtype=torch.float32, backend=backend, precision=precision)
             train(net, optimizer, range(at))
             x = randn(size, 40, seed=99).sigmoid().float()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Packed products (fishleg_fast/panels.py) against float64, with memory that was spoilt before."""
+"""Packed products (fishleg_fast/backends/cpu/packed_matrix.py) against float64, with memory that was spoilt before."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fishleg_fast import native
-from fishleg_fast.panels import LEFT, RIGHT, Batch, Panels, engines, padded
+from fishleg_fast.backends import native
+from fishleg_fast.backends.cpu.packed_matrix import LEFT, RIGHT, PackedMatrix, ProductBatch, engines, padded
 from support.dense import randn, relative
 
 OPERANDS = {"amx": torch.bfloat16, "amx split": torch.float32, "avx512": torch.float32}
@@ -35,22 +35,24 @@ def threads() -> Callable[[int], None]:
     torch.set_num_threads(before)
 
 
-def spoilt(engine: str, side: int, rows: int, columns: int) -> Panels:
+def spoilt(engine: str, side: int, rows: int, columns: int) -> PackedMatrix:
     """Panels whose memory is NaN, whatever their elements are."""
-    panels = Panels(engine, side, rows, columns)
+    panels = PackedMatrix(engine, side, rows, columns)
     panels.memory.fill_(0xFF)
     return panels
 
 
-def packed(engine: str, side: int, x: Tensor) -> Panels:
-    batch = Batch(engine)
+def packed(engine: str, side: int, x: Tensor) -> PackedMatrix:
+    batch = ProductBatch(engine)
     panels = batch.pack(x, spoilt(engine, side, *x.shape))
     batch.run()
     return panels
 
 
-def multiply(engine: str, x: Panels, y: Panels, out: Panels | Tensor, symmetric: bool = False) -> None:
-    batch = Batch(engine)
+def multiply(
+    engine: str, x: PackedMatrix, y: PackedMatrix, out: PackedMatrix | Tensor, symmetric: bool = False
+) -> None:
+    batch = ProductBatch(engine)
     batch.multiply(x, y, out, symmetric)
     batch.run()
 
@@ -147,7 +149,7 @@ def test_empty(engine: str, m: int, k: int, n: int) -> None:
 
 
 def test_nothing_to_do(engine: str) -> None:
-    Batch(engine).run()
+    ProductBatch(engine).run()
 
 
 def test_inputs_with_gaps(engine: str) -> None:
@@ -190,7 +192,7 @@ def test_the_same_bits_for_any_number_of_threads(engine: str, threads: Callable[
 
 def test_several_at_once(engine: str) -> None:
     torch.manual_seed(0)
-    batch, cases = Batch(engine), []
+    batch, cases = ProductBatch(engine), []
     for m, k, n in ((40, 30, 20), (1, 200, 64), (129, 3, 33)):
         x, y, out = torch.randn(m, k), torch.randn(k, n), torch.full((m, n), NAN)
         batch.multiply(batch.pack(x, spoilt(engine, LEFT, m, k)), batch.pack(y, spoilt(engine, RIGHT, k, n)), out)
@@ -256,7 +258,7 @@ def test_an_operand_in_two_parts(depth: int, engine: str) -> None:
     half = padded(engine, depth)
     xs, ys = [randn(40, depth, seed=k).float() for k in (1, 2)], [randn(depth, 37, seed=k).float() for k in (3, 4)]
     left, right = spoilt(engine, LEFT, 40, half + depth), spoilt(engine, RIGHT, half + depth, 37)
-    batch, out = Batch(engine), torch.full((40, 37), torch.nan)
+    batch, out = ProductBatch(engine), torch.full((40, 37), torch.nan)
     for after, x, y in zip((0, half), xs, ys, strict=True):
         batch.pack(x, left, after)
         batch.pack(y, right, after)

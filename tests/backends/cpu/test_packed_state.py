@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishleg_fast import cpp, packed, panels
-from fishleg_fast.blocks import Block
-from fishleg_fast.reference import steps as reference
+from fishleg_fast.backends import cpu
+from fishleg_fast.backends.cpu import packed_gradients, packed_matrix, packed_products
+from fishleg_fast.backends.cpu.state import packed_operator
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
+from fishleg_fast.backends.reference import lambda_update
+from fishleg_fast.model.block import Block
 from support.blocks import everything, theta
 from support.dense import randn, relative
 from support.packed_blocks import EACH, ERRORS, Exact, curved, directions, exact_q, mixed, needs, placed, whole
@@ -21,14 +24,14 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def run(blocks: list[Block], what: str) -> list[Tensor]:
     """All that one op computes and writes."""
-    thin, kind = "thin" in what, "thin F v" if "thin" in what else "dense u"
-    us = directions(blocks, 33, seed=4, thin=thin)
+    low_rank, kind = "thin" in what, "thin F v" if "thin" in what else "dense u"
+    us = directions(blocks, 33, seed=4, low_rank=low_rank)
     if what.startswith("qv"):
-        return [whole(v) for v in cpp.qv(blocks, us)]
+        return [whole(v) for v in cpu.qv(blocks, us)]
     if what.startswith("theta"):
-        return [cpp.theta_step(blocks, placed(blocks, us))[0], *everything(blocks)]
-    vs = us if "given" in what else cpp.qv(blocks, us)  # nothing is packed before the step then
-    assert cpp.lambda_step(blocks, us, vs, curved(blocks, kind), damping=0.1, lr=0.01)[1]
+        return [cpu.theta_step(blocks, placed(blocks, us), ThetaOptions())[0], *everything(blocks)]
+    vs = us if "given" in what else cpu.qv(blocks, us)  # nothing is packed before the step then
+    assert cpu.lambda_step(blocks, us, vs, curved(blocks, kind), LambdaOptions(damping=0.1, lr=0.01))[1]
     return everything(blocks)
 
 
@@ -41,18 +44,20 @@ OPS = ["qv thin", "qv dense", "theta thin", "theta dense", "lambda thin", "lambd
 @pytest.mark.parametrize("name", ["R", "L"])
 def test_every_operand_follows_lambda(operands: torch.dtype, name: str, what: str) -> None:
     """After one of its factors was written to, with all operands in use before."""
-    blocks, fresh = ([b for b in mixed(operands) if packed.takes(b)] for _ in range(2))
+    blocks, fresh = ([b for b in mixed(operands) if packed_products.covers(b)] for _ in range(2))
     for b in [*blocks, *fresh]:
         b.momentum.copy_(randn(*b.shape, seed=8))
-    for thin in (True, False):
-        us = directions(blocks, 33, seed=1, thin=thin)
-        vs = cpp.qv(blocks, us)
-        if thin:
-            met = [packed.Thins(u, v, u) for u, v in zip(us, vs, strict=True)]
-            packed.gradients(blocks, met, [thins.residual(0.1, 1.0) for thins in met])
+    for low_rank in (True, False):
+        us = directions(blocks, 33, seed=1, low_rank=low_rank)
+        vs = cpu.qv(blocks, us)
+        if low_rank:
+            met = [packed_gradients.LowRankTerms(u, v, u) for u, v in zip(us, vs, strict=True)]
+            packed_gradients.packed_gradients(blocks, met, [low_ranks.residual(0.1, 1.0) for low_ranks in met])
         else:
-            packed.gradients(blocks, us, [reference.residual(u, v, u, 0.1, None) for u, v in zip(us, vs, strict=True)])
-    kept = [(p, set(p._versions)) for p in map(packed.packed_of, blocks)]
+            packed_gradients.packed_gradients(
+                blocks, us, [lambda_update.residual(u, v, u, 0.1, None) for u, v in zip(us, vs, strict=True)]
+            )
+    kept = [(p, set(p._versions)) for p in map(packed_operator, blocks)]
     least = 7 if operands == torch.bfloat16 else 5  # R, L, transposes; P and S. float32 takes both sides from one
     assert all(len(names) >= least and not p.stale for p, names in kept)
     for b in [*blocks, *fresh]:
@@ -68,7 +73,7 @@ def test_threads_do_not_matter(operands: torch.dtype, what: str) -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            blocks = [b for b in mixed(operands) if packed.takes(b)]
+            blocks = [b for b in mixed(operands) if packed_products.covers(b)]
             found.append(run(blocks, what) + run(blocks, what))
     finally:
         torch.set_num_threads(before)
@@ -82,18 +87,21 @@ def test_precision_may_change_between_steps() -> None:
     """... and λ with it; what was packed before is not taken for today's."""
     blocks = mixed(torch.bfloat16, weight_decay=0.1)
     exact, start = Exact(blocks), [theta(b).double() for b in blocks]
-    ours = [k for k, b in enumerate(blocks) if packed.takes(b)]
+    ours = [k for k, b in enumerate(blocks) if packed_products.covers(b)]
     for step, operands in enumerate([torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16, None]):
         for k in ours:
-            blocks[k].structure.operands = operands
+            blocks[k].structure.operand_dtype = operands
             if step in (1, 3):
                 blocks[k].structure.fishleg_aux["L"].mul_(1.2)
-        assert all(packed.takes(blocks[k]) == (panels.ENGINES.get(operands) in panels.engines()) for k in ours)
-        gs = directions(blocks, 5, seed=100 * step, thin=step != 3)
-        vs = cpp.qv(blocks, gs)
+        assert all(
+            packed_products.covers(blocks[k]) == (packed_matrix.ENGINES.get(operands) in packed_matrix.engines())
+            for k in ours
+        )
+        gs = directions(blocks, 5, seed=100 * step, low_rank=step != 3)
+        vs = cpu.qv(blocks, gs)
         errors = [relative(whole(vs[k]), exact_q(blocks[k], whole(gs[k]))) for k in ours]
         assert max(errors) <= 2 * ERRORS[operands or torch.float32].product
-        assert cpp.theta_step(blocks, placed(blocks, gs), nesterov=True)[1]
+        assert cpu.theta_step(blocks, placed(blocks, gs), ThetaOptions(nesterov=True))[1]
         exact.step([*map(whole, gs)], "before", True, "rms")
     for b, t, s in zip(blocks, exact.thetas, start, strict=True):
         assert relative(theta(b).double() - s, t - s) <= 1e-2
@@ -113,7 +121,7 @@ def test_resuming_is_bit_for_bit(operands: torch.dtype, at: int) -> None:
     }
     net, optimizer = make(**options)
     train(net, optimizer, range(at))
-    assert all(map(packed.takes, optimizer.blocks))
+    assert all(map(packed_products.covers, optimizer.blocks))
     torch.save((net.state_dict(), optimizer.state_dict()), buffer := io.BytesIO())
     was = train(net, optimizer, range(at, at + 6), sizes=(6, 50))
     assert set(was) == {True, False}  # low-rank gradients and dense ones

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fishleg_fast import cuda, cuda_plans
+from fishleg_fast.backends.cuda import plans, products, state
 
 pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda")
 
@@ -12,11 +12,11 @@ pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda")
 @pytest.fixture
 def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
     """As an optimizer calls its ops, on workspaces that hold nothing but NaN before each op."""
-    plan_of = cuda_plans.plan_of
+    plan_of = state.plan_of
 
-    def poisoned(*arguments: object) -> cuda_plans.Plan:
+    def poisoned(*arguments: object) -> plans.Plan:
         plan = plan_of(*arguments)  # type: ignore[arg-type]
         plan.workspace.fill_(255)
         return plan
 
-    monkeypatch.setattr(cuda, "plan_of", poisoned)
+    monkeypatch.setattr(products, "plan_of", poisoned)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishleg_fast import cuda, reference
-from fishleg_fast.structures import Kron
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.backends import cuda, reference
+from fishleg_fast.backends.protocol import ThetaOptions
 from support.blocks import everything, make_block
 from support.cuda_blocks import SHAPES, TOLERANCE, assert_close, layer, model, set_gradients, set_precision
 from support.dense import dense_q, randn, relative
@@ -76,8 +77,8 @@ def test_theta_step(
         for b in [*ours, *theirs]:
             b.step, b.aux_step = b.step.to(device), b.aux_step.to(device)
     for step in range(1, 4):
-        norms, ok = cuda.theta_step(ours, set_gradients(ours, step), kappa=1e-2, **options)
-        want, _ = reference.theta_step(theirs, set_gradients(theirs, step), kappa=1e-2, **options)
+        norms, ok = cuda.theta_step(ours, set_gradients(ours, step), ThetaOptions(kappa=1e-2, **options))
+        want, _ = reference.theta_step(theirs, set_gradients(theirs, step), ThetaOptions(kappa=1e-2, **options))
         assert bool(ok) and norms.dtype == want.dtype and relative(norms, want) <= 1e-5
     assert_close(ours, theirs, 1e-5)
 
@@ -87,8 +88,8 @@ def test_theta_step(
 def test_theta_step_of_16_bit_parameters(device: torch.device, dtype: torch.dtype, momentum: str) -> None:
     ours, theirs = (model(device, dtype, weight_decay=0.3, lr=0.05) for _ in range(2))
     for step in range(1, 3):
-        cuda.theta_step(ours, set_gradients(ours, step), momentum=momentum)
-        reference.theta_step(theirs, set_gradients(theirs, step), momentum=momentum)
+        cuda.theta_step(ours, set_gradients(ours, step), ThetaOptions(momentum=momentum))
+        reference.theta_step(theirs, set_gradients(theirs, step), ThetaOptions(momentum=momentum))
     assert_close(ours, theirs, 2e-2)  # momentum averages gradients that are themselves equal
     for mine, other in zip(ours, theirs, strict=True):
         assert relative(mine.momentum, other.momentum) <= 1e-5
@@ -99,8 +100,8 @@ def test_theta_step_in_each_precision(device: torch.device, precision: str) -> N
     ours, theirs = model(device), model(device)
     set_precision(ours, precision)
     before = [[p.param.detach().clone() for p in b.parts] for b in ours]
-    cuda.theta_step(ours, set_gradients(ours, 1))
-    reference.theta_step(theirs, set_gradients(theirs, 1))
+    cuda.theta_step(ours, set_gradients(ours, 1), ThetaOptions())
+    reference.theta_step(theirs, set_gradients(theirs, 1), ThetaOptions())
     for a, b, old in zip(ours, theirs, before, strict=True):
         for p, q, o in zip(a.parts, b.parts, old, strict=True):
             assert relative(p.param - o, q.param - o) <= TOLERANCE[precision] + 1e-5, a.shape
@@ -114,8 +115,8 @@ def test_dense_gradients_and_a_mix_of_dtypes(device: torch.device) -> None:
     for step in (1, 2):
         gs = [randn(*b.shape, seed=10 * step + i, dtype=b.dtype).to(device) for i, b in enumerate(ours)]
         gs[1] = gs[1].T.contiguous().T
-        norms, _ = cuda.theta_step(ours, gs)
-        want, _ = reference.theta_step(theirs, gs)
+        norms, _ = cuda.theta_step(ours, gs, ThetaOptions())
+        want, _ = reference.theta_step(theirs, gs, ThetaOptions())
         assert norms.dtype == want.dtype == torch.float64 and relative(norms, want) <= 1e-5
     assert_close(ours, theirs, 1e-5)
 
@@ -127,7 +128,7 @@ def test_missing_gradients_keep_their_parameters(device: torch.device) -> None:
         for k in (2, 6, 8):
             blocks[k].grads = [blocks[k].grads[0], None]
         kept = [blocks[k].parts[1].param.clone() for k in (2, 6, 8)]
-        op.theta_step(blocks, gs)
+        op.theta_step(blocks, gs, ThetaOptions())
         assert all(torch.equal(t, blocks[k].parts[1].param) for t, k in zip(kept, (2, 6, 8), strict=True))
     assert_close(ours, theirs, 1e-5)
 
@@ -139,20 +140,20 @@ def test_each_part_follows_its_own_group_and_a_tensor_lr(device: torch.device) -
         lr = torch.tensor(0.3, device=device)
         for b in blocks:
             b.groups = [{**b.groups[0], "lr": lr}, {**b.groups[0], "lr": 0.2, "weight_decay": 0.5}][: len(b.parts)]
-        op.theta_step(blocks, gs, capturable=True)
+        op.theta_step(blocks, gs, ThetaOptions(capturable=True))
     assert_close(ours, theirs, 1e-5)
 
 
 def test_a_zero_gradient_keeps_its_block_under_rms(device: torch.device) -> None:
     ours, theirs = model(device), model(device)
     for blocks, op in ((ours, cuda), (theirs, reference)):
-        op.theta_step(blocks, set_gradients(blocks, 1))
+        op.theta_step(blocks, set_gradients(blocks, 1), ThetaOptions())
         kept = [p.param.clone() for k in (3, 4, 8) for p in blocks[k].parts]
         gs = set_gradients(blocks, 2)
         for k in (3, 4, 8):
             for g in blocks[k].grads:
                 g.zero_()
-        op.theta_step(blocks, gs)
+        op.theta_step(blocks, gs, ThetaOptions())
         assert all(map(torch.equal, kept, [p.param for k in (3, 4, 8) for p in blocks[k].parts]))
     assert_close(ours, theirs, 1e-5)
 
@@ -164,15 +165,15 @@ def test_where_nat_is_not_finite_nothing_is_written(
     device: torch.device, k: int, momentum: str, capturable: bool
 ) -> None:
     blocks = model(device, weight_decay=0.1)
-    cuda.theta_step(blocks, set_gradients(blocks, 1), momentum=momentum, capturable=capturable)
+    cuda.theta_step(blocks, set_gradients(blocks, 1), ThetaOptions(momentum=momentum, capturable=capturable))
     before = everything(blocks)
     gs = set_gradients(blocks, 2)
     blocks[k].grads[0].reshape(-1)[-1] = float("nan") if capturable else float("inf")
-    norms, ok = cuda.theta_step(blocks, gs, momentum=momentum, capturable=capturable)
+    norms, ok = cuda.theta_step(blocks, gs, ThetaOptions(momentum=momentum, capturable=capturable))
     assert not ok and not torch.isfinite(norms[k])
     assert torch.isfinite(norms[:k]).all() and torch.isfinite(norms[k + 1 :]).all()
     assert all(map(torch.equal, before, everything(blocks)))
-    _, ok = cuda.theta_step(blocks, set_gradients(blocks, 3), momentum=momentum, capturable=capturable)
+    _, ok = cuda.theta_step(blocks, set_gradients(blocks, 3), ThetaOptions(momentum=momentum, capturable=capturable))
     assert ok
 
 
@@ -182,7 +183,7 @@ def test_writes_are_seen_by_autograd_and_steps_repeat_bit_for_bit(device: torch.
         blocks = model(device)
         versions = [b.parts[0].param._version for b in blocks]
         for step in (1, 2):
-            cuda.theta_step(blocks, set_gradients(blocks, step))
+            cuda.theta_step(blocks, set_gradients(blocks, step), ThetaOptions())
         assert all(b.parts[0].param._version > v for b, v in zip(blocks, versions, strict=True))
         states.append(everything(blocks))
     assert all(map(torch.equal, *states))
@@ -232,7 +233,7 @@ def trajectory(device: torch.device, steps: int, backend: Callable[[], object], 
         net, likelihood=likelihood, lr=1e-2, seed=1, update_aux_every=2, anchor_every=7, backend="reference",
         precision="highest", **options,
     )  # fmt: skip
-    optimizer._ops = optimizer._aux.ops = backend()
+    optimizer._ops = optimizer._learner.ops = backend()
     inputs, targets = randn(32, 1, 8, 8).float().to(device), torch.arange(32, device=device) % 5
     losses = []
     with torch.enable_grad():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from array import array
 
 import pytest
 import torch
 
-from fishleg_fast import cuda, cuda_plans, reference
-from fishleg_fast.blocks import Block
-from fishleg_fast.reference.thin import Split
-from fishleg_fast.structures import DiagKron, Diagonal, Kron
+from fishleg_fast.algebra.diagkron import DiagKron
+from fishleg_fast.algebra.diagonal import Diagonal
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.backends import cuda, reference
+from fishleg_fast.backends.cuda import coverage, runtime, state
+from fishleg_fast.backends.cuda.plans import Op
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
+from fishleg_fast.model.block import Block
+from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import everything, make_block
 from support.cuda_blocks import TOLERANCE, assert_close, layer, model, set_gradients, set_precision, shrunk
 from support.dense import randn, relative
@@ -34,8 +41,12 @@ def test_lambda_step(device: torch.device, learn_scale: bool, precondition: bool
         for b in [*ours, *theirs]:
             b.step, b.aux_step = b.step.to(device), b.aux_step.to(device)
     for step in range(1, 4):
-        loss, ok = cuda.lambda_step(ours, *aux_inputs(ours, cuda, step), capturable=capturable, **options)
-        want, _ = reference.lambda_step(theirs, *aux_inputs(theirs, reference, step), capturable=capturable, **options)
+        loss, ok = cuda.lambda_step(
+            ours, *aux_inputs(ours, cuda, step), LambdaOptions(capturable=capturable, **options)
+        )
+        want, _ = reference.lambda_step(
+            theirs, *aux_inputs(theirs, reference, step), LambdaOptions(capturable=capturable, **options)
+        )
         assert bool(ok) and relative(loss, want) <= 1e-4
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.aux_step == other.aux_step == 3
@@ -59,7 +70,7 @@ def test_lambda_gradients_in_each_precision(device: torch.device, precision: str
         with torch.enable_grad():
             s = (w * (R.T @ R @ u.double() @ L @ L.T)).sum()
             wants.append(dict(zip("RL", torch.autograd.grad(s, (R, L)), strict=True)))
-    cuda.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=1e-3)
+    cuda.lambda_step(blocks, us, vs, fvs, LambdaOptions(damping=0.1, lr=1e-3))
     for b, want in zip(blocks, wants, strict=True):
         for name in "RL":
             # M and N mix positive and negative products, so their error is relative to larger sums.
@@ -77,7 +88,7 @@ def test_where_a_gradient_is_not_finite_or_u_is_zero_lambda_stays(
     else:
         fvs[bad[0]].reshape(-1)[3] = float(bad[1])
     before = everything(blocks)
-    _, ok = cuda.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=1e-2)
+    _, ok = cuda.lambda_step(blocks, us, vs, fvs, LambdaOptions(damping=0.1, lr=1e-2))
     assert not ok
     assert all(map(torch.equal, before, everything(blocks)))
 
@@ -86,7 +97,9 @@ def test_lambda_step_tells_the_cache(device: torch.device) -> None:
     blocks = [layer(device, 6, 5)]
     cuda.refresh(blocks)
     old = blocks[0].structure.version
-    cuda.lambda_step(blocks, *aux_inputs(blocks, cuda, 1), damping=0.1, lr=torch.tensor(1e-2, device=device))
+    cuda.lambda_step(
+        blocks, *aux_inputs(blocks, cuda, 1), LambdaOptions(damping=0.1, lr=torch.tensor(1e-2, device=device))
+    )
     assert blocks[0].structure.version != old and not blocks[0].structure.holds("P")
     R = blocks[0].structure.fishleg_aux["R"].double()
     assert relative(blocks[0].structure.cache["P"], R.T @ R) <= 1e-6
@@ -94,13 +107,13 @@ def test_lambda_step_tells_the_cache(device: torch.device) -> None:
 
 def test_large_products_are_torchs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one rule, and with the same result."""
-    monkeypatch.setattr(cuda_plans, "LARGE", 60)
+    monkeypatch.setattr(coverage, "LARGE", 60)
     ours, theirs = model(device), model(device)
-    large = [b.shape for b in ours if "sides" in (cuda.why_outside(cuda.known(b)) or "")]
+    large = [b.shape for b in ours if "sides" in (coverage.why_uncovered(state.facts_of(b)) or "")]
     assert large == [(63, 66)]
     for step in (1, 2):
-        cuda.theta_step(ours, set_gradients(ours, step))
-        reference.theta_step(theirs, set_gradients(theirs, step))
+        cuda.theta_step(ours, set_gradients(ours, step), ThetaOptions())
+        reference.theta_step(theirs, set_gradients(theirs, step), ThetaOptions())
     assert_close(ours, theirs, 1e-5)
 
 
@@ -116,10 +129,12 @@ def test_dimensions_that_do_not_run_on(device: torch.device) -> None:
         blocks[1].grads = [blocks[0].grads[0].contiguous(memory_format=torch.channels_last_3d)]
         for b in blocks:
             shrunk(b)
-        op.theta_step(blocks, [Split(b) for b in blocks])
+        op.theta_step(blocks, [GradientInPlace(b) for b in blocks], ThetaOptions())
         outcomes.append(everything(blocks))
-    assert cuda.why_outside(cuda.known(blocks[0])) is None
-    assert cuda.why_outside(cuda.known(blocks[1])) == "a parameter has more dimensions than the kernels follow"
+    assert coverage.why_uncovered(state.facts_of(blocks[0])) is None
+    assert (
+        coverage.why_uncovered(state.facts_of(blocks[1])) == "a parameter has more dimensions than the kernels follow"
+    )
     assert max(map(relative, *outcomes)) <= 1e-5
 
 
@@ -130,39 +145,39 @@ def test_an_empty_block_and_one_without_plans(device: torch.device) -> None:
         layer(device, 3, 4),
     ]
     before = blocks[1].parts[0].param.clone()
-    norms, ok = cuda.theta_step(blocks, set_gradients(blocks, 1))
+    norms, ok = cuda.theta_step(blocks, set_gradients(blocks, 1), ThetaOptions())
     assert ok and norms[0] == 0 and not torch.equal(before, blocks[1].parts[0].param)
-    loss, ok = cuda.lambda_step(blocks, *aux_inputs(blocks, cuda, 1), damping=0.1, lr=1e-2)
+    loss, ok = cuda.lambda_step(blocks, *aux_inputs(blocks, cuda, 1), LambdaOptions(damping=0.1, lr=1e-2))
     assert ok and torch.isfinite(loss)
     outside = [make_block(DiagKron(5, 3, **options), [randn(5, 3).float().to(device)])]
-    norms, ok = cuda.theta_step(outside, set_gradients(outside, 1))
+    norms, ok = cuda.theta_step(outside, set_gradients(outside, 1), ThetaOptions())
     assert ok and norms.shape == (1,)
 
 
 def test_plans_follow_gradients_and_are_dropped_with_their_blocks(device: torch.device) -> None:
     """Moved gradients need no new plan, other layouts do; a model that is gone takes its plans along."""
-    import gc
-
     blocks = [layer(device, 6, 5), layer(device, 3, 4, seed=1)]
     for step in range(3):
-        cuda.theta_step(blocks, set_gradients(blocks, step))
-    plans = cuda_plans._plans[blocks[0]]
-    assert sum(key[0] is cuda_plans.Op.THETA for key in plans) == 1
+        cuda.theta_step(blocks, set_gradients(blocks, step), ThetaOptions())
+    kept = blocks[0].kept(state.CudaState).plans
+    assert sum(key[0] is Op.THETA for key in kept) == 1
     gs = set_gradients(blocks, 4)
     blocks[0].grads[0] = blocks[0].grads[0].T.contiguous().T
-    cuda.theta_step(blocks, gs)
-    assert sum(key[0] is cuda_plans.Op.THETA for key in plans) == 2
+    cuda.theta_step(blocks, gs, ThetaOptions())
+    assert sum(key[0] is Op.THETA for key in kept) == 2
     for columns in range(40):  # never more than a few
-        cuda.theta_step(blocks, [randn(6, 5 + columns)[:, :5].float().to(device), randn(3, 4).float().to(device)])
-    assert len(plans) <= cuda_plans.MOST_PLANS
-    gone = len(cuda_plans._plans)
-    del blocks, plans, gs
+        cuda.theta_step(
+            blocks, [randn(6, 5 + columns)[:, :5].float().to(device), randn(3, 4).float().to(device)], ThetaOptions()
+        )
+    assert len(kept) <= state.MOST_PLANS
+    plans = [weakref.ref(plan) for plan in kept.values()]
+    del blocks, kept, gs
     gc.collect()
-    assert len(cuda_plans._plans) < gone
+    assert plans and all(plan() is None for plan in plans)
 
 
 def test_a_plan_refuses_what_its_kernels_could_not_follow(device: torch.device) -> None:
-    extension = cuda_plans.machine().extension
+    extension = runtime.runtime().extension
     part = ((4, 3), (3, 1), (3, 1), 0, 0, 0)
     with pytest.raises(ValueError, match="block 'fc': its parts have 12 entries, not 20"):
         extension.CudaPlan(2, [("fc", 1, 0, 4, 5, 1, [part])], 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishleg_fast import backends, cuda, native, reference
+from fishleg_fast.backends import cuda, native, reference, registry
 from support.cuda_emulation import KERNELS, ROOT, build, fingerprint, only_one
 
 OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "anchor")
@@ -41,7 +41,7 @@ def test_memory_is_accessed_within_bounds() -> None:
 
 
 def test_the_backend_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "cuda" in backends.BACKENDS
+    assert "cuda" in registry.BACKENDS
     ok, reason = cuda.available()
     assert ok == (torch.cuda.is_available() and native.features()["cuda"] is True) or not ok
     assert reason

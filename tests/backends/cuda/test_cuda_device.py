@@ -13,7 +13,9 @@ import torch
 
 from cuda_cases import *  # noqa: F403
 from cuda_cases_lambda import *  # noqa: F403
-from fishleg_fast import cuda
+from fishleg_fast.backends import cuda
+from fishleg_fast.backends.cuda import coverage, state
+from fishleg_fast.backends.protocol import ThetaOptions
 from support.blocks import everything
 from support.cuda_blocks import TOLERANCE, layer, model, set_gradients
 from support.dense import randn, relative
@@ -48,15 +50,15 @@ def test_a_captured_step_is_the_step(device: torch.device) -> None:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        cuda.theta_step(graphed, gs, capturable=True)
+        cuda.theta_step(graphed, gs, ThetaOptions(capturable=True))
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, ok = cuda.theta_step(graphed, gs, capturable=True)
+        _, ok = cuda.theta_step(graphed, gs, ThetaOptions(capturable=True))
     for _ in range(3):
         graph.replay()
     for _ in range(4):
-        cuda.theta_step(eager, set_gradients(eager, 1), capturable=True)
+        cuda.theta_step(eager, set_gradients(eager, 1), ThetaOptions(capturable=True))
     assert ok
     for a, b in zip(everything(graphed), everything(eager), strict=True):
         assert relative(a, b) <= 1e-6
@@ -66,10 +68,10 @@ def test_a_capturable_step_does_not_wait_for_the_device(device: torch.device) ->
     blocks = model(device)
     for b in blocks:
         b.step, b.aux_step = b.step.to(device), b.aux_step.to(device)
-    ours = [b for b in blocks if cuda.why_outside(cuda.known(b)) is None]
-    cuda.theta_step(ours, set_gradients(ours, 1), capturable=True)
+    ours = [b for b in blocks if coverage.why_uncovered(state.facts_of(b)) is None]
+    cuda.theta_step(ours, set_gradients(ours, 1), ThetaOptions(capturable=True))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cuda.theta_step(ours, set_gradients(ours, 1), capturable=True)
+        cuda.theta_step(ours, set_gradients(ours, 1), ThetaOptions(capturable=True))
     finally:
         torch.cuda.set_sync_debug_mode("default")

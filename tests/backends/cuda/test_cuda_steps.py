@@ -8,7 +8,9 @@ import torch
 from cuda_cases import *  # noqa: F403
 from cuda_cases_lambda import *  # noqa: F403
 from cuda_cases_lambda import aux_inputs
-from fishleg_fast import cuda, cuda_plans
+from fishleg_fast.backends import cuda
+from fishleg_fast.backends.cuda import runtime
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from support.cuda_blocks import layer, set_gradients
 from support.cuda_emulation import emulated
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_workspaces")
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr(cuda_plans, "_machine", cuda_plans.Machine(emulated(), "cpu", lambda device: 0))
+    monkeypatch.setattr(runtime, "_runtime", runtime.Runtime(emulated(), "cpu", lambda device: 0))
     return torch.device("cpu")
 
 
@@ -34,7 +36,7 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_blocks(device: 
 
     def theta(blocks, **options: object) -> int:
         gs = set_gradients(blocks, 1)
-        return launches(lambda: cuda.theta_step(blocks, gs, **options))
+        return launches(lambda: cuda.theta_step(blocks, gs, ThetaOptions(**options)))
 
     both = [*small, *large]
     assert launches(lambda: cuda.refresh(both)) == 1
@@ -45,7 +47,9 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_blocks(device: 
     assert launches(lambda: cuda.qv(both, set_gradients(both, 1))) == 4
     arguments = aux_inputs(both, cuda, 1)
     step = {"damping": 0.1, "lr": 1e-3}
-    assert launches(lambda: cuda.lambda_step(both, *arguments, **step)) == 9
-    assert launches(lambda: cuda.lambda_step(both, *arguments, **step, precondition=True)) == 9 + 2 + 1  # and P and S
+    assert launches(lambda: cuda.lambda_step(both, *arguments, LambdaOptions(**step))) == 9
+    assert (
+        launches(lambda: cuda.lambda_step(both, *arguments, LambdaOptions(**step, precondition=True))) == 9 + 2 + 1
+    )  # and P and S
     us = set_gradients(both, 1)
     assert launches(lambda: cuda.inner(us, us)) == 2

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishleg_fast.blocks import Block
-from fishleg_fast.reference import steps  # or the ops of another backend, by each_backend
-from fishleg_fast.structures import DiagKron, Diagonal, Kron, SumKron
+from fishleg_fast.algebra.diagkron import DiagKron
+from fishleg_fast.algebra.diagonal import Diagonal
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.backends import reference as steps  # or the ops of another backend, by each_backend
+from fishleg_fast.backends.protocol import LambdaOptions
+from fishleg_fast.model.block import Block
 from support.blocks import assert_same, everything, fisher_products, gradients, make_block, make_blocks, split
 from support.dense import dense_q, randn, relative
 
@@ -74,7 +78,7 @@ def test_lambda_step_is_adam_on_the_auxiliary_loss(kind: str, capturable: bool) 
         adam.step()
         vs = steps.qv(blocks, split(u, blocks))
         fv = split(F @ torch.cat([v.reshape(-1) for v in vs]), blocks)
-        loss, ok = steps.lambda_step(blocks, split(u, blocks), vs, fv, **options, capturable=capturable)
+        loss, ok = steps.lambda_step(blocks, split(u, blocks), vs, fv, LambdaOptions(**options, capturable=capturable))
         assert ok and relative(loss, want.detach()) <= EXACT[capturable]
         for b, leaf in zip(blocks, leaves, strict=True):
             assert b.aux_step == step + 1
@@ -92,7 +96,7 @@ def test_lambda_step_on_the_shape_alone() -> None:
     v, alpha = v.detach(), (u @ v / curvature).item()
     options = {"damping": 0.3, "lr": 1.0, "eps": 1e9, "learn_scale": False}  # Adam is linear then
     vs = steps.qv(blocks, split(u, blocks))
-    loss, _ = steps.lambda_step(blocks, split(u, blocks), vs, split(F @ v, blocks), **options)
+    loss, _ = steps.lambda_step(blocks, split(u, blocks), vs, split(F @ v, blocks), LambdaOptions(**options))
     assert relative(loss, auxiliary_loss(Q.detach(), F, u, 0.3)) <= 1e-12  # that of Q as it is
     for b, leaf in zip(blocks, leaves, strict=True):
         for name, t in leaf.items():
@@ -109,7 +113,9 @@ def test_preconditioned_lambda_step() -> None:
         (w @ Q @ u).backward()
     torch.optim.Adam([t for leaf in leaves for t in leaf.values()], lr=0.01).step()
     vs = steps.qv(blocks, split(u, blocks))
-    steps.lambda_step(blocks, split(u, blocks), vs, split(F @ v, blocks), damping=0.3, lr=0.01, precondition=True)
+    steps.lambda_step(
+        blocks, split(u, blocks), vs, split(F @ v, blocks), LambdaOptions(damping=0.3, lr=0.01, precondition=True)
+    )
     for b, leaf in zip(blocks, leaves, strict=True):
         for name, t in leaf.items():
             assert relative(b.structure.fishleg_aux[name], t.detach()) <= 1e-12, name
@@ -132,7 +138,7 @@ def test_lambda_step_refuses(where: str, capturable: bool) -> None:
     if where == "fv":
         fvs[2][0] = math.inf
     before = everything(blocks)
-    loss, ok = steps.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=0.1, capturable=capturable)
+    loss, ok = steps.lambda_step(blocks, us, vs, fvs, LambdaOptions(damping=0.1, lr=0.1, capturable=capturable))
     assert not ok
     assert_same(before, blocks)
     if where == "zero":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fishleg_fast.reference import steps  # or the ops of another backend, by each_backend
+from fishleg_fast.backends import reference as steps  # or the ops of another backend, by each_backend
 from support.blocks import gradients, make_blocks
 from support.dense import dense_q, relative
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.blocks import Block, Part
-from fishleg_fast.reference import steps  # or the ops of another backend, by each_backend
-from fishleg_fast.structures import Kron
+from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.backends import reference as steps  # or the ops of another backend, by each_backend
+from fishleg_fast.backends.protocol import ThetaOptions
+from fishleg_fast.model.block import Block, Part
 from support.blocks import assert_same, everything, gradients, make_block, make_blocks, theta
 from support.dense import dense_q, randn, relative
 
@@ -68,7 +69,7 @@ def test_theta_step(
     options = {"momentum": momentum, "normalize": normalize, "kappa": 1e-2, "nesterov": nesterov}
     want = dense_theta_steps(blocks, 4, **options)
     for step in range(1, 5):
-        norms, ok = steps.theta_step(blocks, gradients(blocks, step), **options, capturable=capturable)
+        norms, ok = steps.theta_step(blocks, gradients(blocks, step), ThetaOptions(**options, capturable=capturable))
         assert bool(ok) and norms.shape == (3,)
     for b, w, old in zip(blocks, want, before, strict=True):
         assert relative(theta(b) - old, w - old) <= EXACT[capturable]
@@ -81,7 +82,7 @@ def test_trust_region_binds_and_lets_go() -> None:
     for kappa in (1e6, 1e-4):
         blocks = make_blocks(beta=0.0)
         before, gs = [theta(b) for b in blocks], gradients(blocks, 1)
-        steps.theta_step(blocks, gs, normalize="trust", kappa=kappa)
+        steps.theta_step(blocks, gs, ThetaOptions(normalize="trust", kappa=kappa))
         moves[kappa] = [old - theta(b) for b, old in zip(blocks, before, strict=True)]
     products = sum((g * (d / 0.1)).sum().item() for g, d in zip(gs, moves[1e6], strict=True))
     shrink = math.sqrt(1e-4 / (0.1**2 * products))
@@ -94,7 +95,7 @@ def test_rms_of_a_step_is_a_fifth_of_lr_whatever_the_gradients_scale() -> None:
     for scale in (1e-12, 1.0, 1e12):
         blocks = make_blocks()
         before, gs = [theta(b) for b in blocks], [scale * g for g in gradients(blocks, 1)]
-        norms, _ = steps.theta_step(blocks, gs)
+        norms, _ = steps.theta_step(blocks, gs, ThetaOptions())
         for b, old, norm, g in zip(blocks, before, norms, gs, strict=True):
             assert relative((theta(b) - old).square().mean().sqrt() / 0.1, torch.tensor(0.2)) <= 1e-6
             nat = dense_q(b.structure, b.structure.fishleg_aux) @ g.reshape(-1)
@@ -108,7 +109,7 @@ def test_theta_step_in_lower_precision(dtype: torch.dtype) -> None:
     block = make_block(Kron(3, 5, dtype=torch.float32), params, weight_decay=0.1)
     want = dense_theta_steps([block], 2, "before", "rms", 1.0)[0]
     for step in (1, 2):
-        steps.theta_step([block], gradients([block], step))
+        steps.theta_step([block], gradients([block], step), ThetaOptions())
     assert block.parts[0].param.dtype == dtype and block.momentum.dtype == torch.float32
     assert relative(theta(block), want) <= 4 * torch.finfo(dtype).eps
 
@@ -120,8 +121,8 @@ def test_missing_gradients_keep_their_parameters() -> None:
     g = randn(3, 5, seed=9)
     g[:, -1] = 0
     block.grads = [block.grads[0], None]
-    steps.theta_step([block], [g])
-    steps.theta_step([twin], [g])
+    steps.theta_step([block], [g], ThetaOptions())
+    steps.theta_step([twin], [g], ThetaOptions())
     assert torch.equal(block.parts[1].param, bias)
     assert torch.equal(block.parts[0].param, twin.parts[0].param)
     assert not torch.equal(twin.parts[1].param, bias)
@@ -132,8 +133,8 @@ def test_each_part_follows_its_own_group() -> None:
     block.groups = [block.groups[0], {**block.groups[0], "lr": 0.2, "weight_decay": 0.5}]
     bias, old = block.parts[1].param.detach().clone(), plain.parts[1].param.detach().clone()
     g = randn(3, 5, seed=9)
-    steps.theta_step([block], [g])
-    steps.theta_step([plain], [g])
+    steps.theta_step([block], [g], ThetaOptions())
+    steps.theta_step([plain], [g], ThetaOptions())
     assert torch.equal(block.parts[0].param, plain.parts[0].param)
     want = bias - 0.2 * ((old - plain.parts[1].param.detach()) / 0.1 + 0.5 * bias)
     assert relative(block.parts[1].param.detach(), want) <= 1e-12
@@ -150,7 +151,7 @@ def test_blocks_of_rows_and_tensor_lr() -> None:
             block.parts = [Part(p, rows)]
             blocks.append(block)
             Qs.append(dense_q(block.structure, block.structure.fishleg_aux))
-        steps.theta_step(blocks, gs, normalize=None, capturable=capturable)
+        steps.theta_step(blocks, gs, ThetaOptions(normalize=None, capturable=capturable))
         want = torch.cat([(Q @ g.reshape(-1)).reshape(3, 3) for Q, g in zip(Qs, gs, strict=True)])
         assert relative(old - p.detach(), 0.1 * want) <= 1e-6  # lr is a float32 tensor
 
@@ -162,13 +163,13 @@ def test_blocks_of_rows_and_tensor_lr() -> None:
 def test_a_gradient_that_is_not_finite_writes_nothing(momentum, normalize, bad: float, capturable: bool) -> None:
     blocks = make_blocks(weight_decay=0.1)
     options = {"momentum": momentum, "normalize": normalize, "capturable": capturable}
-    steps.theta_step(blocks, gradients(blocks, 1), **options)
+    steps.theta_step(blocks, gradients(blocks, 1), ThetaOptions(**options))
     before, gs = everything(blocks), gradients(blocks, 2)
     gs[1][0, 0] = bad
-    _, ok = steps.theta_step(blocks, gs, **options)
+    _, ok = steps.theta_step(blocks, gs, ThetaOptions(**options))
     assert not ok
     assert_same(before, blocks)
-    _, ok = steps.theta_step(blocks, gradients(blocks, 2), **options)  # and the next one goes on
+    _, ok = steps.theta_step(blocks, gradients(blocks, 2), ThetaOptions(**options))  # and the next one goes on
     assert ok
 
 
@@ -180,7 +181,9 @@ def test_zero_gradient_moves_nothing_but_the_decay(momentum: str, normalize: str
         blocks = make_blocks(weight_decay=decay)
         before = [theta(b) for b in blocks]
         zeros = [torch.zeros_like(t) for t in before]
-        _, ok = steps.theta_step(blocks, zeros, momentum=momentum, normalize=normalize, capturable=capturable)
+        _, ok = steps.theta_step(
+            blocks, zeros, ThetaOptions(momentum=momentum, normalize=normalize, capturable=capturable)
+        )
         assert ok
         for b, old in zip(blocks, before, strict=True):
             assert relative(theta(b), old * (1 - 0.1 * decay)) <= 1e-15

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishleg_fast import backends, reference
+from fishleg_fast.backends import reference, registry
 from fishleg_fast.kernels import backend
 
 pytest.importorskip("triton")
@@ -35,21 +35,21 @@ def test_signatures_are_the_references(name: str) -> None:
 
 def test_availability_gives_reasons() -> None:
     if not torch.cuda.is_available():
-        ok, reason = backends.available("triton")
+        ok, reason = registry.available("triton")
         assert not ok and "CUDA" in reason
-    ok, reason = backends.available("triton", torch.device("cpu"), torch.float64)
+    ok, reason = registry.available("triton", torch.device("cpu"), torch.float64)
     assert not ok and "float64" in reason and "reference" in reason
-    ok, reason = backends.available("triton", torch.device("meta"), torch.float32)
+    ok, reason = registry.available("triton", torch.device("meta"), torch.float32)
     assert not ok and "meta" in reason
     with pytest.raises(RuntimeError, match="backend='triton' is unavailable"):
-        backends.choose("triton", torch.device("cpu"), torch.float32)
-    assert list(backends.BACKENDS).index("triton") > list(backends.BACKENDS).index("reference"), "by name alone"
+        registry.choose("triton", torch.device("cpu"), torch.float32)
+    assert list(registry.BACKENDS).index("triton") > list(registry.BACKENDS).index("reference"), "by name alone"
 
 
 def test_available_needs_no_triton() -> None:
     code = (
-        "import sys, torch; from fishleg_fast import backends; backends.report();"
-        "print(backends.choose(None, torch.device('cpu'), torch.float32)[0], 'triton' in sys.modules)"
+        "import sys, torch; from fishleg_fast import backends; registry.report();"
+        "print(registry.choose(None, torch.device('cpu'), torch.float32)[0], 'triton' in sys.modules)"
     )
     before = "import sys, torch; print('triton' in sys.modules)"
     loaded = [

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from fishleg_fast.backends import reference as steps
+from fishleg_fast.backends.protocol import LambdaOptions
 from fishleg_fast.kernels import backend
-from fishleg_fast.reference import steps
-from fishleg_fast.reference.thin import Split
+from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import assert_same, everything
 from support.dense import relative
 from support.triton_blocks import (
@@ -40,11 +41,11 @@ def test_lambda_step(whole: bool, capturable: bool, learn_scale: bool, precondit
         us, vs, fvs = aux_inputs(exact, step)
         before = [{k: t.clone() for k, t in b.structure.fishleg_aux.items()} for b in ours]
         wide = [[x.double() for x in xs] for xs in (us, vs, fvs)]
-        want, _ = steps.lambda_step(exact, *wide, **options)
+        want, _ = steps.lambda_step(exact, *wide, LambdaOptions(**options))
         backend.refresh(ours)
         launches.clear()
         versions = [b.structure.version for b in ours]
-        loss, ok = backend.lambda_step(ours, us, vs, fvs, **options)
+        loss, ok = backend.lambda_step(ours, us, vs, fvs, LambdaOptions(**options))
         assert ok and relative(loss, want) <= CLOSE
         assert all(b.aux_step == step and b.structure.version != v for b, v in zip(ours, versions, strict=True))
         assert_learned(exact, ours, before)
@@ -74,7 +75,7 @@ def test_lambda_step_refuses(where: str, capturable: bool) -> None:
     if where == "reference":
         fvs[-1][0] = math.inf
     before = everything(blocks)
-    _, ok = backend.lambda_step(blocks, us, vs, fvs, damping=0.1, lr=0.1, capturable=capturable)
+    _, ok = backend.lambda_step(blocks, us, vs, fvs, LambdaOptions(damping=0.1, lr=0.1, capturable=capturable))
     assert not ok
     assert_same(before, blocks)
     x = torch.ones(blocks[0].shape)
@@ -88,8 +89,10 @@ def test_split_directions() -> None:
     us = [c * b.matrix(b.grads) for b in ours]
     vs = [v.float() for v in steps.qv(exact, [u.double() for u in us])]
     options = {"damping": 0.3, "lr": 0.01, "eps": 1e-4}
-    steps.lambda_step(exact, [u.double() for u in us], [v.double() for v in vs], [v.double() for v in vs], **options)
-    backend.lambda_step(ours, [Split(b, c) for b in ours], vs, vs, **options)
+    steps.lambda_step(
+        exact, [u.double() for u in us], [v.double() for v in vs], [v.double() for v in vs], LambdaOptions(**options)
+    )
+    backend.lambda_step(ours, [GradientInPlace(b, c) for b in ours], vs, vs, LambdaOptions(**options))
     for a, b in zip(exact, ours, strict=True):
         for name, t in b.structure.fishleg_aux.items():
             assert relative(t, a.structure.fishleg_aux[name]) <= CLOSE

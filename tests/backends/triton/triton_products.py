@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from fishleg_fast import DiagKron, Diagonal, Kron
+from fishleg_fast.algebra.low_rank import LowRank
+from fishleg_fast.backends import reference as steps
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from fishleg_fast.kernels import backend
 from fishleg_fast.kernels.qv import kron_qv
-from fishleg_fast.reference import steps
-from fishleg_fast.reference.thin import Split, Thin
+from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import make_block, theta
 from support.dense import randn, relative
 from support.triton_blocks import (
@@ -62,13 +64,13 @@ def test_sizes() -> None:
     for b, u, v in zip(ours, us, backend.qv(ours, us), strict=True):
         assert relative(v, dense_qv(b, u)) <= CLOSE, b.shape
     options = {"damping": 0.1, "lr": 0.01, "eps": 1e-4}
-    steps.lambda_step(exact, *[[x.double() for x in xs] for xs in (us, vs, fvs)], **options)
+    steps.lambda_step(exact, *[[x.double() for x in xs] for xs in (us, vs, fvs)], LambdaOptions(**options))
     before = [{k: t.clone() for k, t in b.structure.fishleg_aux.items()} for b in ours]
-    backend.lambda_step(ours, us, vs, fvs, **options)
+    backend.lambda_step(ours, us, vs, fvs, LambdaOptions(**options))
     assert_learned(exact, ours, before)
     old = [theta(b) for b in exact]
-    norms, _ = steps.theta_step(exact, [u.double() for u in us])
-    got, _ = backend.theta_step(ours, us)
+    norms, _ = steps.theta_step(exact, [u.double() for u in us], ThetaOptions())
+    got, _ = backend.theta_step(ours, us, ThetaOptions())
     assert relative(got, norms) <= CLOSE
     for a, b, before in zip(exact, ours, old, strict=True):
         assert relative(theta(b) - before, theta(a) - before) <= CLOSE * 5, b.shape
@@ -95,17 +97,17 @@ def test_gradients_are_read_where_they_are(dtype: torch.dtype) -> None:
     blocks[1].grads = [blocks[1].grads[0], None]
     poison(blocks)
     c = torch.tensor(0.25)
-    vs = backend.qv(blocks, [Split(b, c) for b in blocks])
+    vs = backend.qv(blocks, [GradientInPlace(b, c) for b in blocks])
     for b, v in zip(blocks, vs, strict=True):
         assert relative(v, dense_qv(b, 0.25 * b.matrix(b.grads))) <= CLOSE, b.shape
 
 
 def test_thin_and_uncovered_blocks_go_to_the_reference() -> None:
     blocks = [tamed(make_block(Kron(6, 5, dtype=torch.float32), [randn(6, 5).float()])), all_blocks(torch.float32)[-1]]
-    thin = Thin(randn(2, 6).float(), randn(2, 5).float())
+    low_rank = LowRank(randn(2, 6).float(), randn(2, 5).float())
     assert backend_kind(blocks[1]) is None
-    v, w = backend.qv(blocks, [thin, randn(6, 5).float()])
-    assert isinstance(v, Thin) and relative(v.dense, dense_qv(blocks[0], thin.dense)) <= CLOSE
+    v, w = backend.qv(blocks, [low_rank, randn(6, 5).float()])
+    assert isinstance(v, LowRank) and relative(v.dense, dense_qv(blocks[0], low_rank.dense)) <= CLOSE
     assert relative(w, steps.qv(blocks[1:], [randn(6, 5).float()])[0]) <= 1e-6
 
 
@@ -125,14 +127,17 @@ def test_inner() -> None:
     want += (xs[0].double() * ys[0].double()).sum() - (xs[0].double() ** 2).sum()
     assert relative(backend.inner(xs, ys), want) <= CLOSE
     blocks = all_blocks(torch.float32)
-    splits = [Split(b) for b in blocks]
+    splits = [GradientInPlace(b) for b in blocks]
     assert (
         relative(backend.inner(splits, splits), sum((b.matrix(b.grads).double() ** 2).sum() for b in blocks)) <= CLOSE
     )
-    scaled = [Split(b, torch.tensor(0.5)) for b in blocks]
+    scaled = [GradientInPlace(b, torch.tensor(0.5)) for b in blocks]
     assert relative(backend.inner(scaled, splits), 0.5 * steps.inner(splits, splits)) <= CLOSE
-    thin = Thin(randn(2, 6).float(), randn(2, 5).float())
-    assert relative(backend.inner([thin, xs[0]], [thin, xs[0]]), steps.inner([thin, xs[0]], [thin, xs[0]])) <= CLOSE
+    low_rank = LowRank(randn(2, 6).float(), randn(2, 5).float())
+    assert (
+        relative(backend.inner([low_rank, xs[0]], [low_rank, xs[0]]), steps.inner([low_rank, xs[0]], [low_rank, xs[0]]))
+        <= CLOSE
+    )
 
 
 def test_opcheck() -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from fishleg_fast import DiagKron, Diagonal, Kron
-from fishleg_fast.blocks import Part
+from fishleg_fast.backends import reference as steps
+from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from fishleg_fast.kernels import backend, configurations, table
-from fishleg_fast.reference import steps
-from fishleg_fast.reference.thin import Split
+from fishleg_fast.model.block import Part
+from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import assert_same, everything, make_block, theta
 from support.dense import randn, relative
 from support.triton_blocks import (
@@ -59,8 +60,8 @@ def test_theta_step(
         launches.clear()
         versions = [b.parts[0].param._version for b in ours]
         gs = matrices(ours, step)
-        want, _ = steps.theta_step(exact, [g.double() for g in gs], **options, capturable=capturable)
-        norms, ok = backend.theta_step(ours, gs, **options, capturable=capturable)
+        want, _ = steps.theta_step(exact, [g.double() for g in gs], ThetaOptions(**options, capturable=capturable))
+        norms, ok = backend.theta_step(ours, gs, ThetaOptions(**options, capturable=capturable))
         assert ok and ok.dtype == torch.bool and relative(norms, want) <= CLOSE
         assert all(b.parts[0].param._version > v for b, v in zip(ours, versions, strict=True))
     made = ["copy_kernel", "refresh_kernel"]
@@ -78,15 +79,15 @@ def test_theta_step(
 )
 def test_a_gradient_that_is_not_finite_writes_nothing(make: Maker, normalize, bad: float, capturable: bool) -> None:
     _, blocks = pair(make)
-    backend.theta_step(blocks, matrices(blocks, 1), normalize=normalize, capturable=capturable)
+    backend.theta_step(blocks, matrices(blocks, 1), ThetaOptions(normalize=normalize, capturable=capturable))
     before = everything(blocks)
     for index in (0, len(blocks) - 2, len(blocks) - 1):  # Kron's and DiagKron's kernels, and the reference's blocks
         gs = matrices(blocks, 2)
         gs[index][0, 0] = bad
-        _, ok = backend.theta_step(blocks, gs, normalize=normalize, capturable=capturable)
+        _, ok = backend.theta_step(blocks, gs, ThetaOptions(normalize=normalize, capturable=capturable))
         assert not ok
         assert_same(before, blocks)
-    _, ok = backend.theta_step(blocks, matrices(blocks, 2), normalize=normalize, capturable=capturable)
+    _, ok = backend.theta_step(blocks, matrices(blocks, 2), ThetaOptions(normalize=normalize, capturable=capturable))
     assert ok and all(b.step == 2 for b in blocks)
 
 
@@ -96,11 +97,11 @@ def test_zero_gradient_moves_nothing_but_the_decay() -> None:
     for zeros in (False, True):  # what is left of m does not move θ either
         before = [theta(b) for b in ours]
         gs = [torch.zeros_like(g) if zeros else g for g in gs]
-        norms, ok = backend.theta_step(ours, gs)
+        norms, ok = backend.theta_step(ours, gs, ThetaOptions())
         assert ok and bool(norms.all())
     for b, old in zip(ours, before, strict=True):
         assert relative(theta(b), 0.95 * old) <= 1e-6
-    steps.theta_step(exact, [g.double() for g in matrices(exact, 1)])
+    steps.theta_step(exact, [g.double() for g in matrices(exact, 1)], ThetaOptions())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -131,8 +132,8 @@ def test_narrow_parameters_and_layouts(dtype: torch.dtype) -> None:
         for part in b.parts:
             part.param.data = part.param.data.float()
     before = [theta(b) for b in two[0]]
-    steps.theta_step(two[0], [Split(b) for b in two[0]])
-    backend.theta_step(two[1], [Split(b) for b in two[1]])
+    steps.theta_step(two[0], [GradientInPlace(b) for b in two[0]], ThetaOptions())
+    backend.theta_step(two[1], [GradientInPlace(b) for b in two[1]], ThetaOptions())
     for a, b, old in zip(*two, before, strict=True):
         assert b.parts[0].param.dtype == dtype and b.parts[0].param.stride() == a.parts[0].param.stride()
         moved = relative(theta(a), old)
@@ -157,8 +158,8 @@ def test_plans_follow_what_changes() -> None:
             pieces[0].mul_(-0.7)
             b.grads = [None if step == 4 and k else g for k, g in enumerate(pieces)]
             a.grads = [None if g is None else g.double() for g in b.grads]
-        steps.theta_step(exact, [Split(a) for a in exact])
-        backend.theta_step(ours, [Split(b) for b in ours])
+        steps.theta_step(exact, [GradientInPlace(a) for a in exact], ThetaOptions())
+        backend.theta_step(ours, [GradientInPlace(b) for b in ours], ThetaOptions())
         for a, b in zip(exact, ours, strict=True):
             assert relative(b.momentum, a.momentum) <= CLOSE and relative(theta(b), theta(a)) <= CLOSE, step
 
@@ -168,9 +169,9 @@ def test_nothing_is_kept_alive() -> None:
     blocks = [tamed(make_block(m(3, 4, dtype=torch.float32), [randn(3, 4).float()])) for m in (Kron, DiagKron)]
     for b in blocks:
         b.grads = [g.clone() for g in b.grads]
-    backend.theta_step(blocks, [Split(b) for b in blocks])
+    backend.theta_step(blocks, [GradientInPlace(b) for b in blocks], ThetaOptions())
     us = [b.matrix(b.grads) for b in blocks]
-    backend.lambda_step(blocks, us, us, us, damping=0.1, lr=0.01)
+    backend.lambda_step(blocks, us, us, us, LambdaOptions(damping=0.1, lr=0.01))
     gone = [weakref.ref(x) for b in blocks for x in (b, b.grads[0])]
     del blocks, us, b
     gc.collect()
@@ -184,8 +185,8 @@ def test_large_blocks_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch, l
     backend.refresh(ours)
     for b, g, v in zip(ours, gs, backend.qv(ours, gs), strict=True):
         assert relative(v, dense_qv(b, g)) <= CLOSE
-    steps.theta_step(exact, [g.double() for g in gs], normalize="trust")
-    backend.theta_step(ours, gs, normalize="trust")
+    steps.theta_step(exact, [g.double() for g in gs], ThetaOptions(normalize="trust"))
+    backend.theta_step(ours, gs, ThetaOptions(normalize="trust"))
     for a, b in zip(exact, ours, strict=True):
         assert relative(theta(b), theta(a)) <= CLOSE and relative(b.momentum, a.momentum) <= CLOSE
     assert launches.count("refresh_kernel") == 1  # P and S by half their tiles, of these blocks too
@@ -200,7 +201,7 @@ def test_rows_of_one_parameter() -> None:
         block = tamed(make_block(Kron(3, 3, dtype=torch.float32), [randn(3, 3).float()], seed=rows.start))
         block.parts = [Part(p, rows)]
         blocks.append(block)
-    backend.theta_step(blocks, gs, normalize=None)
+    backend.theta_step(blocks, gs, ThetaOptions(normalize=None))
     want = torch.cat([dense_qv(b, g) for b, g in zip(blocks, gs, strict=True)])
     assert relative(old - p, 0.1 * want) <= CLOSE
 
@@ -213,7 +214,7 @@ def test_momentum_with_padding() -> None:
         b.momentum = torch.zeros(m, table.padded(n))[:, :n]
     for step in (1, 2):
         gs = matrices(ours, step)
-        steps.theta_step(exact, [g.double() for g in gs])
-        backend.theta_step(ours, gs)
+        steps.theta_step(exact, [g.double() for g in gs], ThetaOptions())
+        backend.theta_step(ours, gs, ThetaOptions())
     for a, b in zip(exact, ours, strict=True):
         assert relative(b.momentum, a.momentum) <= CLOSE and relative(theta(b), theta(a)) <= CLOSE

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import CategoricalLikelihood, FishLeg, backends
+from fishleg_fast import CategoricalLikelihood, FishLeg
+from fishleg_fast.backends import registry
 from support.dense import relative
 
 pytestmark = pytest.mark.usefixtures("interpreter_of_numpy_2_4", "poisoned")
@@ -52,5 +53,5 @@ def test_trajectory(structure: str | dict[str, str], options: dict) -> None:
 
 
 def test_it_runs_on_a_cpu_only_where_it_is_named() -> None:
-    assert backends.available("triton", torch.device("cpu"), torch.float32) == (True, "interpreted, for tests")
+    assert registry.available("triton", torch.device("cpu"), torch.float32) == (True, "interpreted, for tests")
     assert trained(None, "kron", 0)[1].backend != "triton"

@@ -5,7 +5,6 @@ Nothing here is about how long anything takes.
 
 import pytest
 import torch
-from dense import relative
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import shapes
@@ -15,6 +14,7 @@ from benchmarks.gpu.report.lookup import floor
 from fishleg_fast import FishLeg
 from fishleg_fast.algebra.structure import Structure
 from fishleg_fast.backends import reference
+from support.dense import relative
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from dense import randn
 
 from benchmarks.common.published import Published
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.measurements import checks, models, steps
 from fishleg_fast.backends import reference
+from support.dense import randn
 
 CPU = torch.device("cpu")
 
