@@ -79,7 +79,7 @@ def test_report_names_every_backend():
     shown = out.partition("\nbackends\n")[2].splitlines()
     rows = list(registry.report())
     assert rows
-    for (name, ok, reason), line in zip(rows, shown, strict=True):
+    for (name, (ok, reason)), line in zip(rows, shown, strict=True):
         assert line.split()[0] == name
         assert ("unavailable" in line) == (not ok)
         assert ok or reason in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -110,11 +110,12 @@ def training_step(
 
 def settings_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """All settings of the optimizers, by class and name."""
-    return {
-        f"{type(o).__name__}.{name}": value
-        for o in optimizers
-        for name, value in {**o.defaults, **getattr(o, "settings", {})}.items()
-    }
+    found = {}
+    for o in optimizers:
+        settings = getattr(o, "settings", None)
+        own = {} if settings is None else {f.name: getattr(settings, f.name) for f in fields(settings)}
+        found |= {f"{type(o).__name__}.{name}": value for name, value in {**o.defaults, **own}.items()}
+    return found
 
 
 def train(

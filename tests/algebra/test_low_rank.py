@@ -96,7 +96,7 @@ def test_algebra() -> None:
         w, left, right = DenseAndLowRank.of(*terms), randn(4, 5, seed=6), randn(4, 7, seed=7)
         assert relative(w.left(left), left @ whole) <= EXACT and relative(w.right(right), right @ whole.T) <= EXACT
         assert w.to(torch.float32).left(left.float()).dtype == torch.float32
-        assert (w.whole is a) == any(t is a for t in terms)
+        assert (w.dense_term is a) == any(t is a for t in terms)
     out = torch.full(shape, float("nan"), dtype=torch.float64)
     x.to(torch.float32).into(out)
     assert relative(out, X) <= 1e-6
@@ -158,7 +158,7 @@ def test_medium_precision_is_that_of_bfloat16(kind: str, layout: str) -> None:
         t.add_(0.1 * randn(*t.shape, seed=k).float() / t.shape[-1] ** 0.5)
     summed = DenseAndLowRank.of(randn(*shape, seed=9), low_rank_matrix(2, shape, seed=10))
     u, U, w = (x.to(torch.float32) for x in (low_rank_matrix(4, shape), randn(*shape, seed=8), summed))
-    W = w.whole + w.low_rank.dense
+    W = w.dense
     exact = [structure.low_rank_product(u).dense, structure.product(U)]
     exact += [*structure.gradients(u.dense, W).values(), *structure.gradients(U, W).values()]
     structure.operand_dtype = precision.operand_dtype("medium", torch.device("cpu"), torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import pytest
@@ -112,10 +112,27 @@ def exact_q(block: Block, u: Tensor, aux: dict[str, Tensor] | None = None) -> Te
     return (dense_q(block.structure, aux) @ u.double().reshape(-1)).reshape(u.shape)
 
 
+@cache
+def torch_splits_sums() -> bool:
+    """Whether torch shares the sums of a float32 product out among threads, as MKL does on some processors.
+
+    Its bits then depend on the number of threads, and it rounds less than a sum in one go does.
+    """
+    x, y, found, before = randn(33, 257).float(), randn(257, 33, seed=1).float(), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(x @ y)
+    finally:
+        torch.set_num_threads(before)
+    return not torch.equal(*found)
+
+
 def assert_errors(ours: list[float], theirs: list[float], sizes: list[int], tolerance: float) -> None:
     """Within a tolerance and, where luck averages out, about as large as the reference's at the same precision."""
+    alike = 3.0 if torch_splits_sums() else 1.3
     for k, (error, reference, size) in enumerate(zip(ours, theirs, sizes, strict=True)):
-        limit = min(tolerance, 1.3 * reference + tolerance / 10) if size > 500 else 2 * tolerance
+        limit = min(tolerance, alike * reference + tolerance / 10) if size > 500 else 2 * tolerance
         assert error <= limit, (k, error, reference, size)
 
 

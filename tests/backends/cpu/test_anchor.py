@@ -14,6 +14,7 @@ from fishleg_fast.backends import native, registry
 from fishleg_fast.backends import reference as steps
 from fishleg_fast.backends.cpu import anchoring
 from fishleg_fast.backends.cpu.packed_matrix import engines
+from fishleg_fast.backends.reference import anchoring as reference_anchoring
 from fishleg_fast.model.block import Block, Part
 from support.dense import randn, relative
 
@@ -190,7 +191,7 @@ def test_where_float32_fails_float64_follows(operands: torch.dtype, monkeypatch:
     assert all(map(torch.equal, state(blocks[0]), before))
     called = []
     monkeypatch.setattr(anchoring, "_start", lambda engine, found, damping: found[:1])
-    monkeypatch.setattr(steps, "start_kfac", lambda block, damping: called.append((block, damping)))
+    monkeypatch.setattr(reference_anchoring, "start_kfac", lambda block, damping: called.append((block, damping)))
     ANCHOR(blocks, [shown(40, 30)] * 2, decay=0.5, damping=0.1)
     assert called == [(blocks[0], 0.1)]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishleg_fast import CategoricalLikelihood, FishLeg
 from fishleg_fast.backends import registry
+from fishleg_fast.backends.cpu.state import CpuState
 from fishleg_fast.backends.cpu.step_plan import StepPlan
 
 LIKELIHOOD = CategoricalLikelihood()
@@ -195,7 +196,7 @@ def test_errors_name_the_block() -> None:
     x, y = batch(shape, 0, torch.float32)
     LIKELIHOOD.nll(y, net(x)).backward()
     optimizer.step()
-    plan = optimizer.blocks[0].plan
+    plan = optimizer.blocks[0].kept(CpuState).plan
     assert isinstance(plan, StepPlan) and plan.blocks == optimizer.blocks
     plan.native.give(0, 0, 0, 0)
     with pytest.raises(ValueError, match="block '0': what its natural gradient is made of is missing"):

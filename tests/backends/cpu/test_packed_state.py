@@ -16,7 +16,19 @@ from fishleg_fast.backends.reference import lambda_update
 from fishleg_fast.model.block import Block
 from support.blocks import everything, theta
 from support.dense import randn, relative
-from support.packed_blocks import EACH, ERRORS, Exact, curved, directions, exact_q, mixed, needs, placed, whole
+from support.packed_blocks import (
+    EACH,
+    ERRORS,
+    Exact,
+    curved,
+    directions,
+    exact_q,
+    mixed,
+    needs,
+    placed,
+    torch_splits_sums,
+    whole,
+)
 from support.training import make, state, train
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -68,7 +80,7 @@ def test_every_operand_follows_lambda(operands: torch.dtype, name: str, what: st
 @EACH
 @pytest.mark.parametrize("what", OPS)
 def test_threads_do_not_matter(operands: torch.dtype, what: str) -> None:
-    """Bit for bit, with blocks large enough to be shared out."""
+    """Bit for bit, but for small products that torch makes, with blocks large enough to be shared out."""
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -78,8 +90,10 @@ def test_threads_do_not_matter(operands: torch.dtype, what: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert sum(b.momentum.numel() for b in blocks) > 32768
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
+    if operands == torch.float32 and what == "lambda thin" and torch_splits_sums():
+        assert all(relative(x, y) <= 1e-4 for x, y in zip(*found, strict=True))
+    else:
+        assert all(map(torch.equal, *found))
 
 
 @needs("amx")

@@ -3,6 +3,8 @@
 Nothing here is about how long anything takes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -128,7 +130,7 @@ def test_the_plain_theta_step_is_the_reference(bench):
 
 
 def test_the_plain_lambda_step_is_the_reference(bench, monkeypatch):
-    monkeypatch.setattr(ops, "LR", 0.1)
+    monkeypatch.setattr(bench, "lambda_options", replace(bench.lambda_options, lr=0.1))
     Rs, Ls, Ps, Ss = plain_arguments(bench)
     before = [t.clone() for t in Rs + Ls]
     moments = [[torch.zeros_like(x) for x in (R, R, L, L)] for R, L in zip(Rs, Ls, strict=True)]
