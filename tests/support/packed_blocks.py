@@ -113,12 +113,12 @@ def exact_q(block: Block, u: Tensor, aux: dict[str, Tensor] | None = None) -> Te
 
 
 @cache
-def torch_splits_sums() -> bool:
-    """Whether torch shares the sums of a float32 product out among threads, as MKL does on some processors.
+def torch_sums_otherwise() -> bool:
+    """Whether torch's float32 products depend on the number of threads, as those of MKL do on other makers' processors.
 
-    Its bits then depend on the number of threads, and it rounds less than a sum in one go does.
+    They then also round less than one sum from end to end does, which is what ours, and MKL's elsewhere, are.
     """
-    x, y, found, before = randn(33, 257).float(), randn(257, 33, seed=1).float(), [], torch.get_num_threads()
+    x, y, found, before = randn(7, 7).float(), randn(7, 33, seed=1).float(), [], torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -130,7 +130,7 @@ def torch_splits_sums() -> bool:
 
 def assert_errors(ours: list[float], theirs: list[float], sizes: list[int], tolerance: float) -> None:
     """Within a tolerance and, where luck averages out, about as large as the reference's at the same precision."""
-    alike = 3.0 if torch_splits_sums() else 1.3
+    alike = 3.0 if torch_sums_otherwise() else 1.3
     for k, (error, reference, size) in enumerate(zip(ours, theirs, sizes, strict=True)):
         limit = min(tolerance, alike * reference + tolerance / 10) if size > 500 else 2 * tolerance
         assert error <= limit, (k, error, reference, size)

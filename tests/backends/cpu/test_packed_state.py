@@ -26,7 +26,7 @@ from support.packed_blocks import (
     mixed,
     needs,
     placed,
-    torch_splits_sums,
+    torch_sums_otherwise,
     whole,
 )
 from support.training import make, state, train
@@ -90,7 +90,7 @@ def test_threads_do_not_matter(operands: torch.dtype, what: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert sum(b.momentum.numel() for b in blocks) > 32768
-    if operands == torch.float32 and what == "lambda thin" and torch_splits_sums():
+    if operands == torch.float32 and what == "lambda thin" and torch_sums_otherwise():
         assert all(relative(x, y) <= 1e-4 for x, y in zip(*found, strict=True))
     else:
         assert all(map(torch.equal, *found))
