@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cuda/device.h"
+#include "cuda/device/device.h"
 
 namespace fishleg::cuda {
 

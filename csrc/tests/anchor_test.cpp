@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/inverse_root.h"
-#include "cpu/moments.h"
+#include "cpu/anchor/inverse_root.h"
+#include "cpu/anchor/moments.h"
 
 using namespace fishleg::cpu;
 

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/host/plan.h"
 
 using namespace fishleg::cuda;
 

@@ -1,5 +1,5 @@
 // Packed products on every engine that this processor has, in memory of just the size, against loops in double.
-#include "cpu/products.h"
+#include "cpu/gemm/products.h"
 
 #include <algorithm>
 #include <cmath>

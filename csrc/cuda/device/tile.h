@@ -1,0 +1,161 @@
+// What the products share: tiles from memory to shared memory, a warp's 32×32 product, and what is done with it.
+#pragma once
+
+#include "cuda/device/ptx.h"
+#include "cuda/tables.h"
+
+namespace fishleg::cuda {
+
+/// A warp's 32×32 product: two by four fragments (see ptx.h).
+struct Accumulator {
+    float c[2][4][4];
+};
+
+__device__ __forceinline__ void clear(Accumulator& acc) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                acc.c[i][j][r] = 0;
+            }
+        }
+    }
+}
+
+/// Starts the copy of a (rows, columns) tile into shared memory; what is beyond the matrix becomes zero.
+template <int threads>
+__device__ __forceinline__ void copy_tile(float* to, int to_ld, const float* from, int64_t ld, int rows, int columns,
+                                          int row, int column, int row_end, int column_end, bool aligned) {
+    const int t = static_cast<int>(threadIdx.x);
+    if (aligned) {
+        const int chunks = columns / 4;
+        for (int i = t; i < rows * chunks; i += threads) {
+            const int r = i / chunks, c = 4 * (i % chunks);
+            int left = row + r < row_end ? column_end - column - c : 0;
+            left = left < 0 ? 0 : left > 4 ? 4 : left;
+            copy_16(to + r * to_ld + c, left ? from + (row + r) * ld + column + c : from, 4 * left);
+        }
+    } else {
+        for (int i = t; i < rows * columns; i += threads) {
+            const int r = i / columns, c = i % columns;
+            const bool in = row + r < row_end && column + c < column_end;
+            copy_4(to + r * to_ld + c, in ? from + (row + r) * ld + column + c : from, in ? 4 : 0);
+        }
+    }
+}
+
+/// acc += A B of the warp, over ``depth`` (a multiple of 16). ``a`` is at the warp's (row 0, k 0), ``b`` at (k 0, column 0).
+template <Precision precision, int depth>
+__device__ __forceinline__ void multiply(Accumulator& acc, const float* a, int a_row, int a_k, const float* b, int b_k,
+                                         int b_column) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
+    if constexpr (precision == Precision::ieee) {
+#pragma unroll 4
+        for (int k = 0; k < depth; ++k) {
+            float x[4], y[8];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                x[i] = a[(g + 8 * i) * a_row + k * a_k];
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                y[j] = b[k * b_k + (8 * (j / 2) + 2 * t + j % 2) * b_column];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    float& c = acc.c[i / 2][j / 2][2 * (i % 2) + j % 2];
+                    c = fmaf(x[i], y[j], c);
+                }
+            }
+        }
+    } else if constexpr (precision == Precision::bf16) {
+#pragma unroll
+        for (int k = 0; k < depth; k += 16) {
+            uint32_t x[2][4], y[4][2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    const float* from = a + (16 * i + g + 8 * (r % 2)) * a_row + (k + 2 * t + 8 * (r / 2)) * a_k;
+                    x[i][r] = pack_bf16(from[0], from[a_k]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float* from = b + (k + 2 * t + 8 * r) * b_k + (8 * j + g) * b_column;
+                    y[j][r] = pack_bf16(from[0], from[b_k]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    mma_bf16(acc.c[i][j], x[i], y[j]);
+                }
+            }
+        }
+    } else {
+        constexpr bool split = precision == Precision::tf32x3;
+#pragma unroll
+        for (int k = 0; k < depth; k += 8) {
+            uint32_t x[2][4], y[4][2], x_low[2][4], y_low[4][2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    const float from = a[(16 * i + g + 8 * (r % 2)) * a_row + (k + t + 4 * (r / 2)) * a_k];
+                    x[i][r] = to_tf32(from);
+                    if constexpr (split) {
+                        x_low[i][r] = to_tf32(from - from_bits(x[i][r]));
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float from = b[(k + t + 4 * r) * b_k + (8 * j + g) * b_column];
+                    y[j][r] = to_tf32(from);
+                    if constexpr (split) {
+                        y_low[j][r] = to_tf32(from - from_bits(y[j][r]));
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if constexpr (split) {  // the small products first
+                        mma_tf32(acc.c[i][j], x_low[i], y[j]);
+                        mma_tf32(acc.c[i][j], x[i], y_low[j]);
+                    }
+                    mma_tf32(acc.c[i][j], x[i], y[j]);
+                }
+            }
+        }
+    }
+}
+
+/// f(row, column, value) for every entry of the warp's product.
+template <class F>
+__device__ __forceinline__ void each(const Accumulator& acc, F f) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                f(16 * i + g + 8 * (r / 2), 8 * j + 2 * t + r % 2, acc.c[i][j][r]);
+            }
+        }
+    }
+}
+
+}  // namespace fishleg::cuda
