@@ -152,7 +152,7 @@ def _give_packed(plan: Plan, gs: Sequence[Matrix], mine: Sequence[int]) -> None:
             (k, left.address, right.address, left.columns, packed.room(b), b.buffers()[0].data_ptr())
             for k, b, (left, right) in zip(thin, blocks, products, strict=True)
         ]
-        plan.native.give_panels(packed.packed_of(blocks[0]).engine, rows)
+        plan.native.give_packed(packed.packed_of(blocks[0]).engine, rows)
 
 
 def _image(block: Block, g: Thin) -> Tensor:

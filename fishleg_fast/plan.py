@@ -51,7 +51,7 @@ class Plan:
         self.dtype = common_dtype(blocks)
         self.moved: list[Any] = self.params  # those that have a gradient
         names = [(block.name, CODES[block.dtype]) for block in blocks]
-        self.native = native.extension().Plan([n + s for n, s in zip(names, self._shapes, strict=True)])
+        self.native = native.extension().StepPlan([n + s for n, s in zip(names, self._shapes, strict=True)])
         self._diagonals = [b.structure.fishleg_aux["d"] if type(b.structure) is Diagonal else None for b in blocks]
         state = [t for block in blocks for t in (block.momentum, block.step)]
         self._kept: list[Any] = [t.untyped_storage() for t in (*state, *self._diagonals) if t is not None]

@@ -1,4 +1,4 @@
-// Anchoring for Python; fishleg_fast/anchoring.py calls this.
+// Anchoring on a CPU (cpu/anchor).
 #include <pybind11/stl.h>
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// Binds cuda/plan.h: pointers and streams are integers, lists of them arrays of 64-bit numbers.
+// Plans of CUDA kernels (cuda/host/plan.h): pointers and streams are integers, lists of them arrays of 64-bit numbers.
 #include "bindings/bindings.h"
 
 #include <pybind11/stl.h>
@@ -46,7 +46,7 @@ Plan make_plan(int op, const std::vector<BlockTuple>& tuples, int device) {
 
 void bind_cuda(py::module_& m) {
     // Local: tests load a second module with it, whose kernels run on the CPU.
-    py::class_<Plan>(m, "CudaPlan", py::module_local(), "What one op needs to know of a list of blocks; see csrc/cuda/plan.h.")
+    py::class_<Plan>(m, "CudaPlan", py::module_local(), "What one op needs to know of a list of blocks; see csrc/cuda/host/plan.h.")
         .def(py::init(&make_plan), py::arg("op"), py::arg("blocks"), py::arg("device"))
         .def_readonly("workspace_bytes", &Plan::workspace_bytes)
         .def_readonly("external", &Plan::external)

@@ -1,4 +1,4 @@
-// Packed products for Python; fishleg_fast/panels.py calls this.
+// Packed products on a CPU (cpu/gemm).
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ void pack_all(const std::string& engine, const std::vector<PackTuple>& rows, int
         if (side < 0 || side > 1) refuse("side", side, "0 or 1");
         if (lanes < 0 || depth < 0) refuse("lanes and depth", std::min(lanes, depth), "at least 0");
         if (lane_stride != 1 && depth_stride != 1) refuse("one stride", std::min(lane_stride, depth_stride), "1");
-        if (after < 0 || after % with.step || after + depth > whole) refuse("after", after, "a multiple within the depth");
+        if (after < 0 || after % with.depth_step || after + depth > whole) refuse("after", after, "a multiple within the depth");
         const Lanes from{pointer<const float>(source), lanes, depth, lane_stride, depth_stride};
         jobs.push_back({static_cast<Side>(side), from, pointer(to), whole, after});
     }
@@ -66,7 +66,7 @@ void bind_gemm(py::module_& m) {
         for (const Engine* engine : engines()) names.emplace_back(engine->name);
         return names;
     }, "The engines for packed products that this processor has.");
-    m.def("depth_step", [](const std::string& engine) { return engine_of(engine).step; },
+    m.def("depth_step", [](const std::string& engine) { return engine_of(engine).depth_step; },
           "What an engine pads the depth of operands to multiples of.");
     m.def("packed_size", [](const std::string& engine, int64_t lanes, int64_t depth) {
         if (lanes < 0 || depth < 0) refuse("lanes and depth", std::min(lanes, depth), "at least 0");

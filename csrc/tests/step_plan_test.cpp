@@ -1,4 +1,4 @@
-// The CPU plan against loops over single elements in double.
+// The θ step, Adam and inner products on a CPU against loops over single elements in double.
 #include "cpu/step/step_plan.h"
 
 #include <cmath>
@@ -7,6 +7,9 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "cpu/gemm/products.h"
+#include "cpu/step/adam.h"
+#include "cpu/step/inner.h"
 #include "formulas.h"
 
 using namespace fishleg;
@@ -46,13 +49,13 @@ struct Layer {
         b.name = "layer";
         b.rows = m, b.columns = k + 1;
         const int64_t rows = transposed ? 1 : k, columns = transposed ? m : 1;
-        Piece w, c;
+        Part w, c;
         w.width = k, w.param = {weight.data(), rows, columns, Dtype::float32};
         w.grad = {weight_grad.data(), rows, columns, Dtype::float32};
         c.first = k, c.width = 1, c.param = {bias.data(), 1, 1, Dtype::float32};
         c.grad = {bias_grad.data(), 1, 1, Dtype::float32};
         w.lr = c.lr = 0.1, w.weight_decay = 0.01;
-        b.pieces = {w, c};
+        b.parts = {w, c};
         b.momentum = momentum.data(), b.step = &step, b.diagonal = d.data();
         b.source = source, b.given = given.data(), b.product = product.data();
         b.beta = 0.9, b.base_lr = 0.1;
@@ -81,7 +84,7 @@ Wanted wanted(Layer layer, Source source, int times, Normalize normalize, double
             double x = g, nat = 0, product = layer.product[e];
             switch (source) {
                 case Source::product: nat = given; break;
-                case Source::thin:
+                case Source::low_rank:
                     product = beta * product + (1 - beta) * given;
                     nat = times == 2 ? beta * product + (1 - beta) * given : product;
                     break;
@@ -116,7 +119,7 @@ void one_step(int64_t m, int64_t k, Source source, int times, Normalize normaliz
     Layer layer(m, k, transposed);
     double kappa = 1e-4;
     const Wanted want = wanted(layer, source, times, normalize, kappa);
-    Plan plan({layer.block(source)});
+    StepPlan plan({layer.block(source)});
     double norm = -1;
     CHECK(plan.theta_step({times, normalize, kappa, 2}, &norm));
     CHECK(close(norm, want.norm));
@@ -141,7 +144,7 @@ void all_steps() {
 
 void average() {
     Layer layer(5, 700, true);
-    Plan plan({layer.block(Source::product)});
+    StepPlan plan({layer.block(Source::product)});
     std::vector<float> out(layer.momentum.size(), NAN);
     plan.average({out.data()}, {2});
     size_t e = 0;
@@ -157,8 +160,8 @@ void zero_gradients() {
         layer.weight_grad.assign(24, 0), layer.bias_grad.assign(4, 0);
         const auto weight = layer.weight;
         Block block = layer.block(Source::product);
-        for (Piece& piece : block.pieces) piece.weight_decay = 0;
-        Plan plan({block});
+        for (Part& part : block.parts) part.weight_decay = 0;
+        StepPlan plan({block});
         std::vector<float> out(28);
         if (looked) plan.average({out.data()}, {1});
         double norm;
@@ -168,11 +171,11 @@ void zero_gradients() {
 }
 
 void nothing_is_written() {
-    for (Source source : {Source::product, Source::thin, Source::diagonal}) {
+    for (Source source : {Source::product, Source::low_rank, Source::diagonal}) {
         Layer good(8, 20), bad(40, 900);
         (source == Source::diagonal ? bad.weight_grad : bad.given)[17] = std::numeric_limits<float>::infinity();
         const Layer good_before = good, bad_before = bad;
-        Plan plan({good.block(source), bad.block(source)});
+        StepPlan plan({good.block(source), bad.block(source)});
         double norms[2];
         CHECK(!plan.theta_step({2, Normalize::rms, 0, 2}, norms));
         CHECK(good.weight == good_before.weight && good.bias == good_before.bias && good.step == 3);
@@ -185,8 +188,8 @@ void missing_gradient() {
     Layer layer(6, 9);
     const Layer before = layer;
     Block block = layer.block(Source::product);
-    block.pieces[0].grad = {}, block.pieces[0].moves = false, block.pieces[0].param = {};
-    Plan plan({block});
+    block.parts[0].grad = {}, block.parts[0].moves = false, block.parts[0].param = {};
+    StepPlan plan({block});
     double norm;
     CHECK(plan.theta_step({1, Normalize::rms, 0, 1}, &norm));
     CHECK(layer.weight == before.weight && layer.bias != before.bias);
@@ -202,9 +205,9 @@ void sixteen_bits() {
     }
     const Wanted want = wanted(layer, Source::diagonal, 2, Normalize::rms, 0);
     Block block = layer.block(Source::diagonal);
-    block.pieces[0].param = {weight.data(), 600, 1, Dtype::bfloat16};
-    block.pieces[0].grad = {grad.data(), 600, 1, Dtype::bfloat16};
-    Plan plan({block});
+    block.parts[0].param = {weight.data(), 600, 1, Dtype::bfloat16};
+    block.parts[0].grad = {grad.data(), 600, 1, Dtype::bfloat16};
+    StepPlan plan({block});
     double norm;
     CHECK(plan.theta_step({2, Normalize::rms, 0, 2}, &norm));
     for (int64_t i = 0; i < 7; ++i)
@@ -217,8 +220,8 @@ void any_number_of_threads() {
     Layer first(300, 500), second(300, 500);
     second = first;
     double norms[2];
-    CHECK(Plan({first.block(Source::thin)}).theta_step({2, Normalize::rms, 0, 1}, norms));
-    CHECK(Plan({second.block(Source::thin)}).theta_step({2, Normalize::rms, 0, 3}, norms + 1));
+    CHECK(StepPlan({first.block(Source::low_rank)}).theta_step({2, Normalize::rms, 0, 1}, norms));
+    CHECK(StepPlan({second.block(Source::low_rank)}).theta_step({2, Normalize::rms, 0, 3}, norms + 1));
     CHECK(norms[0] == norms[1] && first.weight == second.weight && first.momentum == second.momentum);
     const std::vector<Pair> pairs = {{first.weight.data(), first.weight_grad.data(), 150000, Dtype::float32}};
     double want = 0;
@@ -226,8 +229,8 @@ void any_number_of_threads() {
     CHECK(inner(pairs, 1) == inner(pairs, 3) && std::fabs(inner(pairs, 1) - want) < 1e-2);
 }
 
-/// Q g as panels, of which one or both passes make it, is what it is as a matrix.
-void panels_of_a_thin_gradient() {
+/// Q g as packed factors, of which one or both passes make it, is what it is as a matrix.
+void packed_factors_of_a_low_rank_gradient() {
     for (const Engine* engine : engines()) {
         const int64_t m = 70, k = 2100, depth = 5;  // several tasks, none of them whole panels
         Layer layer(m, k);
@@ -237,17 +240,17 @@ void panels_of_a_thin_gradient() {
                        {Side::right, {h.data(), k + 1, depth, 1, k + 1}, right.data()}}, 1);
         multiply(*engine, {{left.data(), right.data(), m, k + 1, depth, Target::matrix, layer.given.data(), k + 1}}, 1);
         Layer anew = layer, once = layer;
-        std::vector<float> room(m * (k + 1), NAN);
+        std::vector<float> scratch(m * (k + 1), NAN);
         double norms[3];
-        CHECK(Plan({layer.block(Source::thin)}).theta_step({2, Normalize::rms, 0, 2}, norms));
+        CHECK(StepPlan({layer.block(Source::low_rank)}).theta_step({2, Normalize::rms, 0, 2}, norms));
         Layer* layers[] = {&anew, &once};
         for (int l = 0; l < 2; ++l) {
-            Block block = layers[l]->block(Source::thin);
+            Block block = layers[l]->block(Source::low_rank);
             block.given = nullptr, block.factors = {left.data(), right.data(), depth};
-            block.room = l ? room.data() : nullptr;
-            Plan plan({block});
+            block.scratch = l ? scratch.data() : nullptr;
+            StepPlan plan({block});
             double norm;
-            CHECK_THROWS(plan.theta_step({}, &norm), "nothing multiplies its panels");
+            CHECK_THROWS(plan.theta_step({}, &norm), "nothing multiplies its packed factors");
             plan.use(*engine);
             CHECK(plan.theta_step({2, Normalize::rms, 0, 2}, norms + 1 + l));
             CHECK(norms[1 + l] == norms[0] && layers[l]->weight == layer.weight && layers[l]->product == layer.product);
@@ -256,12 +259,12 @@ void panels_of_a_thin_gradient() {
 }
 
 void empty() {
-    Plan plan({});
+    StepPlan plan({});
     CHECK(plan.theta_step({}, nullptr));
     Block none;
     none.columns = 0, none.rows = 5;
     double norm = -1;
-    CHECK(Plan({none}).theta_step({}, &norm) && norm == 0);
+    CHECK(StepPlan({none}).theta_step({}, &norm) && norm == 0);
     CHECK(adam_step({}, {0.1, 0.9, 0.999, 1e-8, 2}) && inner({}, 2) == 0);
 }
 
@@ -273,16 +276,16 @@ void refusals() {
         change(other);
         return std::vector<Block>{other};
     };
-    CHECK_THROWS(Plan(changed([](Block& b) { b.rows = -1; })), "block 'layer'");
-    CHECK_THROWS(Plan(changed([](Block& b) { b.columns = 7; })), "fill 7 columns but fill: 5");
-    CHECK_THROWS(Plan(changed([](Block& b) { b.pieces[1].first = 3; })), "starts at column 3 where 4");
-    CHECK_THROWS(Plan(changed([](Block& b) { b.dtype = Dtype::float16; })), "λ should be float32 or float64");
+    CHECK_THROWS(StepPlan(changed([](Block& b) { b.rows = -1; })), "block 'layer'");
+    CHECK_THROWS(StepPlan(changed([](Block& b) { b.columns = 7; })), "fill 7 columns but fill: 5");
+    CHECK_THROWS(StepPlan(changed([](Block& b) { b.parts[1].first = 3; })), "starts at column 3 where 4");
+    CHECK_THROWS(StepPlan(changed([](Block& b) { b.dtype = Dtype::float16; })), "λ should be float32 or float64");
     double norm;
-    const auto step = [&](auto change) { Plan(changed(change)).theta_step({}, &norm); };
+    const auto step = [&](auto change) { StepPlan(changed(change)).theta_step({}, &norm); };
     CHECK_THROWS(step([](Block& b) { b.given = nullptr; }), "block 'layer'");
     CHECK_THROWS(step([](Block& b) { b.momentum = nullptr; }), "no momentum");
-    CHECK_THROWS(step([](Block& b) { b.source = Source::thin, b.product = nullptr; }), "Q m");
-    CHECK_THROWS(step([](Block& b) { b.pieces[1].param = {}; }), "no memory");
+    CHECK_THROWS(step([](Block& b) { b.source = Source::low_rank, b.product = nullptr; }), "Q m");
+    CHECK_THROWS(step([](Block& b) { b.parts[1].param = {}; }), "no memory");
     CHECK_THROWS(adam_step({{"R", 3}}, {0.1, 0.9, 0.999, 1e-8, 1}), "'R'");
 }
 
@@ -314,7 +317,7 @@ int main() {
     missing_gradient();
     sixteen_bits();
     any_number_of_threads();
-    panels_of_a_thin_gradient();
+    packed_factors_of_a_low_rank_gradient();
     empty();
     refusals();
     adam_of_tensors();

@@ -1,10 +1,10 @@
-// Q of Kron blocks from their second moments, by inverse Cholesky roots of packed products (products.h).
+// Q of Kron blocks from their second moments, by inverse Cholesky roots of packed products (gemm/engine.h).
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "cpu/gemm/products.h"
+#include "cpu/gemm/engine.h"
 
 namespace fishleg::cpu {
 

@@ -1,10 +1,10 @@
-// Moving averages of second moments, by packed products (products.h).
+// Moving averages of second moments, by packed products (gemm/products.h).
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "cpu/gemm/products.h"
+#include "cpu/gemm/engine.h"
 
 namespace fishleg::cpu {
 

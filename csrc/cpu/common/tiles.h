@@ -1,4 +1,4 @@
-// What is done with 32 × 32 numbers of a matrix beside multiplying them.
+// What is done with tiles, 32 × 32 numbers of a matrix, beside multiplying them (gemm/engine.h).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace fishleg::cpu {
 
-/// Have them brought into the cache: their rows are in 32 pages, which no processor foresees.
-inline void expect(const float* first, int64_t stride) {
+/// Has a tile brought into the cache: its rows are in 32 pages, which no processor foresees.
+inline void prefetch_tile(const float* first, int64_t stride) {
 #ifdef __GNUC__
     for (int64_t r = 0; r < 32; ++r)
         for (int64_t s : {0, 16, 31}) __builtin_prefetch(first + r * stride + s);
@@ -19,7 +19,7 @@ inline void expect(const float* first, int64_t stride) {
 }
 
 /// to = fromᵀ
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+inline void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
 #ifdef __SSE__
     for (int64_t k = 0; k < 32; k += 4) {
         for (int64_t r = 0; r < 32; r += 4) {

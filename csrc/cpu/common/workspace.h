@@ -1,4 +1,5 @@
-// Memory that is kept from one call to the next: the kernel hands out fresh memory in pages, each at the price of a fault.
+// Scratch memory that is kept from one call to the next: the operating system hands out fresh memory in pages, each at
+// the price of a fault.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +12,10 @@
 
 namespace fishleg::cpu {
 
-class Memory {
+class Workspace {
   public:
     /// At least so many bytes, of whatever was in them, at the start of a page; valid until the next call.
-    char* room(int64_t bytes) {
+    char* reserve(int64_t bytes) {
         if (bytes > size_) {
             memory_.reset();
             const int64_t wanted = (bytes + page - 1) / page * page;
@@ -28,8 +29,8 @@ class Memory {
         return memory_.get();
     }
 
-    /// Give it back where it is more than `bytes`.
-    void keep(int64_t bytes) {
+    /// Frees it where it is more than `bytes`.
+    void keep_at_most(int64_t bytes) {
         if (size_ > bytes) memory_.reset(), size_ = 0;
     }
 

@@ -5,7 +5,7 @@
 //
 // The second engine, "amx split", has every number as the sum of two, what bfloat16 holds of it and what that leaves:
 // four tiles for every 32 of the depth. Three products of the four make XY to 2⁻¹⁷ of |X||Y|, at a third of the speed.
-#include "cpu/gemm/products.h"
+#include "cpu/gemm/engine.h"
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
@@ -140,7 +140,7 @@ void end(float* c, int64_t stride) {
 
 /// `wide`, `tall`: whether the later 16 columns, or rows, are wanted too.
 template <bool wide, bool tall>
-void block_of(const uint16_t* a, const uint16_t* b, int64_t depth, float* c, int64_t stride, bool add) {
+void microkernel_of(const uint16_t* a, const uint16_t* b, int64_t depth, float* c, int64_t stride, bool add) {
     begin(c, stride, add);
     for (int64_t k = 0; k < depth; k += 32, a += 2 * tile, b += 2 * tile) {
         _tile_loadd(4, a, 64);
@@ -159,16 +159,16 @@ void block_of(const uint16_t* a, const uint16_t* b, int64_t depth, float* c, int
     end(c, stride);
 }
 
-void block(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c, int64_t stride,
-           bool add) {
+void microkernel(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c,
+                 int64_t stride, bool add) {
     const bool wide = columns > 16, tall = rows > 16;
-    const auto with = wide ? (tall ? block_of<true, true> : block_of<true, false>)
-                           : (tall ? block_of<false, true> : block_of<false, false>);
+    const auto with = wide ? (tall ? microkernel_of<true, true> : microkernel_of<true, false>)
+                           : (tall ? microkernel_of<false, true> : microkernel_of<false, false>);
     with(static_cast<const uint16_t*>(left), static_cast<const uint16_t*>(right), depth, c, stride, add);
 }
 
-void block_split(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride,
-                 bool add) {
+void microkernel_split(const void* left, const void* right, int64_t depth, int64_t, int64_t, float* c, int64_t stride,
+                       bool add) {
     const auto *a = static_cast<const uint16_t*>(left), *b = static_cast<const uint16_t*>(right);
     begin(c, stride, add);
     for (int64_t k = 0; k < depth; k += 32, a += 4 * tile, b += 4 * tile) {
@@ -207,8 +207,8 @@ bool available() {
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-constexpr Engine engine = {"amx", 2, 32, enter, leave, pack, block};
-constexpr Engine split = {"amx split", 4, 32, enter, leave, pack_split, block_split};
+constexpr Engine engine = {"amx", 2, 32, enter, leave, pack, microkernel};
+constexpr Engine split = {"amx split", 4, 32, enter, leave, pack_split, microkernel_split};
 
 }  // namespace
 

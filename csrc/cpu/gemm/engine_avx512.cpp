@@ -1,7 +1,7 @@
 // The engine on AVX-512: float32 operands and sums.
 //
 // A panel is, for each of its depth, 32 lanes in a row, in left operands as in right ones.
-#include "cpu/gemm/products.h"
+#include "cpu/gemm/engine.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
@@ -87,8 +87,8 @@ void sum(const float* a, const float* b, int64_t depth, float* c, int64_t stride
         for (int j = 0; j < vectors; ++j) _mm512_storeu_ps(c + i * stride + j * vector, sums[i][j]);
 }
 
-void block(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c, int64_t stride,
-           bool add) {
+void microkernel(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c,
+                 int64_t stride, bool add) {
     const auto *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
     const auto first = columns <= vector ? sum<1, true> : sum<2, true>;
     const auto others = columns <= vector ? sum<1, false> : sum<2, false>;
@@ -101,7 +101,7 @@ void block(const void* left, const void* right, int64_t depth, int64_t rows, int
     } while (k < depth);
 }
 
-constexpr Engine engine = {"avx512", 4, 1, enter, leave, pack, block};
+constexpr Engine engine = {"avx512", 4, 1, enter, leave, pack, microkernel};
 
 }  // namespace
 

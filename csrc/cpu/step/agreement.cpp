@@ -9,7 +9,7 @@
 namespace fishleg::cpu {
 namespace {
 
-constexpr int64_t together = 64;  // rows of a gradient that one task looks at
+constexpr int64_t rows_at_once = 64;  // of a gradient, that one task looks at
 
 /// What is known of one gradient before its own rows are read.
 struct Sides {
@@ -35,7 +35,7 @@ void for_fours(const Kernels& run, const void* x, int64_t begin, int64_t end, in
 }
 
 template <class T>
-Sides sides_of(const ThinGradient& g, int64_t columns) {
+Sides sides_of(const LowRankGradient& g, int64_t columns) {
     const Kernels& run = kernels(g.dtype);
     std::vector<double> squares(g.rank);
     Sides sides{std::vector<double>(g.rank)};
@@ -47,9 +47,9 @@ Sides sides_of(const ThinGradient& g, int64_t columns) {
 
 /// The share of rows begin … end in the sums of squares.
 template <class T>
-Agreement share_of(const ThinGradient& g, const Sides& sides, int64_t begin, int64_t end) {
+Agreement share_of(const LowRankGradient& g, const Sides& sides, int64_t begin, int64_t end) {
     const Kernels& run = kernels(g.dtype);
-    double got[together] = {}, want[together] = {};
+    double got[rows_at_once] = {}, want[rows_at_once] = {};
     Agreement found;
     int64_t first = 0;
     for (const Columns& c : g.columns) {
@@ -68,23 +68,23 @@ Agreement share_of(const ThinGradient& g, const Sides& sides, int64_t begin, int
 
 }  // namespace
 
-std::vector<Agreement> agreements(const std::vector<ThinGradient>& gradients, int threads) {
+std::vector<Agreement> agreements(const std::vector<LowRankGradient>& gradients, int threads) {
     const auto count = static_cast<int64_t>(gradients.size());
     std::vector<Sides> sides(gradients.size());
     parallel_for_uneven(count, threads, [&](int64_t b) {
-        const ThinGradient& g = gradients[b];
+        const LowRankGradient& g = gradients[b];
         int64_t columns = 0;
         for (const Columns& c : g.columns) columns += c.width;
         sides[b] = g.dtype == Dtype::float64 ? sides_of<double>(g, columns) : sides_of<float>(g, columns);
     });
     std::vector<std::pair<int64_t, int64_t>> tasks;  // gradient, first row
     for (int64_t b = 0; b < count; ++b)
-        for (int64_t i = 0; i < gradients[b].rows; i += together) tasks.emplace_back(b, i);
+        for (int64_t i = 0; i < gradients[b].rows; i += rows_at_once) tasks.emplace_back(b, i);
     std::vector<Agreement> parts(tasks.size()), totals(gradients.size());
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t t) {
         const auto [b, begin] = tasks[t];
-        const ThinGradient& g = gradients[b];
-        const int64_t end = std::min(g.rows, begin + together);
+        const LowRankGradient& g = gradients[b];
+        const int64_t end = std::min(g.rows, begin + rows_at_once);
         parts[t] = g.dtype == Dtype::float64 ? share_of<double>(g, sides[b], begin, end)
                                              : share_of<float>(g, sides[b], begin, end);
     });

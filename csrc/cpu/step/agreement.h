@@ -1,4 +1,4 @@
-// Whether a layer's gradient is the thin product EᵀH that it is thought to be, on one random vector z.
+// Whether a layer's gradient is the low-rank product EᵀH that it is thought to be, on one random vector z.
 #pragma once
 
 #include <vector>
@@ -14,7 +14,7 @@ struct Columns {
 };
 
 /// A gradient (m, n), with E (r, m), H (r, n) and z (n): all of one type, their rows without gaps.
-struct ThinGradient {
+struct LowRankGradient {
     Dtype dtype = Dtype::float32;
     int64_t rank = 0, rows = 0;
     const void* E = nullptr;
@@ -30,6 +30,6 @@ struct Agreement {
     double square = 0;      // ‖g‖²
 };
 
-std::vector<Agreement> agreements(const std::vector<ThinGradient>& gradients, int threads);
+std::vector<Agreement> agreements(const std::vector<LowRankGradient>& gradients, int threads);
 
 }  // namespace fishleg::cpu

@@ -37,21 +37,21 @@ bool is_plain(const View& view) {
     return view.dtype == dtype_of<T> && view.column_stride == 1;
 }
 
-/// `count` elements of a view as a row of T: its own memory where it is one, `room` otherwise.
+/// `count` elements of a view as a row of T: its own memory where it is one, `scratch` otherwise.
 template <class T>
-T* row_of(const View& view, int64_t row, int64_t column, int64_t count, T* room) {
+T* row_of(const View& view, int64_t row, int64_t column, int64_t count, T* scratch) {
     if (!view.data) {
-        for (int64_t j = 0; j < count; ++j) room[j] = 0;
-        return room;
+        for (int64_t j = 0; j < count; ++j) scratch[j] = 0;
+        return scratch;
     }
     void* from = at(view, row, column);
     if (is_plain<T>(view)) return static_cast<T*>(from);
     switch (view.dtype) {
-        case Dtype::bfloat16: gather<T, BFloat16>(from, view.column_stride, count, room); break;
-        case Dtype::float16: gather<T, Float16>(from, view.column_stride, count, room); break;
-        default: gather<T, T>(from, view.column_stride, count, room);
+        case Dtype::bfloat16: gather<T, BFloat16>(from, view.column_stride, count, scratch); break;
+        case Dtype::float16: gather<T, Float16>(from, view.column_stride, count, scratch); break;
+        default: gather<T, T>(from, view.column_stride, count, scratch);
     }
-    return room;
+    return scratch;
 }
 
 /// The way back, where row_of() took it.
@@ -66,17 +66,18 @@ void put_back(const T* row, const View& view, int64_t i, int64_t column, int64_t
     scatter<T, T>(row, count, to, view.column_stride);
 }
 
-/// Calls f(piece, row, first column within the piece, offset in the block's matrices, count) for every run of a task.
+/// Calls f(part, row, first column within the part, offset in the block's matrices, count) for every run of consecutive
+/// elements, none of them longer than `longest`.
 template <class F>
-void for_runs(const Block& block, const Task& task, int64_t longest, F f) {
-    for (int64_t row = task.row_begin; row < task.row_end; ++row) {
-        for (const Piece& piece : block.pieces) {
-            const int64_t begin = piece.first > task.column_begin ? piece.first : task.column_begin;
-            const int64_t last = piece.first + piece.width;
-            const int64_t end = last < task.column_end ? last : task.column_end;
+void for_runs(const Block& block, const WorkItem& item, int64_t longest, F f) {
+    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
+        for (const Part& part : block.parts) {
+            const int64_t begin = part.first > item.column_begin ? part.first : item.column_begin;
+            const int64_t last = part.first + part.width;
+            const int64_t end = last < item.column_end ? last : item.column_end;
             for (int64_t column = begin; column < end; column += longest) {
                 const int64_t left = end - column, count = left < longest ? left : longest;
-                f(piece, row, column - piece.first, row * block.columns + column, count);
+                f(part, row, column - part.first, row * block.columns + column, count);
             }
         }
     }
@@ -84,8 +85,8 @@ void for_runs(const Block& block, const Task& task, int64_t longest, F f) {
 
 template <class T>
 int64_t longest_run(const Block& block) {
-    for (const Piece& piece : block.pieces) {
-        if (!is_plain<T>(piece.param) || !piece.grad.data || !is_plain<T>(piece.grad)) return segment;
+    for (const Part& part : block.parts) {
+        if (!is_plain<T>(part.param) || !part.grad.data || !is_plain<T>(part.grad)) return segment;
     }
     return whole;
 }
@@ -99,14 +100,14 @@ bool any(const T* x, int64_t count) {
 }
 
 template <class T>
-bool average(const Block& block, const Task& task, const Pass& pass, void* out) {
+bool average(const Block& block, const WorkItem& item, const Pass& pass, void* out) {
     const T* momentum = static_cast<const T*>(block.momentum);
     const T weight = static_cast<T>(pass.average);
     bool gradient = false;
-    for_runs(block, task, longest_run<T>(block), [&](const Piece& piece, int64_t row, int64_t column, int64_t offset,
-                                                     int64_t count) {
-        T room[segment];
-        const T* g = row_of<T>(piece.grad, row, column, count, room);
+    for_runs(block, item, longest_run<T>(block), [&](const Part& part, int64_t row, int64_t column, int64_t offset,
+                                                    int64_t count) {
+        T scratch[segment];
+        const T* g = row_of<T>(part.grad, row, column, count, scratch);
         const T* m = momentum + offset;
         T* averaged = static_cast<T*>(out) + offset;
 #pragma omp simd
@@ -134,19 +135,19 @@ struct Element {
     T next_product(int64_t j) const { return lerp(product[j], given[j], follow); }
     T nat(int64_t j, T g) const {
         if constexpr (source == Source::product) return given[j];
-        if constexpr (source == Source::thin) return lerp(given[j], next_product(j), nesterov);
+        if constexpr (source == Source::low_rank) return lerp(given[j], next_product(j), nesterov);
         if constexpr (source == Source::diagonal) return diagonal[j] * diagonal[j] * lerp(momentum[j], g, weight);
         return lerp(momentum[j], averaged(j, g), weight);
     }
 };
 
 template <class T, Source source>
-Element<T, source> element(const Block& block, const Task& task, const Pass& pass, int64_t offset) {
+Element<T, source> element(const Block& block, const WorkItem& item, const Pass& pass, int64_t offset) {
     const auto from = [&](const void* base) { return base ? static_cast<const T*>(base) + offset : nullptr; };
     const T* given = from(block.given);
-    if (task.given) {
-        const int64_t row = offset / block.columns - task.row_begin, column = offset % block.columns - task.column_begin;
-        given = static_cast<const T*>(task.given) + row * task.given_stride + column;
+    if (item.given) {
+        const int64_t row = offset / block.columns - item.row_begin, column = offset % block.columns - item.column_begin;
+        given = static_cast<const T*>(item.given) + row * item.given_stride + column;
     }
     return {given, from(block.product), from(block.momentum), from(block.diagonal), static_cast<T>(pass.average),
             static_cast<T>(pass.follow), static_cast<T>(pass.nesterov)};
@@ -157,14 +158,14 @@ constexpr bool reads_gradient(Source source) {
 }
 
 template <class T, Source source>
-Sums sums(const Block& block, const Task& task, const Pass& pass, bool with_gradient, bool with_power) {
+Sums sums(const Block& block, const WorkItem& item, const Pass& pass, bool with_gradient, bool with_power) {
     Sums total;
     const bool read = reads_gradient(source) || with_gradient || with_power;
     // Runs are short, so that a float holds their sum.
-    for_runs(block, task, segment, [&](const Piece& piece, int64_t row, int64_t column, int64_t offset, int64_t count) {
-        T room[segment];
-        const T* g = read ? row_of<T>(piece.grad, row, column, count, room) : nullptr;
-        const auto e = element<T, source>(block, task, pass, offset);
+    for_runs(block, item, segment, [&](const Part& part, int64_t row, int64_t column, int64_t offset, int64_t count) {
+        T scratch[segment];
+        const T* g = read ? row_of<T>(part.grad, row, column, count, scratch) : nullptr;
+        const auto e = element<T, source>(block, item, pass, offset);
         T square = 0, power = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t j = 0; j < count; ++j) {
@@ -185,27 +186,27 @@ Sums sums(const Block& block, const Task& task, const Pass& pass, bool with_grad
 }
 
 template <class T, Source source>
-void apply(const Block& block, const Task& task, const Pass& pass) {
+void apply(const Block& block, const WorkItem& item, const Pass& pass) {
     T* momentum = static_cast<T*>(block.momentum);
     T* product = static_cast<T*>(block.product);
-    for_runs(block, task, longest_run<T>(block), [&](const Piece& piece, int64_t row, int64_t column, int64_t offset,
-                                                     int64_t count) {
-        T gradient_room[segment], param_room[segment];
-        const T* g = row_of<T>(piece.grad, row, column, count, gradient_room);
-        T* theta = piece.moves ? row_of<T>(piece.param, row, column, count, param_room) : param_room;
-        const auto e = element<T, source>(block, task, pass, offset);
+    for_runs(block, item, longest_run<T>(block), [&](const Part& part, int64_t row, int64_t column, int64_t offset,
+                                                    int64_t count) {
+        T gradient_scratch[segment], param_scratch[segment];
+        const T* g = row_of<T>(part.grad, row, column, count, gradient_scratch);
+        T* theta = part.moves ? row_of<T>(part.param, row, column, count, param_scratch) : param_scratch;
+        const auto e = element<T, source>(block, item, pass, offset);
         T* m = momentum + offset;
-        T* q = source == Source::thin ? product + offset : nullptr;
-        const T move = static_cast<T>(piece.lr * pass.scale), decay = static_cast<T>(piece.lr * piece.weight_decay);
-        if (piece.moves) {
+        T* q = source == Source::low_rank ? product + offset : nullptr;
+        const T move = static_cast<T>(part.lr * pass.scale), decay = static_cast<T>(part.lr * part.weight_decay);
+        if (part.moves) {
 #pragma omp simd
             for (int64_t j = 0; j < count; ++j) {
                 const T nat = e.nat(j, g[j]), averaged = e.averaged(j, g[j]);
-                if constexpr (source == Source::thin) q[j] = e.next_product(j);
+                if constexpr (source == Source::low_rank) q[j] = e.next_product(j);
                 m[j] = lerp(m[j], averaged, e.follow);
                 theta[j] = moved(theta[j], nat, move, decay);
             }
-            put_back<T>(theta, piece.param, row, column, count);
+            put_back<T>(theta, part.param, row, column, count);
         } else {
             for (int64_t j = 0; j < count; ++j) m[j] = lerp(m[j], e.averaged(j, g[j]), e.follow);
         }
@@ -213,24 +214,24 @@ void apply(const Block& block, const Task& task, const Pass& pass) {
 }
 
 template <class T>
-Sums any_sums(const Block& block, const Task& task, const Pass& pass, bool with_gradient, bool with_power) {
+Sums any_sums(const Block& block, const WorkItem& item, const Pass& pass, bool with_gradient, bool with_power) {
     switch (block.source) {
-        case Source::product: return sums<T, Source::product>(block, task, pass, with_gradient, with_power);
-        case Source::thin: return sums<T, Source::thin>(block, task, pass, with_gradient, with_power);
-        case Source::diagonal: return sums<T, Source::diagonal>(block, task, pass, with_gradient, with_power);
-        case Source::after: return sums<T, Source::after>(block, task, pass, with_gradient, with_power);
-        default: return sums<T, Source::after_diagonal>(block, task, pass, with_gradient, with_power);
+        case Source::product: return sums<T, Source::product>(block, item, pass, with_gradient, with_power);
+        case Source::low_rank: return sums<T, Source::low_rank>(block, item, pass, with_gradient, with_power);
+        case Source::diagonal: return sums<T, Source::diagonal>(block, item, pass, with_gradient, with_power);
+        case Source::after: return sums<T, Source::after>(block, item, pass, with_gradient, with_power);
+        default: return sums<T, Source::after_diagonal>(block, item, pass, with_gradient, with_power);
     }
 }
 
 template <class T>
-void any_apply(const Block& block, const Task& task, const Pass& pass) {
+void any_apply(const Block& block, const WorkItem& item, const Pass& pass) {
     switch (block.source) {
-        case Source::product: return apply<T, Source::product>(block, task, pass);
-        case Source::thin: return apply<T, Source::thin>(block, task, pass);
-        case Source::diagonal: return apply<T, Source::diagonal>(block, task, pass);
-        case Source::after: return apply<T, Source::after>(block, task, pass);
-        default: return apply<T, Source::after_diagonal>(block, task, pass);
+        case Source::product: return apply<T, Source::product>(block, item, pass);
+        case Source::low_rank: return apply<T, Source::low_rank>(block, item, pass);
+        case Source::diagonal: return apply<T, Source::diagonal>(block, item, pass);
+        case Source::after: return apply<T, Source::after>(block, item, pass);
+        default: return apply<T, Source::after_diagonal>(block, item, pass);
     }
 }
 
@@ -250,12 +251,12 @@ void adam_run(const Adam<T>& rule, const Grad* g, int64_t count, T* value, T* ex
 
 /// f(gradient, first entry, count) for each row, the gradient as what it is stored as.
 template <class T, class F>
-void for_rows(const AdamTensor& tensor, const Runs& runs, F f) {
-    const int64_t count = runs.end - runs.begin;
-    for (int64_t row = 0; row < runs.rows; ++row) {
-        const int64_t begin = runs.begin + row * runs.stride;
-        if (runs.grad)
-            f(runs.grad + row * runs.grad_stride, begin, count);
+void for_rows(const AdamTensor& tensor, const AdamSlice& slice, F f) {
+    const int64_t count = slice.end - slice.begin;
+    for (int64_t row = 0; row < slice.rows; ++row) {
+        const int64_t begin = slice.begin + row * slice.stride;
+        if (slice.grad)
+            f(slice.grad + row * slice.grad_stride, begin, count);
         else if (tensor.grad_dtype == Dtype::bfloat16)
             f(static_cast<const BFloat16*>(tensor.grad) + begin, begin, count);
         else
@@ -264,16 +265,16 @@ void for_rows(const AdamTensor& tensor, const Runs& runs, F f) {
 }
 
 template <class T>
-bool any_finite(const AdamTensor& tensor, const Runs& runs) {
+bool any_finite(const AdamTensor& tensor, const AdamSlice& slice) {
     bool all = true;
-    for_rows<T>(tensor, runs, [&](const auto* g, int64_t, int64_t count) { all = finite_run<T>(g, count) && all; });
+    for_rows<T>(tensor, slice, [&](const auto* g, int64_t, int64_t count) { all = finite_run<T>(g, count) && all; });
     return all;
 }
 
 template <class T>
-void any_adam(const AdamTensor& tensor, const Runs& runs, double lr, double beta1, double beta2, double eps) {
+void any_adam(const AdamTensor& tensor, const AdamSlice& slice, double lr, double beta1, double beta2, double eps) {
     const Adam<T> rule = adam_rule<T>(lr, beta1, beta2, eps, tensor.step);
-    for_rows<T>(tensor, runs, [&](const auto* g, int64_t begin, int64_t count) {
+    for_rows<T>(tensor, slice, [&](const auto* g, int64_t begin, int64_t count) {
         adam_run(rule, g, count, static_cast<T*>(tensor.value) + begin, static_cast<T*>(tensor.exp_avg) + begin,
                  static_cast<T*>(tensor.exp_avg_sq) + begin);
     });
@@ -333,10 +334,10 @@ double inner(const Pair& pair, int64_t begin, int64_t end) {
 
 #define FISHLEG_TEXT2(x) #x
 #define FISHLEG_TEXT(x) FISHLEG_TEXT2(x)
-extern const Kernels single, twofold;
-const Kernels single = {FISHLEG_TEXT(FISHLEG_ISA), average<float>, any_sums<float>, any_apply<float>, any_finite<float>,
-                        any_adam<float>, probe<float>, add<float>, inner};
-const Kernels twofold = {FISHLEG_TEXT(FISHLEG_ISA), average<double>, any_sums<double>, any_apply<double>,
-                         any_finite<double>, any_adam<double>, probe<double>, add<double>, inner};
+extern const Kernels float32_kernels, float64_kernels;
+const Kernels float32_kernels = {FISHLEG_TEXT(FISHLEG_ISA), average<float>, any_sums<float>, any_apply<float>,
+                                 any_finite<float>, any_adam<float>, probe<float>, add<float>, inner};
+const Kernels float64_kernels = {FISHLEG_TEXT(FISHLEG_ISA), average<double>, any_sums<double>, any_apply<double>,
+                                 any_finite<double>, any_adam<double>, probe<double>, add<double>, inner};
 
 }  // namespace fishleg::cpu::FISHLEG_ISA

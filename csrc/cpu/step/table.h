@@ -1,4 +1,4 @@
-// What a plan knows of its blocks: pointers, shapes and strides. Strides count elements.
+// What the passes over memory are told: of blocks, of λ and of vectors, where they are. Strides count elements.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct View {
 };
 
 /// A parameter, or some of its rows, as columns first … first + width of its block.
-struct Piece {
+struct Part {
     int64_t first = 0;
     int64_t width = 0;
     View param;
@@ -33,37 +33,37 @@ struct Piece {
 /// How a block's natural gradient comes about, element by element.
 enum class Source : int {
     product,         // nat = Q m̂ is given
-    thin,            // Q g is given, as it is or as a product of panels, and Q m of the step before
+    low_rank,        // Q g is given, as it is or as packed factors, and Q m of the step before
     diagonal,        // nat = d² m̂
     after,           // momentum after Q: x = Q g is given
     after_diagonal,  // momentum after Q: x = d² g
 };
 
-/// One layer's parameters as a matrix. All matrices but those of pieces are dense, row by row.
+/// One layer's parameters as a matrix. All matrices but those of parts are dense, row by row.
 struct Block {
     std::string name;
     Dtype dtype = Dtype::float32;  // of λ and all of the block's own matrices
     int64_t rows = 0;
     int64_t columns = 0;
-    std::vector<Piece> pieces;
+    std::vector<Part> parts;
     void* momentum = nullptr;
     float* step = nullptr;         // how often it was stepped
     void* diagonal = nullptr;      // d
     // Of this step:
     Source source = Source::product;
     const void* given = nullptr;   // Q m̂, or Q g
-    Factors factors;               // instead of Q g: (E P)ᵀ and H S, packed
-    float* room = nullptr;         // a place for their product, or null: both passes multiply
+    PackedFactors factors;         // instead of Q g: (E P)ᵀ and H S
+    float* scratch = nullptr;      // for their product, or null: both passes multiply
     void* product = nullptr;       // Q m, which follows
     double beta = 0;
     double base_lr = 0;            // before any schedule
 };
 
-/// Some rows and columns of a block: what one thread does at a time.
-struct Task {
-    int block;
+/// Some rows and columns of a block, or of another matrix of a list: what one thread does at a time.
+struct WorkItem {
+    int index;  // of the block
     int64_t row_begin, row_end, column_begin, column_end;
-    const void* given = nullptr;  // these rows and columns of Q g, where they were computed for this task alone
+    const void* given = nullptr;  // these rows and columns of Q g, where they were computed for this item alone
     int64_t given_stride = 0;
 };
 
@@ -78,20 +78,20 @@ struct AdamTensor {
     Dtype grad_dtype = Dtype::float32;
     Dtype dtype = Dtype::float32;
     double step = 0;      // that of its block, this one included
-    Factors factors;      // instead of a gradient: that of a matrix of `columns`
+    PackedFactors factors;  // instead of a gradient: that of a matrix of `columns`
     int64_t columns = 0;
 };
 
-/// Some of a tensor's entries: runs begin … end, of `rows` rows that start `stride` entries after each other. The gradient
-/// is where the tensor has it or, where given, here: rows of its own stride.
-struct Runs {
+/// Some of a tensor's entries: begin … end, and so in each of `rows` rows that start `stride` entries after each other.
+/// The gradient is where the tensor has it or, where given, here: rows of its own stride.
+struct AdamSlice {
     int64_t begin = 0, end = 0;
     int64_t rows = 1, stride = 0;
     const float* grad = nullptr;
     int64_t grad_stride = 0;
 };
 
-/// Two lists of numbers of one type, whose products are summed.
+/// Two vectors of one type, for their inner product.
 struct Pair {
     const void* x = nullptr;
     const void* y = nullptr;
