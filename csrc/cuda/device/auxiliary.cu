@@ -2,8 +2,8 @@
 #include "cuda/device/auxiliary.h"
 
 #include "cuda/device/entries.h"
-#include "cuda/launch.h"
 #include "cuda/device/theta.h"
+#include "cuda/launch.h"
 
 namespace fishleg::cuda {
 namespace {
@@ -28,28 +28,25 @@ __device__ __forceinline__ Entry loaded(const Part& p, const Place& at) {
 
 __global__ void __launch_bounds__(entry_threads, 3) dots_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Part& p = table.items[item_of(table, number)];
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
     Sums sums{};
     for_entries<Entry>(
-        p, number - p.first_tile, [&](const Place& at) { return loaded(p, at); },
+        p, work.tile, [&](const Place& at) { return loaded(p, at); },
         [&](const Place&, const Entry& e) {
             const double v = e.v;
             sums = sums + Sums{e.u * v, v * e.fv, v * v};
         });
-    sums = block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        p.sums[number - p.first_tile] = sums;
-    }
+    write_sum(sums, shared, p.sums + work.tile);
 }
 
 /// Runs of sums added up by one thread block, for thread 0.
-__device__ __forceinline__ Sums total(const Sums* sums, int64_t count, Sums* room) {
+__device__ __forceinline__ Sums total(const Sums* sums, int64_t count, Sums* scratch) {
     Sums mine{};
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
         mine = mine + sums[i];
     }
-    return block_sum(mine, room);
+    return block_sum(mine, scratch);
 }
 
 constexpr int total_threads = 1024;
@@ -71,12 +68,12 @@ __global__ void __launch_bounds__(total_threads) aux_loss_kernel(const __grid_co
 template <bool precondition>
 __global__ void __launch_bounds__(entry_threads, 3) residual_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Part& p = table.items[item_of(table, number)];
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
     const float alpha = static_cast<float>(p.aux->alpha), damping = p.decay;
     Sums sums{};
     for_entries<Entry>(
-        p, number - p.first_tile, [&](const Place& at) { return loaded(p, at); },
+        p, work.tile, [&](const Place& at) { return loaded(p, at); },
         [&](const Place& at, const Entry& e) {
             float w = alpha * (e.fv + damping * e.v) - e.u;
             if (p.diagonal) {
@@ -89,10 +86,7 @@ __global__ void __launch_bounds__(entry_threads, 3) residual_kernel(const __grid
                 p.y[at.padded] = w;
             }
         });
-    sums = block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        p.sums[number - p.first_tile] = sums;
-    }
+    write_sum(sums, shared, p.sums + work.tile);
 }
 
 __global__ void __launch_bounds__(total_threads) aux_verdict_kernel(const __grid_constant__ AuxVerdict v) {
@@ -107,8 +101,8 @@ constexpr int lambda_entries = 2048;  // a tile's
 
 __global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_constant__ Table<Lambda> table) {
     FISHLEG_SHARED(Adam<float>, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Lambda& l = table.items[item_of(table, number)];
+    const Work<Lambda> work = work_of(table);
+    const Lambda& l = work.item;
     if (!*l.ok) {
         return;
     }
@@ -118,7 +112,7 @@ __global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_con
     }
     __syncthreads();
     const Adam<float> rule = *shared;
-    const int64_t first = static_cast<int64_t>(number - l.first_tile) * lambda_entries;
+    const int64_t first = static_cast<int64_t>(work.tile) * lambda_entries;
 #pragma unroll 4
     for (int k = 0; k < lambda_entries; k += entry_threads) {
         const int64_t i = first + k + threadIdx.x;
@@ -130,10 +124,9 @@ __global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_con
 
 __global__ void __launch_bounds__(entry_threads, 3) inner_kernel(const __grid_constant__ Table<Pair> table) {
     FISHLEG_SHARED(Sums, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Pair& p = table.items[item_of(table, number)];
-    const int tile = number - p.first_tile;
-    const int64_t first = static_cast<int64_t>(tile) * tile_entries;
+    const Work<Pair> work = work_of(table);
+    const Pair& p = work.item;
+    const int64_t first = static_cast<int64_t>(work.tile) * tile_entries;
     Sums sums{};
 #pragma unroll 4
     for (int k = 0; k < tile_entries; k += entry_threads) {
@@ -142,10 +135,7 @@ __global__ void __launch_bounds__(entry_threads, 3) inner_kernel(const __grid_co
             sums.a += static_cast<double>(read(p.x, p.x_type, i)) * read(p.y, p.y_type, i);
         }
     }
-    sums = block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        p.sums[tile] = sums;
-    }
+    write_sum(sums, shared, p.sums + work.tile);
 }
 
 __global__ void __launch_bounds__(total_threads) total_kernel(const __grid_constant__ Total t) {

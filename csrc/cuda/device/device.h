@@ -1,80 +1,18 @@
-// What every kernel file needs of CUDA: launches, shared memory, deterministic sums.
-//
-// With FISHLEG_CUDA_ON_CPU the same kernels are compiled by a C++ compiler and run on the CPU (tests only).
+// What every kernel file needs: shared memory, a thread block's work, sums in an order that is always the same.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-
-#if defined(FISHLEG_CUDA_ON_CPU)
-#include "tests/cuda_on_cpu.h"
-#else
-#include <cuda_runtime.h>
-#endif
-
-#include "cuda/tables.h"
+#include "cuda/launch.h"
 #include "formulas.h"
 
 namespace fishleg::cuda {
 
 constexpr int warp_size = 32;
 
-#if defined(FISHLEG_CUDA_ON_CPU)
-
-template <class Table>
-void launch(const char*, void (*kernel)(Table), int64_t grid, int threads, size_t shared, Stream, const Table& table) {
-    if (grid > 0) {
-        emulation::run([&] { kernel(table); }, grid, threads, shared);
-    }
-}
-
-#else
-
-inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // reported: leave none for the next caller to find
-        throw std::runtime_error(std::string("CUDA kernel ") + what + ": " + cudaGetErrorString(error));
-    }
-}
-
-/// One launch of ``kernel`` with its table as a parameter by value. No blocks: no launch.
-template <class Table>
-void launch(const char* name, void (*kernel)(Table), int64_t grid, int threads, size_t shared, Stream stream,
-            const Table& table) {
-    if (grid <= 0) {
-        return;
-    }
-    if (shared > 48 * 1024) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-              name);
-    }
-    kernel<<<static_cast<unsigned>(grid), threads, shared, stream>>>(table);
-    check(cudaGetLastError(), name);
-}
-
+#if !defined(FISHLEG_CUDA_ON_CPU)  // which has its own
 #define FISHLEG_SHARED(T, name)                                       \
     extern __shared__ __align__(16) unsigned char fishleg_shared[];   \
     T* const name = reinterpret_cast<T*>(fishleg_shared)
-
 #endif
-
-/// The most that a table of descriptors may hold, in bytes: kernel parameters may be 32 764 bytes since CUDA 12.1.
-#if defined(FISHLEG_CUDA_ON_CPU) || CUDART_VERSION >= 12010
-constexpr size_t table_bytes = 32000;
-#else
-constexpr size_t table_bytes = 4000;
-#endif
-
-/// Items of a launch, each of a number of tiles: a thread block works on one tile of one item.
-template <class Item>
-struct Table {
-    static constexpr int capacity = static_cast<int>((table_bytes - 16) / sizeof(Item));
-    int32_t count;
-    int32_t tiles;
-    Item items[capacity];
-};
 
 /// The item of a tile: the last whose ``first_tile`` is not beyond it.
 template <class Item>
@@ -91,6 +29,20 @@ __device__ __forceinline__ int item_of(const Table<Item>& table, int tile) {
     return low;
 }
 
+/// What a thread block works on.
+template <class Item>
+struct Work {
+    const Item& item;
+    int tile;  // of the item's
+};
+
+template <class Item>
+__device__ __forceinline__ Work<Item> work_of(const Table<Item>& table) {
+    const int number = static_cast<int>(blockIdx.x);
+    const Item& item = table.items[item_of(table, number)];
+    return {item, number - item.first_tile};
+}
+
 __device__ __forceinline__ bool finite(double x) { return x - x == 0; }
 
 __device__ __forceinline__ Sums operator+(Sums x, Sums y) { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
@@ -100,8 +52,8 @@ __device__ __forceinline__ Sums shuffled(Sums x, int offset) {
             __shfl_down_sync(0xffffffffu, x.c, offset)};
 }
 
-/// Sum over the thread block, for thread 0. ``room``: shared memory for one Sums a warp, free to be overwritten.
-__device__ __forceinline__ Sums block_sum(Sums mine, Sums* room) {
+/// Sum over the thread block, for thread 0. ``scratch``: shared memory for one Sums a warp, free to be overwritten.
+__device__ __forceinline__ Sums block_sum(Sums mine, Sums* scratch) {
 #pragma unroll
     for (int offset = warp_size / 2; offset > 0; offset /= 2) {
         mine = mine + shuffled(mine, offset);
@@ -109,15 +61,23 @@ __device__ __forceinline__ Sums block_sum(Sums mine, Sums* room) {
     const int warps = static_cast<int>(blockDim.x) / warp_size, t = static_cast<int>(threadIdx.x);
     __syncthreads();
     if (t % warp_size == 0) {
-        room[t / warp_size] = mine;
+        scratch[t / warp_size] = mine;
     }
     __syncthreads();
     if (t == 0) {
         for (int w = 1; w < warps; ++w) {
-            mine = mine + room[w];
+            mine = mine + scratch[w];
         }
     }
     return mine;
+}
+
+/// Sum over the thread block into ``to``.
+__device__ __forceinline__ void write_sum(Sums mine, Sums* scratch, Sums* to) {
+    mine = block_sum(mine, scratch);
+    if (threadIdx.x == 0) {
+        *to = mine;
+    }
 }
 
 }  // namespace fishleg::cuda

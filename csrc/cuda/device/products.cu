@@ -1,8 +1,8 @@
 // Grouped matrix products: all of a step's in one launch, in tiles of 64×64 over 32 from double-buffered shared memory.
 #include "cuda/device/products.h"
 
-#include "cuda/launch.h"
 #include "cuda/device/tile.h"
+#include "cuda/launch.h"
 
 namespace fishleg::cuda {
 namespace {
@@ -16,40 +16,32 @@ constexpr size_t shared_bytes = 2 * 2 * operand * sizeof(float);
 
 template <Precision precision, Layout layout>
 __device__ __forceinline__ void tile_product(const Product& p, float* shared, Accumulator& acc, int row, int column) {
-    constexpr bool a_turned = layout == Layout::tn, b_turned = layout == Layout::nt;
+    constexpr bool a_transposed = layout == Layout::tn, b_transposed = layout == Layout::nt;
     const int warp = static_cast<int>(threadIdx.x) / warp_size, i = 32 * (warp / 2), j = 32 * (warp % 2);
     const auto copy = [&](int k, int stage) {
         float* a = shared + stage * 2 * operand;
         float* b = a + operand;
-        if constexpr (a_turned) {
+        if constexpr (a_transposed) {
             copy_tile<threads>(a, across_k, p.A, p.lda, depth, edge, k, row, p.K, p.M, p.aligned_a);
         } else {
             copy_tile<threads>(a, along_k, p.A, p.lda, edge, depth, row, k, p.M, p.K, p.aligned_a);
         }
-        if constexpr (b_turned) {
+        if constexpr (b_transposed) {
             copy_tile<threads>(b, along_k, p.B, p.ldb, edge, depth, column, k, p.N, p.K, p.aligned_b);
         } else {
             copy_tile<threads>(b, across_k, p.B, p.ldb, depth, edge, k, column, p.K, p.N, p.aligned_b);
         }
         commit_copies();
     };
-    constexpr int a_row = a_turned ? 1 : along_k, a_k = a_turned ? across_k : 1;
-    constexpr int b_k = b_turned ? 1 : across_k, b_column = b_turned ? along_k : 1;
+    constexpr int a_row = a_transposed ? 1 : along_k, a_k = a_transposed ? across_k : 1;
+    constexpr int b_k = b_transposed ? 1 : across_k, b_column = b_transposed ? along_k : 1;
     if (p.K > 0) {
         copy(0, 0);
     }
-    for (int k = 0, stage = 0; k < p.K; k += depth, stage ^= 1) {
-        if (k + depth < p.K) {
-            copy(k + depth, stage ^ 1);
-            await_copies<1>();
-        } else {
-            await_copies<0>();
-        }
-        __syncthreads();
+    double_buffered<depth>(p.K, copy, [&](int, int stage) {
         const float* a = shared + stage * 2 * operand;
         multiply<precision, depth>(acc, a + i * a_row, a_row, a_k, a + operand + j * b_column, b_k, b_column);
-        __syncthreads();
-    }
+    });
 }
 
 /// Row and column of a tile; of a symmetric product the tiles on and right of the diagonal, by columns.
@@ -71,11 +63,10 @@ __device__ __forceinline__ void place(const Product& p, int tile, int& row, int&
 template <Precision precision>
 __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant__ Table<Product> table) {
     FISHLEG_SHARED(float, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Product& p = table.items[item_of(table, number)];
-    const int tile = number - p.first_tile;
+    const Work<Product> work = work_of(table);
+    const Product& p = work.item;
     int row, column;
-    place(p, tile, row, column);
+    place(p, work.tile, row, column);
     row *= edge, column *= edge;
     Accumulator acc;
     clear(acc);
@@ -87,7 +78,7 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     row += 32 * (warp / 2), column += 32 * (warp % 2);
     Sums sums{};
-    each(acc, [&](int i, int j, float value) {
+    for_each_entry(acc, [&](int i, int j, float value) {
         i += row, j += column;
         if (i >= p.M || j >= p.N || (p.symmetric && j < i)) {
             return;
@@ -106,10 +97,7 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
         }
     });
     if (p.sums) {
-        sums = block_sum(sums, reinterpret_cast<Sums*>(shared));
-        if (threadIdx.x == 0) {
-            p.sums[tile] = sums;
-        }
+        write_sum(sums, reinterpret_cast<Sums*>(shared), p.sums + work.tile);
     }
 }
 
@@ -128,7 +116,8 @@ void multiply_all(std::vector<Product>& products, Precision precision, Stream st
         products_kernel<Precision::tf32>,
         products_kernel<Precision::bf16>,
     };
-    launch_all("products", kernels[static_cast<int>(precision)], products, [](Product& p) { return tiles(p); }, threads, shared_bytes, stream);
+    launch_all("products", kernels[static_cast<int>(precision)], products, [](Product& p) { return tiles(p); }, threads,
+               shared_bytes, stream);
 }
 
 }  // namespace fishleg::cuda

@@ -1,6 +1,7 @@
 // M ← M + Mᵀ in place: a thread block adds a 32×32 tile and its mirror image.
-#include "cuda/launch.h"
+#include "cuda/device/device.h"
 #include "cuda/device/products.h"
+#include "cuda/launch.h"
 
 namespace fishleg::cuda {
 namespace {
@@ -9,9 +10,9 @@ constexpr int edge = 32, threads = 256, tile_ld = edge + 1;
 
 __global__ void __launch_bounds__(threads) symmetrise_kernel(const __grid_constant__ Table<Square> table) {
     FISHLEG_SHARED(float, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Square& s = table.items[item_of(table, number)];
-    const int across = (s.n + edge - 1) / edge, tile = number - s.first_tile;
+    const Work<Square> work = work_of(table);
+    const Square& s = work.item;
+    const int across = (s.n + edge - 1) / edge, tile = work.tile;
     const int row = tile / across * edge, column = tile % across * edge;
     if (column < row) {  // its mirror image does the work
         return;

@@ -16,6 +16,10 @@ struct Entry {
 
 __device__ __forceinline__ float scaled(const Part& p, float g) { return p.scale ? g * *p.scale : g; }
 
+__device__ __forceinline__ float gradient(const Part& p, const Place& at) {
+    return p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
+}
+
 /// What m averages: g, or Q g where momentum is "after".
 template <bool after>
 __device__ __forceinline__ float averaged(const Part& p, const Entry& e) {
@@ -26,14 +30,14 @@ __device__ __forceinline__ float averaged(const Part& p, const Entry& e) {
 template <bool after>
 __global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Part& p = table.items[item_of(table, number)];
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
     Sums sums{};
     for_entries<Entry>(
-        p, number - p.first_tile,
+        p, work.tile,
         [&](const Place& at) {
             Entry e{};
-            e.g = p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
+            e.g = gradient(p, at);
             e.momentum = p.momentum[at.matrix];
             e.factor = p.factor ? p.factor[at.matrix] : 1;
             return e;
@@ -49,21 +53,18 @@ __global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_
                 p.x[at.padded] = e.factor * (after ? e.g : ahead);
             }
         });
-    sums = block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        p.sums[number - p.first_tile] = sums;
-    }
+    write_sum(sums, shared, p.sums + work.tile);
 }
 
 /// x = A∘u of Kronecker blocks; all of a Diagonal's Q u.
 __global__ void __launch_bounds__(entry_threads, 3) gather_kernel(const __grid_constant__ Table<Part> table) {
-    const int number = static_cast<int>(blockIdx.x);
-    const Part& p = table.items[item_of(table, number)];
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
     for_entries<Entry>(
-        p, number - p.first_tile,
+        p, work.tile,
         [&](const Place& at) {
             Entry e{};
-            e.g = p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
+            e.g = gradient(p, at);
             e.factor = p.factor ? p.factor[at.matrix] : 1;
             return e;
         },
@@ -79,14 +80,14 @@ __global__ void __launch_bounds__(entry_threads, 3) gather_kernel(const __grid_c
 /// After the products, where momentum is "after": nat = m̂ of Kronecker blocks, from y = Q g.
 __global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_constant__ Table<Part> table) {
     FISHLEG_SHARED(Sums, shared);
-    const int number = static_cast<int>(blockIdx.x);
-    const Part& p = table.items[item_of(table, number)];
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
     Sums sums{};
     for_entries<Entry>(
-        p, number - p.first_tile,
+        p, work.tile,
         [&](const Place& at) {
             Entry e{};
-            e.g = p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
+            e.g = gradient(p, at);
             e.momentum = p.momentum[at.matrix];
             e.y = p.y[at.padded];
             return e;
@@ -97,27 +98,24 @@ __global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_
             sums.a += static_cast<double>(nat) * nat;
             sums.b += static_cast<double>(e.g) * nat;
         });
-    sums = block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        p.sums[number - p.first_tile] = sums;
-    }
+    write_sum(sums, shared, p.sums + work.tile);
 }
 
 /// m ← βm + (1−β)g and θ ← θ − lr·(c·nat + wd·θ), where the step is taken.
 template <bool after>
 __global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_constant__ Table<Part> table) {
-    const int number = static_cast<int>(blockIdx.x);
-    const Part& p = table.items[item_of(table, number)];
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
     if (!*p.ok) {
         return;
     }
     const float lr = p.lr_pointer ? *p.lr_pointer : p.lr;
     const float move = static_cast<float>(lr * *p.step_scale), decay = lr * p.decay;
     for_entries<Entry>(
-        p, number - p.first_tile,
+        p, work.tile,
         [&](const Place& at) {
             Entry e{};
-            e.g = p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
+            e.g = gradient(p, at);
             e.momentum = p.momentum[at.matrix];
             e.factor = p.diagonal ? p.factor[at.matrix] : 1;
             e.y = p.diagonal ? 0 : p.y[at.padded];

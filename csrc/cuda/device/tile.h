@@ -46,105 +46,145 @@ __device__ __forceinline__ void copy_tile(float* to, int to_ld, const float* fro
     }
 }
 
-/// acc += A B of the warp, over ``depth`` (a multiple of 16). ``a`` is at the warp's (row 0, k 0), ``b`` at (k 0, column 0).
-template <Precision precision, int depth>
-__device__ __forceinline__ void multiply(Accumulator& acc, const float* a, int a_row, int a_k, const float* b, int b_k,
-                                         int b_column) {
+/// x as tf32 and, where ``split``, what that leaves of it.
+template <bool split>
+__device__ __forceinline__ void to_tf32(float x, uint32_t& high, uint32_t& low) {
+    high = to_tf32(x);
+    if constexpr (split) {
+        low = to_tf32(x - from_bits(high));
+    }
+}
+
+template <int depth>
+__device__ __forceinline__ void multiply_ieee(Accumulator& acc, const float* a, int a_row, int a_k, const float* b,
+                                              int b_k, int b_column) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
-    if constexpr (precision == Precision::ieee) {
 #pragma unroll 4
-        for (int k = 0; k < depth; ++k) {
-            float x[4], y[8];
+    for (int k = 0; k < depth; ++k) {
+        float x[4], y[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                x[i] = a[(g + 8 * i) * a_row + k * a_k];
-            }
+        for (int i = 0; i < 4; ++i) {
+            x[i] = a[(g + 8 * i) * a_row + k * a_k];
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            y[j] = b[k * b_k + (8 * (j / 2) + 2 * t + j % 2) * b_column];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                y[j] = b[k * b_k + (8 * (j / 2) + 2 * t + j % 2) * b_column];
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    float& c = acc.c[i / 2][j / 2][2 * (i % 2) + j % 2];
-                    c = fmaf(x[i], y[j], c);
-                }
-            }
-        }
-    } else if constexpr (precision == Precision::bf16) {
-#pragma unroll
-        for (int k = 0; k < depth; k += 16) {
-            uint32_t x[2][4], y[4][2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const float* from = a + (16 * i + g + 8 * (r % 2)) * a_row + (k + 2 * t + 8 * (r / 2)) * a_k;
-                    x[i][r] = pack_bf16(from[0], from[a_k]);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float* from = b + (k + 2 * t + 8 * r) * b_k + (8 * j + g) * b_column;
-                    y[j][r] = pack_bf16(from[0], from[b_k]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    mma_bf16(acc.c[i][j], x[i], y[j]);
-                }
-            }
-        }
-    } else {
-        constexpr bool split = precision == Precision::tf32x3;
-#pragma unroll
-        for (int k = 0; k < depth; k += 8) {
-            uint32_t x[2][4], y[4][2], x_low[2][4], y_low[4][2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const float from = a[(16 * i + g + 8 * (r % 2)) * a_row + (k + t + 4 * (r / 2)) * a_k];
-                    x[i][r] = to_tf32(from);
-                    if constexpr (split) {
-                        x_low[i][r] = to_tf32(from - from_bits(x[i][r]));
-                    }
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float from = b[(k + t + 4 * r) * b_k + (8 * j + g) * b_column];
-                    y[j][r] = to_tf32(from);
-                    if constexpr (split) {
-                        y_low[j][r] = to_tf32(from - from_bits(y[j][r]));
-                    }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    if constexpr (split) {  // the small products first
-                        mma_tf32(acc.c[i][j], x_low[i], y[j]);
-                        mma_tf32(acc.c[i][j], x[i], y_low[j]);
-                    }
-                    mma_tf32(acc.c[i][j], x[i], y[j]);
-                }
+                float& c = acc.c[i / 2][j / 2][2 * (i % 2) + j % 2];
+                c = fmaf(x[i], y[j], c);
             }
         }
     }
 }
 
+template <int depth>
+__device__ __forceinline__ void multiply_bf16(Accumulator& acc, const float* a, int a_row, int a_k, const float* b,
+                                              int b_k, int b_column) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int k = 0; k < depth; k += 16) {
+        uint32_t x[2][4], y[4][2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float* from = a + (16 * i + g + 8 * (r % 2)) * a_row + (k + 2 * t + 8 * (r / 2)) * a_k;
+                x[i][r] = pack_bf16(from[0], from[a_k]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float* from = b + (k + 2 * t + 8 * r) * b_k + (8 * j + g) * b_column;
+                y[j][r] = pack_bf16(from[0], from[b_k]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                mma_bf16(acc.c[i][j], x[i], y[j]);
+            }
+        }
+    }
+}
+
+/// ``split``: three products in place of one, which leave out only that of the two remainders.
+template <bool split, int depth>
+__device__ __forceinline__ void multiply_tf32(Accumulator& acc, const float* a, int a_row, int a_k, const float* b,
+                                              int b_k, int b_column) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int k = 0; k < depth; k += 8) {
+        uint32_t x[2][4], y[4][2], x_low[2][4], y_low[4][2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float from = a[(16 * i + g + 8 * (r % 2)) * a_row + (k + t + 4 * (r / 2)) * a_k];
+                to_tf32<split>(from, x[i][r], x_low[i][r]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float from = b[(k + t + 4 * r) * b_k + (8 * j + g) * b_column];
+                to_tf32<split>(from, y[j][r], y_low[j][r]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if constexpr (split) {  // the small products first
+                    mma_tf32(acc.c[i][j], x_low[i], y[j]);
+                    mma_tf32(acc.c[i][j], x[i], y_low[j]);
+                }
+                mma_tf32(acc.c[i][j], x[i], y[j]);
+            }
+        }
+    }
+}
+
+/// acc += A B of the warp, over ``depth`` (a multiple of 16). ``a`` is at the warp's (row 0, k 0), ``b`` at (k 0, column 0).
+template <Precision precision, int depth>
+__device__ __forceinline__ void multiply(Accumulator& acc, const float* a, int a_row, int a_k, const float* b, int b_k,
+                                         int b_column) {
+    if constexpr (precision == Precision::ieee) {
+        multiply_ieee<depth>(acc, a, a_row, a_k, b, b_k, b_column);
+    } else if constexpr (precision == Precision::bf16) {
+        multiply_bf16<depth>(acc, a, a_row, a_k, b, b_k, b_column);
+    } else {
+        multiply_tf32<precision == Precision::tf32x3, depth>(acc, a, a_row, a_k, b, b_k, b_column);
+    }
+}
+
+/// multiply(k, stage) for k = 0, depth, … below ``end``, with copies into the other stage on their way meanwhile.
+/// copy(k, stage) starts those; copy(0, 0) has been called.
+template <int depth, class Copy, class Multiply>
+__device__ __forceinline__ void double_buffered(int end, Copy copy, Multiply multiply) {
+    for (int k = 0, stage = 0; k < end; k += depth, stage ^= 1) {
+        if (k + depth < end) {
+            copy(k + depth, stage ^ 1);
+            await_copies<1>();
+        } else {
+            await_copies<0>();
+        }
+        __syncthreads();
+        multiply(k, stage);
+        __syncthreads();
+    }
+}
+
 /// f(row, column, value) for every entry of the warp's product.
 template <class F>
-__device__ __forceinline__ void each(const Accumulator& acc, F f) {
+__device__ __forceinline__ void for_each_entry(const Accumulator& acc, F f) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

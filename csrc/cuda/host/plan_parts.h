@@ -3,8 +3,8 @@
 
 #include <stdexcept>
 
-#include "cuda/device/device.h"
 #include "cuda/host/plan.h"
+#include "cuda/launch.h"
 
 namespace fishleg::cuda {
 
