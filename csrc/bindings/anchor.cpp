@@ -22,8 +22,9 @@ using MomentTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, 
 Moment moment_of(const MomentTuple& row, double beta) {
     const auto& [x, positions, size, stride, out, alpha] = row;
     if (positions < 0 || size < 1 || stride < size)
-        throw std::invalid_argument("x should be a matrix whose rows have no gaps but is: " + std::to_string(positions) +
-                                    " by " + std::to_string(size) + ", rows " + std::to_string(stride) + " apart");
+        throw std::invalid_argument("x should be a matrix whose rows have no gaps but is: " +
+                                    std::to_string(positions) + " by " + std::to_string(size) + ", rows " +
+                                    std::to_string(stride) + " apart");
     return {pointer<const float>(x), positions, size, stride, pointer<float>(out), static_cast<float>(alpha),
             static_cast<float>(beta)};
 }

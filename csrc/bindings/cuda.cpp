@@ -46,7 +46,8 @@ Plan make_plan(int op, const std::vector<BlockTuple>& tuples, int device) {
 
 void bind_cuda(py::module_& m) {
     // Local: tests load a second module with it, whose kernels run on the CPU.
-    py::class_<Plan>(m, "CudaPlan", py::module_local(), "What one op needs to know of a list of blocks; see csrc/cuda/host/plan.h.")
+    py::class_<Plan>(m, "CudaPlan", py::module_local(),
+                     "What one op needs to know of a list of blocks; see csrc/cuda/host/plan.h.")
         .def(py::init(&make_plan), py::arg("op"), py::arg("blocks"), py::arg("device"))
         .def_readonly("workspace_bytes", &Plan::workspace_bytes)
         .def_readonly("external", &Plan::external)

@@ -30,7 +30,8 @@ void pack_all(const std::string& engine, const std::vector<PackTuple>& rows, int
         if (side < 0 || side > 1) refuse("side", side, "0 or 1");
         if (lanes < 0 || depth < 0) refuse("lanes and depth", std::min(lanes, depth), "at least 0");
         if (lane_stride != 1 && depth_stride != 1) refuse("one stride", std::min(lane_stride, depth_stride), "1");
-        if (after < 0 || after % with.depth_step || after + depth > whole) refuse("after", after, "a multiple within the depth");
+        if (after < 0 || after % with.depth_step || after + depth > whole)
+            refuse("after", after, "a multiple within the depth");
         const Lanes from{pointer<const float>(source), lanes, depth, lane_stride, depth_stride};
         jobs.push_back({static_cast<Side>(side), from, pointer(to), whole, after});
     }

@@ -190,17 +190,21 @@ double inner_of(const std::vector<uintptr_t>& xs, const std::vector<uintptr_t>& 
 using LowRankTuple = std::tuple<int, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
                              std::vector<std::pair<uintptr_t, int64_t>>>;
 
-std::vector<std::tuple<double, double, double, double>> agreements_of(const std::vector<LowRankTuple>& rows, int threads) {
+using AgreementTuple = std::tuple<double, double, double, double>;
+
+std::vector<AgreementTuple> agreements_of(const std::vector<LowRankTuple>& rows, int threads) {
     std::vector<LowRankGradient> gradients;
     for (const auto& [dtype, rank, m, E, H, z, columns] : rows) {
-        if (dtype < 0 || dtype > 1) throw std::invalid_argument("dtype should be 0 or 1 but is: " + std::to_string(dtype));
+        if (dtype < 0 || dtype > 1)
+            throw std::invalid_argument("dtype should be 0 or 1 but is: " + std::to_string(dtype));
         LowRankGradient gradient{dtype_of(dtype), rank, m, pointer(E), pointer(H), pointer(z), {}};
         for (const auto& [grad, width] : columns) gradient.columns.push_back({pointer(grad), width});
         gradients.push_back(std::move(gradient));
     }
-    std::vector<std::tuple<double, double, double, double>> found;
+    std::vector<AgreementTuple> found;
     py::gil_scoped_release released;
-    for (const Agreement& a : agreements(gradients, threads)) found.emplace_back(a.size, a.difference, a.rows, a.square);
+    for (const Agreement& a : agreements(gradients, threads))
+        found.emplace_back(a.size, a.difference, a.rows, a.square);
     return found;
 }
 

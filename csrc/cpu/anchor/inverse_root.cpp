@@ -2,8 +2,9 @@
 //
 //     C_ip = (F_ip − Σ_{q<p} C_iq C_pqᵀ) X_ppᵀ        X_pc = (Σ_{c<q≤p} X_pq (−C_qc)) X_cc
 //
-// X_pp comes from tile_inverse_root.h. X is found by rows, so that X C = I + E with a small E, and Q = XᵀX = C⁻ᵀ(I + E)ᵀ(I + E)C⁻¹ is
-// right relative to itself in every direction; by columns it would be C X, and Q wrong where it is small.
+// X_pp comes from tile_inverse_root.h. X is found by rows, so that X C = I + E with a small E, and
+// Q = XᵀX = C⁻ᵀ(I + E)ᵀ(I + E)C⁻¹ is right relative to itself in every direction; by columns it would be C X, and Q wrong
+// where it is small.
 //
 // C is kept as the operands that it will be: −C and Cᵀ for the first, −C on the right for the second.
 // Zeros are neither stored nor multiplied.
@@ -245,8 +246,10 @@ void start(const FactorKernels& work, std::vector<Factor>& factors, Workspace& w
         return mine;
     };
     for (Factor& f : factors) {
-        for (char** operand : {&f.minus_C_left, &f.C_transposed_right, &f.minus_C_right}) *operand = take(by_row(f.panels, 0), work.engine.element_bytes);
-        for (char** operand : {&f.X_transposed_right, &f.X_right}) *operand = take(f.panels, work.engine.element_bytes);
+        for (char** operand : {&f.minus_C_left, &f.C_transposed_right, &f.minus_C_right})
+            *operand = take(by_row(f.panels, 0), work.engine.element_bytes);
+        for (char** operand : {&f.X_transposed_right, &f.X_right})
+            *operand = take(f.panels, work.engine.element_bytes);
         f.X_diagonal = reinterpret_cast<float*>(take(f.panels, 4));
     }
     factorise(work, factors, threads);

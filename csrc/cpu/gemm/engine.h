@@ -34,8 +34,8 @@ struct Engine {
     void (*leave)(const void* saved);
     // Up to 32 lanes into a panel, or (from 32 lanes of depth 32) into the part of one that starts at such a depth.
     void (*pack)(Side side, const Lanes& from, void* to);
-    // A tile c (32 × 32, row by row) = XY, or c + XY, of two panels, over `depth`. Of c only the first rows × columns (at
-    // least one of each) need be right; any of it may be written.
+    // A tile c (32 × 32, row by row) = XY, or c + XY, of two panels, over `depth`. Of c only the first rows × columns
+    // (at least one of each) need be right; any of it may be written.
     void (*microkernel)(const void* left, const void* right, int64_t depth, int64_t rows, int64_t columns, float* c,
                         int64_t stride, bool add);
 };

@@ -21,7 +21,9 @@ int64_t padded(const Engine& engine, int64_t depth) {
     return (depth + engine.depth_step - 1) / engine.depth_step * engine.depth_step;
 }
 
-int64_t panel_bytes(const Engine& engine, int64_t depth) { return panel * padded(engine, depth) * engine.element_bytes; }
+int64_t panel_bytes(const Engine& engine, int64_t depth) {
+    return panel * padded(engine, depth) * engine.element_bytes;
+}
 
 const char* at_byte(const void* packed, int64_t bytes) { return static_cast<const char*>(packed) + bytes; }
 char* at_byte(void* packed, int64_t bytes) { return static_cast<char*>(packed) + bytes; }
@@ -63,7 +65,8 @@ void compute_tile(const Engine& engine, const Product& p, int64_t i, int64_t j) 
     if (p.target == Target::matrix) {
         float* out = static_cast<float*>(p.out) + i * panel * p.stride + j * panel;
         const bool averaged = p.alpha != 1 || p.beta != 0, whole = rows == panel && columns == panel;
-        float* mirrored = p.symmetric && i != j ? static_cast<float*>(p.out) + j * panel * p.stride + i * panel : nullptr;
+        float* mirrored =
+            p.symmetric && i != j ? static_cast<float*>(p.out) + j * panel * p.stride + i * panel : nullptr;
         if (whole && averaged) prefetch_tile(out, p.stride);
         if (whole && mirrored) prefetch_tile(mirrored, p.stride);
         if (averaged) {
@@ -128,7 +131,8 @@ void pack(const Engine& engine, const std::vector<PackJob>& jobs, int threads) {
 
 void multiply_tile(const Engine& engine, const void* left, const void* right, int64_t depth, int64_t rows,
                    int64_t columns, float* out, int64_t stride) {
-    if (rows == panel && columns == panel) return engine.microkernel(left, right, depth, rows, columns, out, stride, false);
+    if (rows == panel && columns == panel)
+        return engine.microkernel(left, right, depth, rows, columns, out, stride, false);
     alignas(64) float c[panel * panel];
     engine.microkernel(left, right, depth, rows, columns, c, panel, false);
     for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * panel, columns, out + r * stride);

@@ -41,7 +41,8 @@ Sides sides_of(const LowRankGradient& g, int64_t columns) {
     Sides sides{std::vector<double>(g.rank)};
     for_fours<T>(run, g.H, 0, g.rank, columns, g.z,
                  [&](int64_t k, double dot, double square) { sides.along[k] = dot, squares[k] = square; });
-    for_fours<T>(run, g.E, 0, g.rank, g.rows, g.E, [&](int64_t k, double, double square) { sides.rows += squares[k] * square; });
+    for_fours<T>(run, g.E, 0, g.rank, g.rows, g.E,
+                 [&](int64_t k, double, double square) { sides.rows += squares[k] * square; });
     return sides;
 }
 

@@ -146,7 +146,8 @@ Element<T, source> element(const Block& block, const WorkItem& item, const Pass&
     const auto from = [&](const void* base) { return base ? static_cast<const T*>(base) + offset : nullptr; };
     const T* given = from(block.given);
     if (item.given) {
-        const int64_t row = offset / block.columns - item.row_begin, column = offset % block.columns - item.column_begin;
+        const int64_t row = offset / block.columns - item.row_begin;
+        const int64_t column = offset % block.columns - item.column_begin;
         given = static_cast<const T*>(item.given) + row * item.given_stride + column;
     }
     return {given, from(block.product), from(block.momentum), from(block.diagonal), static_cast<T>(pass.average),

@@ -23,8 +23,8 @@ bool momentum_is_after(const Block& block) {
     return block.source == Source::after || block.source == Source::after_diagonal;
 }
 
-/// ‖nat‖ of each block into `norms`, and the bias corrections into `passes`. Sets `power` to Σ lr₀² m̂ᵀ nat. Returns whether
-/// all norms are finite.
+/// ‖nat‖ of each block into `norms`, and the bias corrections into `passes`. Sets `power` to Σ lr₀² m̂ᵀ nat. Returns
+/// whether all norms are finite.
 bool measure(const std::vector<Block>& blocks, int times, const std::vector<Sums>& totals, std::vector<Pass>& passes,
              double* norms, double& power) {
     double corrected = 1, last_count = 0;
@@ -76,7 +76,8 @@ void StepPlan::check() const {
         const bool diagonal = block.source == Source::diagonal || block.source == Source::after_diagonal;
         if (!block.momentum || !block.step) refuse(block, "it has no momentum or counter");
         const bool packed = block.source == Source::low_rank && block.factors.left && block.factors.right;
-        if (packed && (!engine_ || block.dtype != Dtype::float32)) refuse(block, "nothing multiplies its packed factors");
+        if (packed && (!engine_ || block.dtype != Dtype::float32))
+            refuse(block, "nothing multiplies its packed factors");
         if (diagonal ? !block.diagonal : !block.given && !packed)
             refuse(block, "what its natural gradient is made of is missing");
         if (block.source == Source::low_rank && !block.product) refuse(block, "Q m of the step before is missing");

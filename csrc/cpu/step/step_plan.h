@@ -1,7 +1,7 @@
 // A plan of θ steps: for a list of blocks, passes over memory (kernels.h) on several threads.
 //
-// Products of matrices are the caller's, but where it gives packed factors (gemm/products.h): those are multiplied inside
-// the passes. Pointers are the caller's, and have to be valid while a method runs.
+// Products of matrices are the caller's, but where it gives packed factors (gemm/products.h): those are multiplied
+// inside the passes. Pointers are the caller's, and have to be valid while a method runs.
 #pragma once
 
 #include <vector>

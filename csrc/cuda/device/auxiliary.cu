@@ -89,35 +89,36 @@ __global__ void __launch_bounds__(entry_threads, 3) residual_kernel(const __grid
     write_sum(sums, shared, p.sums + work.tile);
 }
 
-__global__ void __launch_bounds__(total_threads) aux_verdict_kernel(const __grid_constant__ AuxVerdict v) {
+__global__ void __launch_bounds__(total_threads) aux_decision_kernel(const __grid_constant__ AuxDecision decision) {
     FISHLEG_SHARED(Sums, shared);
-    const Sums sums = total(v.sums, v.count, shared);
+    const Sums sums = total(decision.sums, decision.count, shared);
     if (threadIdx.x == 0) {
-        *v.ok = finite(sums.a) && finite(static_cast<float>(v.aux->loss)) && static_cast<float>(v.aux->power) != 0;
+        *decision.ok = finite(sums.a) && finite(static_cast<float>(decision.aux->loss)) &&
+                       static_cast<float>(decision.aux->power) != 0;
     }
 }
 
-constexpr int lambda_entries = 2048;  // a tile's
+constexpr int adam_entries = 2048;  // a tile's
 
-__global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_constant__ Table<Lambda> table) {
+__global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_constant__ Table<AdamTensor> table) {
     FISHLEG_SHARED(Adam<float>, shared);
-    const Work<Lambda> work = work_of(table);
-    const Lambda& l = work.item;
-    if (!*l.ok) {
+    const Work<AdamTensor> work = work_of(table);
+    const AdamTensor& t = work.item;
+    if (!*t.ok) {
         return;
     }
     if (threadIdx.x == 0) {
-        const double step = (l.step_pointer ? *l.step_pointer : l.step) + 1;
-        *shared = adam_rule<float>(l.lr_pointer ? *l.lr_pointer : l.lr, l.beta1, l.beta2, l.eps, step);
+        const double step = (t.step_pointer ? *t.step_pointer : t.step) + 1;
+        *shared = adam_rule<float>(t.lr_pointer ? *t.lr_pointer : t.lr, t.beta1, t.beta2, t.eps, step);
     }
     __syncthreads();
     const Adam<float> rule = *shared;
-    const int64_t first = static_cast<int64_t>(work.tile) * lambda_entries;
+    const int64_t first = static_cast<int64_t>(work.tile) * adam_entries;
 #pragma unroll 4
-    for (int k = 0; k < lambda_entries; k += entry_threads) {
+    for (int k = 0; k < adam_entries; k += entry_threads) {
         const int64_t i = first + k + threadIdx.x;
-        if (i < l.count) {
-            adam(rule, l.grad[i], l.value[i], l.exp_avg[i], l.exp_avg_sq[i]);
+        if (i < t.count) {
+            adam(rule, t.grad[i], t.value[i], t.exp_avg[i], t.exp_avg_sq[i]);
         }
     }
 }
@@ -165,14 +166,14 @@ void residual_all(std::vector<Part>& parts, float damping, bool precondition, St
                [](const Part& p) { return tiles(p); }, entry_threads, shared_bytes, stream);
 }
 
-void decide_aux(const AuxVerdict& verdict, Stream stream) {
-    launch("aux_verdict", aux_verdict_kernel, 1, total_threads, total_bytes, stream, verdict);
+void decide_aux(const AuxDecision& decision, Stream stream) {
+    launch("aux_decision", aux_decision_kernel, 1, total_threads, total_bytes, stream, decision);
 }
 
-int64_t tiles(const Lambda& l) { return (l.count + lambda_entries - 1) / lambda_entries; }
+int64_t tiles(const AdamTensor& t) { return (t.count + adam_entries - 1) / adam_entries; }
 
-void adam_all(std::vector<Lambda>& lambdas, Stream stream) {
-    launch_all("adam", adam_kernel, lambdas, [](const Lambda& l) { return tiles(l); }, entry_threads,
+void adam_all(std::vector<AdamTensor>& tensors, Stream stream) {
+    launch_all("adam", adam_kernel, tensors, [](const AdamTensor& t) { return tiles(t); }, entry_threads,
                sizeof(Adam<float>), stream);
 }
 

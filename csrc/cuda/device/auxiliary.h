@@ -18,12 +18,12 @@ void aux_loss(const AuxLossJob& job, Stream stream);
 void residual_all(std::vector<Part>& parts, float damping, bool precondition, Stream stream);
 
 /// Whether the λ step is taken.
-void decide_aux(const AuxVerdict& verdict, Stream stream);
+void decide_aux(const AuxDecision& decision, Stream stream);
 
-int64_t tiles(const Lambda& l);
+int64_t tiles(const AdamTensor& t);
 
 /// Adam, where the step is taken.
-void adam_all(std::vector<Lambda>& lambdas, Stream stream);
+void adam_all(std::vector<AdamTensor>& tensors, Stream stream);
 
 int64_t tiles(const Pair& p);
 

@@ -132,60 +132,60 @@ __global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_c
         });
 }
 
-constexpr int claim_threads = 256;
+constexpr int sum_threads = 256;
 
 /// A thread block adds up one block's tiles.
-__global__ void __launch_bounds__(claim_threads) account_kernel(const __grid_constant__ Table<Claim> table) {
+__global__ void __launch_bounds__(sum_threads) nat_statistics_kernel(const __grid_constant__ Table<NatSums> table) {
     FISHLEG_SHARED(Sums, shared);
-    const Claim& c = table.items[blockIdx.x];
+    const NatSums& nat = table.items[blockIdx.x];
     Sums sums{};
-    for (int i = static_cast<int>(threadIdx.x); i < c.first_count; i += claim_threads) {
-        sums = sums + c.first[i];
+    for (int i = static_cast<int>(threadIdx.x); i < nat.first_count; i += sum_threads) {
+        sums = sums + nat.first[i];
     }
-    for (int i = static_cast<int>(threadIdx.x); i < c.second_count; i += claim_threads) {
-        sums = sums + c.second[i];
+    for (int i = static_cast<int>(threadIdx.x); i < nat.second_count; i += sum_threads) {
+        sums = sums + nat.second[i];
     }
     sums = block_sum(sums, shared);
     if (threadIdx.x == 0) {
-        const double step = c.step_pointer ? *c.step_pointer : c.step;
-        const double correction = 1 - pow(c.beta, step + c.times);
-        const double powers = c.squared ? correction * correction : correction;
-        *c.account = {sqrt(sums.a) / correction, sums.b / powers * c.base_lr * c.base_lr, correction, c.entries,
-                      sums.c == 0};
+        const double step = nat.step_pointer ? *nat.step_pointer : nat.step;
+        const double correction = 1 - pow(nat.beta, step + nat.times);
+        const double powers = nat.squared ? correction * correction : correction;
+        *nat.statistics = {sqrt(sums.a) / correction, sums.b / powers * nat.base_lr * nat.base_lr, correction,
+                           nat.entries, sums.c == 0};
     }
 }
 
-/// One thread block, all blocks' accounts.
-__global__ void __launch_bounds__(claim_threads) theta_verdict_kernel(const __grid_constant__ ThetaVerdict v) {
+/// One thread block, all blocks' statistics.
+__global__ void __launch_bounds__(sum_threads) theta_decision_kernel(const __grid_constant__ ThetaDecision decision) {
     FISHLEG_SHARED(Sums, shared);
     const int t = static_cast<int>(threadIdx.x);
     Sums sums{};  // a: norms that are not finite; b: Σ lr₀² m̂ᵀnat
-    for (int k = t; k < v.count; k += claim_threads) {
-        const Account& account = v.accounts[k];
-        v.norms[k] = static_cast<float>(account.norm);
-        if (v.wide_norms) {
-            v.wide_norms[k] = account.norm;
+    for (int k = t; k < decision.count; k += sum_threads) {
+        const NatStatistics& statistics = decision.statistics[k];
+        decision.norms[k] = static_cast<float>(statistics.norm);
+        if (decision.wide_norms) {
+            decision.wide_norms[k] = statistics.norm;
         }
-        sums.a += !finite(static_cast<float>(account.norm));
-        sums.b += account.power;
+        sums.a += !finite(static_cast<float>(statistics.norm));
+        sums.b += statistics.power;
     }
     sums = block_sum(sums, shared);
     double* const power = reinterpret_cast<double*>(shared);
     __syncthreads();
     if (t == 0) {
-        *v.ok = sums.a == 0;
+        *decision.ok = sums.a == 0;
         *power = sums.b;
     }
     __syncthreads();
-    for (int k = t; k < v.count; k += claim_threads) {
-        const Account& account = v.accounts[k];
+    for (int k = t; k < decision.count; k += sum_threads) {
+        const NatStatistics& statistics = decision.statistics[k];
         double c = 1;
-        if (v.normalize == Normalize::rms) {
-            c = rms_scale(account.norm, account.entries, account.still);
-        } else if (v.normalize == Normalize::trust) {
-            c = trust_scale(*power, v.kappa);
+        if (decision.normalize == Normalize::rms) {
+            c = rms_scale(statistics.norm, statistics.entries, statistics.gradient_is_zero);
+        } else if (decision.normalize == Normalize::trust) {
+            c = trust_scale(*power, decision.kappa);
         }
-        v.scales[k] = c / account.correction;
+        decision.scales[k] = c / statistics.correction;
     }
 }
 
@@ -219,10 +219,10 @@ void update_all(std::vector<Part>& parts, bool after, Stream stream) {
                [](const Part& p) { return tiles(p); }, entry_threads, 0, stream);
 }
 
-void decide_theta(std::vector<Claim>& claims, const ThetaVerdict& verdict, Stream stream) {
-    launch_all("account", account_kernel, claims, [](const Claim&) { return int64_t{1}; }, claim_threads, shared_bytes,
-               stream);
-    launch("theta_verdict", theta_verdict_kernel, 1, claim_threads, shared_bytes, stream, verdict);
+void decide_theta(std::vector<NatSums>& nat_sums, const ThetaDecision& decision, Stream stream) {
+    launch_all("nat_statistics", nat_statistics_kernel, nat_sums, [](const NatSums&) { return int64_t{1}; },
+               sum_threads, shared_bytes, stream);
+    launch("theta_decision", theta_decision_kernel, 1, sum_threads, shared_bytes, stream, decision);
 }
 
 void count_all(std::vector<Counter>& counters, Stream stream) {

@@ -23,7 +23,7 @@ void measure_all(std::vector<Part>& parts, Stream stream);
 void update_all(std::vector<Part>& parts, bool after, Stream stream);
 
 /// Norms, scales and whether to step: two launches.
-void decide_theta(std::vector<Claim>& claims, const ThetaVerdict& verdict, Stream stream);
+void decide_theta(std::vector<NatSums>& nat_sums, const ThetaDecision& decision, Stream stream);
 
 /// Counters of steps on the device.
 void count_all(std::vector<Counter>& counters, Stream stream);

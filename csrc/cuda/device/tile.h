@@ -152,7 +152,8 @@ __device__ __forceinline__ void multiply_tf32(Accumulator& acc, const float* a, 
     }
 }
 
-/// acc += A B of the warp, over ``depth`` (a multiple of 16). ``a`` is at the warp's (row 0, k 0), ``b`` at (k 0, column 0).
+/// acc += A B of the warp, over ``depth`` (a multiple of 16). ``a`` is at the warp's (row 0, k 0), ``b`` at
+/// (k 0, column 0).
 template <Precision precision, int depth>
 __device__ __forceinline__ void multiply(Accumulator& acc, const float* a, int a_row, int a_k, const float* b, int b_k,
                                          int b_column) {

@@ -1,11 +1,11 @@
-// Plans: from blocks to descriptors of kernels.
+// Plans: from blocks to descriptors of kernels (cuda/tables.h). Steps are in plan_theta.cu and plan_lambda.cu.
 #include "cuda/host/plan.h"
 
 #include <utility>
 
-#include "cuda/host/plan_parts.h"
 #include "cuda/device/products.h"
 #include "cuda/device/theta.h"
+#include "cuda/host/plan_parts.h"
 
 namespace fishleg::cuda {
 namespace {
@@ -77,6 +77,45 @@ int64_t tiles_of(int64_t M, int64_t N) {
     return tiles(p);
 }
 
+bool fits_chain(const BlockLayout& b) { return b.m <= chain_width && b.n <= chain_width; }
+
+/// Hands out byte offsets, each at a multiple of the alignment.
+class OffsetAllocator {
+public:
+    int64_t take(int64_t bytes) {
+        const int64_t start = end_;
+        end_ = (end_ + bytes + alignment - 1) / alignment * alignment;
+        return start;
+    }
+    int64_t floats(int64_t count) { return take(count * static_cast<int64_t>(sizeof(float))); }
+    int64_t end() const { return end_; }
+
+private:
+    int64_t end_ = 0;
+};
+
+/// The matrices of one block, and how many tiles its products with sums have.
+void lay_out_matrices(Op op, const BlockLayout& b, OffsetAllocator& workspace, BlockOffsets& offsets) {
+    const bool lambda = op == Op::lambda;
+    if (kronecker(b) && op != Op::refresh) {
+        Chain chain{};
+        chain.m = static_cast<int32_t>(b.m), chain.n = static_cast<int32_t>(b.n);
+        offsets.product_tiles = lambda ? tiles_of(b.n, b.n) + tiles_of(b.m, b.m)
+                                : fits_chain(b) ? tiles(chain)
+                                                : tiles_of(b.m, b.n);
+        offsets.x = workspace.floats(b.m * offsets.ld);
+        offsets.y = op == Op::qv ? 0 : workspace.floats(b.m * offsets.ld);
+        offsets.t = lambda || !fits_chain(b) ? workspace.floats(b.m * offsets.ld) : 0;
+        if (lambda) {
+            offsets.t2 = workspace.floats(b.m * offsets.ld);
+            offsets.M = workspace.floats(b.n * offsets.ld), offsets.N = workspace.floats(b.m * offsets.ld_m);
+            offsets.dL = workspace.floats(b.n * b.n), offsets.dR = workspace.floats(b.m * b.m);
+        }
+    } else if (lambda) {
+        offsets.dL = workspace.floats(b.m * b.n);  // of d
+    }
+}
+
 }  // namespace
 
 Plan::Plan(Op op, std::vector<BlockLayout> blocks, int device)
@@ -111,74 +150,49 @@ Plan::Plan(Op op, std::vector<BlockLayout> blocks, int device)
     lay_out();
 }
 
-bool Plan::in_chain(const BlockLayout& b) const { return b.m <= chain_width && b.n <= chain_width; }
-
 void Plan::lay_out() {
-    int64_t end = 0;
-    const auto take = [&](int64_t bytes) {
-        const int64_t start = end;
-        end = (end + bytes + alignment - 1) / alignment * alignment;
-        return start;
-    };
-    const auto floats = [&](int64_t count) { return take(count * static_cast<int64_t>(sizeof(float))); };
+    OffsetAllocator workspace;
     const int64_t one = sizeof(Sums);
     int64_t part_tiles = 0, product_tiles = 0, outside = 0;
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
-        Room r{};
-        r.ld = padded(b.n), r.ld_m = padded(b.m);
+        BlockOffsets offsets{};
+        offsets.ld = padded(b.n), offsets.ld_m = padded(b.m);
         if (b.kind == Kind::outside) {
-            r.sums = outside++ * one;  // from the start of the external sums
-            rooms_.push_back(r);
+            offsets.sums = outside++ * one;  // from the start of the external sums
+            offsets_.push_back(offsets);
             continue;
         }
-        r.sums = part_tiles * one;
+        offsets.sums = part_tiles * one;
         for (const Part& p : templates_[k]) {
-            r.part_tiles += tiles(p);
+            offsets.part_tiles += tiles(p);
         }
-        part_tiles += r.part_tiles;
-        r.product_sums = product_tiles * one;
-        if (kronecker(b) && op_ != Op::refresh) {
-            const bool lambda = op_ == Op::lambda;
-            Chain chain{};
-            chain.m = static_cast<int32_t>(b.m), chain.n = static_cast<int32_t>(b.n);
-            r.product_tiles = lambda ? tiles_of(b.n, b.n) + tiles_of(b.m, b.m)
-                              : in_chain(b) ? tiles(chain)
-                                            : tiles_of(b.m, b.n);
-            product_tiles += r.product_tiles;
-            r.x = floats(b.m * r.ld);
-            r.y = op_ == Op::qv ? 0 : floats(b.m * r.ld);
-            r.t = lambda || !in_chain(b) ? floats(b.m * r.ld) : 0;
-            if (lambda) {
-                r.t2 = floats(b.m * r.ld);
-                r.M = floats(b.n * r.ld), r.N = floats(b.m * r.ld_m);
-                r.dL = floats(b.n * b.n), r.dR = floats(b.m * b.m);
-            }
-        } else if (op_ == Op::lambda) {
-            r.dL = floats(b.m * b.n);  // of d
-        }
-        rooms_.push_back(r);
+        part_tiles += offsets.part_tiles;
+        offsets.product_sums = product_tiles * one;
+        lay_out_matrices(op_, b, workspace, offsets);
+        product_tiles += offsets.product_tiles;
+        offsets_.push_back(offsets);
     }
     sums_count_ = part_tiles + outside;
-    sums_ = take(sums_count_ * one);
+    sums_ = workspace.take(sums_count_ * one);
     external = sums_ + part_tiles * one;
     sums_2_count_ = part_tiles + product_tiles + outside;
-    sums_2_ = take(sums_2_count_ * one);
+    sums_2_ = workspace.take(sums_2_count_ * one);
     external_2 = sums_2_ + (part_tiles + product_tiles) * one;
     for (size_t k = 0; k < blocks_.size(); ++k) {
-        Room& r = rooms_[k];
+        BlockOffsets& offsets = offsets_[k];
         if (blocks_[k].kind == Kind::outside) {
-            r.sums += external;
+            offsets.sums += external;
             continue;
         }
-        r.sums_2 = sums_2_ + r.sums;
-        r.sums += sums_;
-        r.product_sums += sums_2_ + part_tiles * one;
+        offsets.sums_2 = sums_2_ + offsets.sums;
+        offsets.sums += sums_;
+        offsets.product_sums += sums_2_ + part_tiles * one;
     }
-    scales = take(static_cast<int64_t>(blocks_.size() * sizeof(double)));
-    accounts_ = take(static_cast<int64_t>(blocks_.size() * sizeof(Account)));
-    aux_ = take(sizeof(AuxLoss));
-    workspace_bytes = end;
+    scales = workspace.take(static_cast<int64_t>(blocks_.size() * sizeof(double)));
+    statistics_ = workspace.take(static_cast<int64_t>(blocks_.size() * sizeof(NatStatistics)));
+    aux_ = workspace.take(sizeof(AuxLoss));
+    workspace_bytes = workspace.end();
 }
 
 /// P and S, or d.
@@ -202,41 +216,46 @@ Plan::Operator Plan::operator_at(Pointers& pointers, size_t k) const {
 /// The parts of block ``k`` with their g and scale, and where their entries are in the workspace.
 std::vector<Part> Plan::parts_at(int64_t workspace, Pointers& pointers, size_t k) const {
     const BlockLayout& b = blocks_[k];
-    const Room& r = rooms_[k];
+    const BlockOffsets& offsets = offsets_[k];
     std::vector<Part> parts = templates_[k];
-    Sums* sums = at<Sums>(workspace, r.sums);
+    Sums* sums = at<Sums>(workspace, offsets.sums);
     for (size_t i = 0; i < parts.size(); ++i) {
         Part& p = parts[i];
         p.g = next<const void>(pointers);
         p.scale = next<const float>(pointers);
-        const int64_t start = b.parts[i].offset * (b.axis == 0 ? r.ld : 1);
-        p.x = at<float>(workspace, r.x) + start;
-        p.y = at<float>(workspace, r.y) + start;
+        const int64_t start = b.parts[i].offset * (b.axis == 0 ? offsets.ld : 1);
+        p.x = at<float>(workspace, offsets.x) + start;
+        p.y = at<float>(workspace, offsets.y) + start;
         p.sums = sums;
         sums += tiles(p);
     }
     return parts;
 }
 
+/// Where A or d is beside a part's entries.
+const float* Plan::factor_at(const BlockLayout& b, const Operator& q, const float* A, const Part& p) {
+    return kronecker(b) ? (A ? A + p.offset : nullptr) : q.P + p.offset;
+}
+
 /// Queues out = outer∘(P x S): a chain, or two products.
 void Plan::products_of(int64_t workspace, size_t k, const Operator& q, const float* outer, const float* x, float* out,
                        int64_t out_ld, Sums* sums) {
     const BlockLayout& b = blocks_[k];
-    const Room& r = rooms_[k];
+    const BlockOffsets& offsets = offsets_[k];
     const int precision = static_cast<int>(b.precision);
-    if (in_chain(b)) {
+    if (fits_chain(b)) {
         Chain c{};
         c.P = q.P, c.X = x, c.S = q.S, c.C = out, c.outer = outer, c.sums = sums;
         c.m = static_cast<int32_t>(b.m), c.n = static_cast<int32_t>(b.n);
         c.ldp = static_cast<int32_t>(q.ld_P), c.lds = static_cast<int32_t>(q.ld_S);
-        c.ld = static_cast<int32_t>(r.ld), c.ldc = static_cast<int32_t>(out_ld);
+        c.ld = static_cast<int32_t>(offsets.ld), c.ldc = static_cast<int32_t>(out_ld);
         c.aligned_p = aligned(q.P, q.ld_P), c.aligned_s = aligned(q.S, q.ld_S);
         chains_[precision].push_back(c);
         return;
     }
-    float* const t = at<float>(workspace, r.t);
-    first_[precision].push_back(product(q.P, q.ld_P, x, r.ld, t, r.ld, b.m, b.n, b.m));
-    Product second = product(t, r.ld, q.S, q.ld_S, out, out_ld, b.m, b.n, b.n);
+    float* const t = at<float>(workspace, offsets.t);
+    first_[precision].push_back(product(q.P, q.ld_P, x, offsets.ld, t, offsets.ld, b.m, b.n, b.m));
+    Product second = product(t, offsets.ld, q.S, q.ld_S, out, out_ld, b.m, b.n, b.n);
     second.outer = outer, second.sums = sums;
     second.pair = sums ? x : nullptr;
     second_[precision].push_back(second);

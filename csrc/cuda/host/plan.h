@@ -37,16 +37,24 @@ struct BlockLayout {
 using Pointers = std::span<const int64_t>;
 using Numbers = std::span<const double>;
 
+/// Where a block's matrices and sums are in the workspace: byte offsets. ``t2`` … ``dR``: of a λ step.
+struct BlockOffsets {
+    int64_t x, y, t, t2, M, N, dL, dR, sums, sums_2, product_sums;
+    int64_t part_tiles, product_tiles;
+    int64_t ld, ld_m;  // leading dimensions of matrices with n and with m columns
+};
+
 class Plan {
 public:
     Plan(Op op, std::vector<BlockLayout> blocks, int device);
 
-    /// Of the workspace, in bytes, and where in it the caller puts the sums of blocks outside (three doubles each, in
-    /// the order of the blocks) and finds the scales of all blocks (doubles). ``external_2``: of the λ step's gradients.
+    /// The workspace's size, and where in it the caller puts the sums of blocks outside (three doubles each, in the
+    /// order of the blocks) and finds the scales of all blocks (doubles); in bytes. ``external_2``: of the λ step's
+    /// gradients.
     int64_t workspace_bytes = 0, external = 0, external_2 = 0, scales = 0;
 
-    /// Each block: momentum, P or d, its leading dimension, S, its leading dimension, A, step on the device or 0; each part: g or 0, scale or 0,
-    /// θ or 0, lr or 0.
+    /// Pointers, each block: momentum, P or d, its leading dimension, S, its leading dimension, A, step on the device or
+    /// 0; each part: g or 0, scale or 0, θ or 0, lr or 0.
     /// Numbers: each block: β, lr₀, steps so far; each part: lr, decay. Blocks outside have step pointers alone.
     void theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbers numbers, bool after, int times,
                     Normalize normalize, double kappa, int64_t norms, int64_t wide_norms, int64_t ok);
@@ -74,42 +82,44 @@ private:
         const float* S;
         int64_t ld_S;
     };
-    struct Moments {
+    struct AdamPointers {
         float *value, *exp_avg, *exp_avg_sq;
     };
-    struct Factors {  // of one block in a λ step
+    struct LambdaFactors {  // of one block in a λ step
         Operator q;
-        Moments R, L;
+        AdamPointers R, L;
         float* step;
     };
-    struct Room {  // of one block in the workspace: byte offsets
-        int64_t x, y, t, t2, M, N, dL, dR, sums, sums_2, product_sums;
-        int64_t part_tiles, product_tiles, ld, ld_m;
-    };
+    struct ThetaTables;
+    struct GradientProducts;
 
     void lay_out();
     Operator operator_at(Pointers& pointers, size_t k) const;
     std::vector<Part> parts_at(int64_t workspace, Pointers& pointers, size_t k) const;
-    bool in_chain(const BlockLayout& b) const;
+    static const float* factor_at(const BlockLayout& b, const Operator& q, const float* A, const Part& p);
     void products_of(int64_t workspace, size_t k, const Operator& q, const float* outer, const float* x, float* out,
                      int64_t out_ld, Sums* sums);
     void run_products(Stream stream);
+    void add_block(ThetaTables& tables, size_t k, int64_t workspace, Pointers& pointers, Numbers& numbers, bool after,
+                   int times, int64_t ok);
+    void add_block(GradientProducts& products, size_t k, int64_t workspace, const LambdaFactors& f,
+                   bool precondition) const;
 
     Op op_;
     int device_;
     std::vector<BlockLayout> blocks_;
     std::vector<std::vector<Part>> templates_;  // of each block's parts: all but pointers
-    std::vector<Room> rooms_;
-    int64_t accounts_ = 0, aux_ = 0, sums_ = 0, sums_2_ = 0, sums_count_ = 0, sums_2_count_ = 0;
+    std::vector<BlockOffsets> offsets_;
+    int64_t statistics_ = 0, aux_ = 0, sums_ = 0, sums_2_ = 0, sums_count_ = 0, sums_2_count_ = 0;
     // Products by precision; kept, so that a step does not allocate.
     std::vector<Product> first_[4], second_[4];
     std::vector<Chain> chains_[4];
     std::vector<Part> parts_;       // of the λ step under way
-    std::vector<Factors> factors_;
+    std::vector<LambdaFactors> factors_;
 };
 
-/// ⟨x, y⟩ over pairs of pieces. Pointers: x and y of each; counts; types as numbers of ``Type``, x's and y's of each.
-/// ``sums``: room for one Sums for every ``tile_entries`` begun of each pair, followed by ``more`` given ones.
+/// ⟨x, y⟩ over pairs of tensors. Pointers: x and y of each; counts; types as numbers of ``Type``, x's and y's of each.
+/// ``sums``: memory for one Sums for every ``tile_entries`` begun of each pair, followed by ``more`` given ones.
 void inner(int device, Stream stream, Pointers pointers, Pointers counts, Pointers types, int64_t sums, int64_t more,
            int64_t out);
 

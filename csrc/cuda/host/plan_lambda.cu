@@ -2,9 +2,9 @@
 #include <utility>
 
 #include "cuda/device/auxiliary.h"
-#include "cuda/host/plan_parts.h"
 #include "cuda/device/products.h"
 #include "cuda/device/theta.h"
+#include "cuda/host/plan_parts.h"
 
 namespace fishleg::cuda {
 
@@ -17,16 +17,16 @@ void Plan::aux_loss(Stream stream, int64_t workspace, Pointers pointers, double 
         if (b.kind == Kind::outside) {
             continue;
         }
-        Factors f{};
+        LambdaFactors f{};
         const bool diagonal = b.kind == Kind::diagonal;
         f.q = operator_at(pointers, k);
-        for (auto* moments : {&f.R, &f.L}) {
-            moments->value = next<float>(pointers);
-            moments->exp_avg = next<float>(pointers);
-            moments->exp_avg_sq = next<float>(pointers);
-            if (moments == &f.R || !diagonal) {
-                require(b, moments->value, "λ"), require(b, moments->exp_avg, "exp_avg");
-                require(b, moments->exp_avg_sq, "exp_avg_sq");
+        for (AdamPointers* adam : {&f.R, &f.L}) {
+            adam->value = next<float>(pointers);
+            adam->exp_avg = next<float>(pointers);
+            adam->exp_avg_sq = next<float>(pointers);
+            if (adam == &f.R || !diagonal) {
+                require(b, adam->value, "λ"), require(b, adam->exp_avg, "exp_avg");
+                require(b, adam->exp_avg_sq, "exp_avg_sq");
             }
         }
         const float *const v = next<const float>(pointers), *const fv = next<const float>(pointers);
@@ -36,7 +36,7 @@ void Plan::aux_loss(Stream stream, int64_t workspace, Pointers pointers, double 
         for (Part& p : parts_at(workspace, pointers, k)) {
             p.factor = f.R.value + (diagonal ? p.offset : 0);
             p.v = v + p.offset, p.fv = fv + p.offset;
-            p.grad = at<float>(workspace, rooms_[k].dL) + (diagonal ? p.offset : 0);
+            p.grad = at<float>(workspace, offsets_[k].dL) + (diagonal ? p.offset : 0);
             p.aux = at<const AuxLoss>(workspace, aux_);
             parts_.push_back(p);
         }
@@ -50,77 +50,89 @@ void Plan::aux_loss(Stream stream, int64_t workspace, Pointers pointers, double 
     cuda::aux_loss(job, stream);
 }
 
+/// Products by precision, each kind after the one before it.
+struct Plan::GradientProducts {
+    std::vector<Product> preconditioned[2][4], sides[4], crosses[4], gradients[4];
+    std::vector<Square> squares;
+};
+
+/// M = uᵀ(P w) and N = (w S)uᵀ; dL = (M+Mᵀ)L and dR = R(N+Nᵀ). ``precondition``: of P w S in w's place.
+void Plan::add_block(GradientProducts& products, size_t k, int64_t workspace, const LambdaFactors& f,
+                     bool precondition) const {
+    const BlockLayout& b = blocks_[k];
+    const BlockOffsets& offsets = offsets_[k];
+    const Operator& q = f.q;
+    const auto matrix = [&](int64_t offset) { return at<float>(workspace, offset); };
+    float *const x = matrix(offsets.x), *const t = matrix(offsets.t), *const M = matrix(offsets.M),
+                *const N = matrix(offsets.N), *w = matrix(offsets.y), *other = matrix(offsets.t2);
+    const int precision = static_cast<int>(b.precision);
+    const int64_t m = b.m, n = b.n, ld = offsets.ld, ld_m = offsets.ld_m;
+    if (precondition) {  // w ← P w S
+        products.preconditioned[0][precision].push_back(product(q.P, q.ld_P, w, ld, t, ld, m, n, m));
+        products.preconditioned[1][precision].push_back(product(t, ld, q.S, q.ld_S, other, ld, m, n, n));
+        std::swap(w, other);
+    }
+    products.sides[precision].push_back(product(q.P, q.ld_P, w, ld, t, ld, m, n, m));
+    products.sides[precision].push_back(product(w, ld, q.S, q.ld_S, other, ld, m, n, n));
+    products.crosses[precision].push_back(product(x, ld, t, ld, M, ld, n, n, m, Layout::tn));
+    products.crosses[precision].push_back(product(other, ld, x, ld, N, ld_m, m, m, n, Layout::nt));
+    products.squares.push_back({M, static_cast<int32_t>(n), static_cast<int32_t>(ld), 0});
+    products.squares.push_back({N, static_cast<int32_t>(m), static_cast<int32_t>(ld_m), 0});
+    Product to_L = product(M, ld, f.L.value, n, matrix(offsets.dL), n, n, n, n);
+    Product to_R = product(f.R.value, m, N, ld_m, matrix(offsets.dR), m, m, m, m);
+    to_L.sums = at<Sums>(workspace, offsets.product_sums);
+    to_R.sums = to_L.sums + tiles(to_L);
+    products.gradients[precision].push_back(to_L);
+    products.gradients[precision].push_back(to_R);
+}
+
 void Plan::aux_update(Stream stream, int64_t workspace, Numbers steps, double damping, bool precondition, double lr,
                       int64_t lr_pointer, double beta1, double beta2, double eps, int64_t ok) {
     const OnDevice guard(device_);
     for (Part& p : parts_) {
         p.sums = at<Sums>(workspace, sums_2_) + (p.sums - at<Sums>(workspace, sums_));
     }
-    std::vector<Product> weigh[2][4], sides[4], crosses[4], gradients[4];
-    std::vector<Square> squares;
-    std::vector<Lambda> lambdas;
+    GradientProducts products;
+    std::vector<AdamTensor> tensors;
     std::vector<Counter> counters;
-    const Factors* next_factors = factors_.data();
+    const LambdaFactors* next_factors = factors_.data();
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
         if (b.kind == Kind::outside) {
             continue;
         }
-        const Room& r = rooms_[k];
-        const Factors& f = *next_factors++;
+        const LambdaFactors& f = *next_factors++;
         const double step = next(steps);
-        const auto learn = [&](const Moments& moments, const float* grad, int64_t count) {
-            lambdas.push_back({moments.value, grad, moments.exp_avg, moments.exp_avg_sq, f.step,
+        const auto learn = [&](const AdamPointers& adam, int64_t gradient, int64_t count) {
+            tensors.push_back({adam.value, at<const float>(workspace, gradient), adam.exp_avg, adam.exp_avg_sq, f.step,
                                at<const float>(lr_pointer, 0), at<const uint8_t>(ok, 0), lr, beta1, beta2, eps, step,
                                count, 0});
         };
         if (f.step) {
             counters.push_back({f.step, at<const uint8_t>(ok, 0), 0});
         }
-        float* const dL = at<float>(workspace, r.dL);
         if (b.kind == Kind::diagonal) {
-            learn(f.R, dL, b.m * b.n);
+            learn(f.R, offsets_[k].dL, b.m * b.n);
             continue;
         }
-        float *const x = at<float>(workspace, r.x), *const t = at<float>(workspace, r.t), *w = at<float>(workspace, r.y),
-                    *other = at<float>(workspace, r.t2), *const dR = at<float>(workspace, r.dR),
-                    *const M = at<float>(workspace, r.M), *const N = at<float>(workspace, r.N);
-        const int precision = static_cast<int>(b.precision);
-        if (precondition) {  // w ← P w S
-            weigh[0][precision].push_back(product(f.q.P, f.q.ld_P, w, r.ld, t, r.ld, b.m, b.n, b.m));
-            weigh[1][precision].push_back(product(t, r.ld, f.q.S, f.q.ld_S, other, r.ld, b.m, b.n, b.n));
-            std::swap(w, other);
-        }
-        // M = uᵀ(P w) and N = (w S)uᵀ; dL = (M+Mᵀ)L and dR = R(N+Nᵀ)
-        sides[precision].push_back(product(f.q.P, f.q.ld_P, w, r.ld, t, r.ld, b.m, b.n, b.m));
-        sides[precision].push_back(product(w, r.ld, f.q.S, f.q.ld_S, other, r.ld, b.m, b.n, b.n));
-        crosses[precision].push_back(product(x, r.ld, t, r.ld, M, r.ld, b.n, b.n, b.m, Layout::tn));
-        crosses[precision].push_back(product(other, r.ld, x, r.ld, N, r.ld_m, b.m, b.m, b.n, Layout::nt));
-        squares.push_back({M, static_cast<int32_t>(b.n), static_cast<int32_t>(r.ld), 0});
-        squares.push_back({N, static_cast<int32_t>(b.m), static_cast<int32_t>(r.ld_m), 0});
-        Product to_L = product(M, r.ld, f.L.value, b.n, dL, b.n, b.n, b.n, b.n);
-        Product to_R = product(f.R.value, b.m, N, r.ld_m, dR, b.m, b.m, b.m, b.m);
-        to_L.sums = at<Sums>(workspace, r.product_sums);
-        to_R.sums = to_L.sums + tiles(to_L);
-        gradients[precision].push_back(to_L);
-        gradients[precision].push_back(to_R);
-        learn(f.R, dR, b.m * b.m);
-        learn(f.L, dL, b.n * b.n);
+        add_block(products, k, workspace, f, precondition);
+        learn(f.R, offsets_[k].dR, b.m * b.m);
+        learn(f.L, offsets_[k].dL, b.n * b.n);
     }
     all_used({}, steps);
     residual_all(parts_, static_cast<float>(damping), precondition, stream);
-    const auto run = [&](std::vector<Product>(&products)[4]) {
+    const auto run = [&](std::vector<Product>(&some)[4]) {
         for (int precision = 0; precision < 4; ++precision) {
-            multiply_all(products[precision], static_cast<Precision>(precision), stream);
+            multiply_all(some[precision], static_cast<Precision>(precision), stream);
         }
     };
-    run(weigh[0]), run(weigh[1]);
-    run(sides), run(crosses);
-    symmetrise_all(squares, stream);
-    run(gradients);
+    run(products.preconditioned[0]), run(products.preconditioned[1]);
+    run(products.sides), run(products.crosses);
+    symmetrise_all(products.squares, stream);
+    run(products.gradients);
     decide_aux({at<const Sums>(workspace, sums_2_), sums_2_count_, at<const AuxLoss>(workspace, aux_),
                 at<uint8_t>(ok, 0)}, stream);
-    adam_all(lambdas, stream);
+    adam_all(tensors, stream);
     count_all(counters, stream);
 }
 

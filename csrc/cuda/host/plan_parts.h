@@ -1,4 +1,4 @@
-// What the parts of plan.cu share.
+// What plan.cu, plan_theta.cu and plan_lambda.cu share.
 #pragma once
 
 #include <stdexcept>
@@ -10,7 +10,9 @@ namespace fishleg::cuda {
 
 inline int64_t padded(int64_t columns) { return (columns + 3) / 4 * 4; }  // rows at multiples of 16 bytes
 
-inline bool aligned(const float* base, int64_t ld) { return ld % 4 == 0 && reinterpret_cast<uintptr_t>(base) % 16 == 0; }
+inline bool aligned(const float* base, int64_t ld) {
+    return ld % 4 == 0 && reinterpret_cast<uintptr_t>(base) % 16 == 0;
+}
 
 /// The device that the kernels go to, and the caller's afterwards.
 class OnDevice {
@@ -79,8 +81,8 @@ T* at(int64_t workspace, int64_t offset) {
     return reinterpret_cast<T*>(workspace + offset);
 }
 
-inline Product product(const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t M, int64_t N,
-                int64_t K, Layout layout = Layout::nn) {
+inline Product product(const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t M,
+                       int64_t N, int64_t K, Layout layout = Layout::nn) {
     Product p{};
     p.A = A, p.B = B, p.C = C;
     p.lda = static_cast<int32_t>(lda), p.ldb = static_cast<int32_t>(ldb), p.ldc = static_cast<int32_t>(ldc);
