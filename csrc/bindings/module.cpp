@@ -1,4 +1,4 @@
-// Python module fishleg_fast._native: binds, and does nothing else. fishleg_fast/native.py is its face.
+// Python module fishleg_fast._native, whose face is fishleg_fast/backends/native.py.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Compiled part of fishleg_fast; use it through fishleg_fast.native.";
+    m.doc() = "Compiled part of fishleg_fast; not for use from outside the package.";
     m.attr("__version__") = fishleg::build::version;
 
     m.def("features", [] {

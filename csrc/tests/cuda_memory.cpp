@@ -53,12 +53,12 @@ struct Layer {
     std::vector<float*> moments, thetas, gs;
 };
 
-/// A layer (m, n − bias) with its bias, transposed where ``turned``; or a Diagonal.
-Layer layer(Memory& memory, Kind kind, Precision precision, int64_t m, int64_t n, bool bias, bool turned) {
+/// A layer (m, n − bias) with its bias, transposed where ``transposed``; or a Diagonal.
+Layer layer(Memory& memory, Kind kind, Precision precision, int64_t m, int64_t n, bool bias, bool transposed) {
     Layer l{};
     l.layout = {std::to_string(m) + "x" + std::to_string(n), kind, precision, m, n, 1, {}};
     const int64_t columns = n - bias;
-    const std::vector<int64_t> strides = turned ? std::vector<int64_t>{1, m} : std::vector<int64_t>{columns, 1};
+    const std::vector<int64_t> strides = transposed ? std::vector<int64_t>{1, m} : std::vector<int64_t>{columns, 1};
     l.layout.parts.push_back({{m, columns}, strides, strides, Type::f32, Type::f32, 0});
     if (bias) {
         l.layout.parts.push_back({{m}, {1}, {1}, Type::f32, Type::f32, columns});
@@ -90,8 +90,8 @@ struct Layers {
     size_t without_scale;
 
     explicit Layers(Precision precision) {
-        const auto add = [&](Kind kind, int64_t m, int64_t n, bool bias, bool turned) {
-            all.push_back(layer(memory, kind, precision, m, n, bias, turned));
+        const auto add = [&](Kind kind, int64_t m, int64_t n, bool bias, bool transposed) {
+            all.push_back(layer(memory, kind, precision, m, n, bias, transposed));
         };
         add(Kind::kron, 1, 1, false, false);
         add(Kind::kron, 5, 3, true, false);

@@ -215,7 +215,7 @@ void apply(const Block& block, const WorkItem& item, const Pass& pass) {
 }
 
 template <class T>
-Sums any_sums(const Block& block, const WorkItem& item, const Pass& pass, bool with_gradient, bool with_power) {
+Sums dispatch_sums(const Block& block, const WorkItem& item, const Pass& pass, bool with_gradient, bool with_power) {
     switch (block.source) {
         case Source::product: return sums<T, Source::product>(block, item, pass, with_gradient, with_power);
         case Source::low_rank: return sums<T, Source::low_rank>(block, item, pass, with_gradient, with_power);
@@ -226,7 +226,7 @@ Sums any_sums(const Block& block, const WorkItem& item, const Pass& pass, bool w
 }
 
 template <class T>
-void any_apply(const Block& block, const WorkItem& item, const Pass& pass) {
+void dispatch_apply(const Block& block, const WorkItem& item, const Pass& pass) {
     switch (block.source) {
         case Source::product: return apply<T, Source::product>(block, item, pass);
         case Source::low_rank: return apply<T, Source::low_rank>(block, item, pass);
@@ -266,14 +266,15 @@ void for_rows(const AdamTensor& tensor, const AdamSlice& slice, F f) {
 }
 
 template <class T>
-bool any_finite(const AdamTensor& tensor, const AdamSlice& slice) {
+bool all_finite(const AdamTensor& tensor, const AdamSlice& slice) {
     bool all = true;
     for_rows<T>(tensor, slice, [&](const auto* g, int64_t, int64_t count) { all = finite_run<T>(g, count) && all; });
     return all;
 }
 
 template <class T>
-void any_adam(const AdamTensor& tensor, const AdamSlice& slice, double lr, double beta1, double beta2, double eps) {
+void adam_of_slice(const AdamTensor& tensor, const AdamSlice& slice, double lr, double beta1, double beta2,
+                   double eps) {
     const Adam<T> rule = adam_rule<T>(lr, beta1, beta2, eps, tensor.step);
     for_rows<T>(tensor, slice, [&](const auto* g, int64_t begin, int64_t count) {
         adam_run(rule, g, count, static_cast<T*>(tensor.value) + begin, static_cast<T*>(tensor.exp_avg) + begin,
@@ -336,9 +337,11 @@ double inner(const Pair& pair, int64_t begin, int64_t end) {
 #define FISHLEG_TEXT2(x) #x
 #define FISHLEG_TEXT(x) FISHLEG_TEXT2(x)
 extern const Kernels float32_kernels, float64_kernels;
-const Kernels float32_kernels = {FISHLEG_TEXT(FISHLEG_ISA), average<float>, any_sums<float>, any_apply<float>,
-                                 any_finite<float>, any_adam<float>, probe<float>, add<float>, inner};
-const Kernels float64_kernels = {FISHLEG_TEXT(FISHLEG_ISA), average<double>, any_sums<double>, any_apply<double>,
-                                 any_finite<double>, any_adam<double>, probe<double>, add<double>, inner};
+const Kernels float32_kernels = {
+    FISHLEG_TEXT(FISHLEG_ISA), average<float>, dispatch_sums<float>, dispatch_apply<float>, all_finite<float>,
+    adam_of_slice<float>, probe<float>, add<float>, inner};
+const Kernels float64_kernels = {
+    FISHLEG_TEXT(FISHLEG_ISA), average<double>, dispatch_sums<double>, dispatch_apply<double>, all_finite<double>,
+    adam_of_slice<double>, probe<double>, add<double>, inner};
 
 }  // namespace fishleg::cpu::FISHLEG_ISA

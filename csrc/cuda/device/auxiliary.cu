@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(entry_threads, 3) dots_kernel(const __grid_con
     write_sum(sums, shared, p.sums + work.tile);
 }
 
-/// Runs of sums added up by one thread block, for thread 0.
+/// ``count`` sums added up by one thread block, for thread 0.
 __device__ __forceinline__ Sums total(const Sums* sums, int64_t count, Sums* scratch) {
     Sums mine{};
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {

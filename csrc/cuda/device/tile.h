@@ -167,9 +167,10 @@ __device__ __forceinline__ void multiply(Accumulator& acc, const float* a, int a
 }
 
 /// multiply(k, stage) for k = 0, depth, … below ``end``, with copies into the other stage on their way meanwhile.
-/// copy(k, stage) starts those; copy(0, 0) has been called.
+/// copy(k, stage) starts those; copy(0, 0) has been called. By reference, ``end`` stays a kernel's parameter, which takes
+/// no register.
 template <int depth, class Copy, class Multiply>
-__device__ __forceinline__ void double_buffered(int end, Copy copy, Multiply multiply) {
+__device__ __forceinline__ void double_buffered(const int& end, const Copy& copy, const Multiply& multiply) {
     for (int k = 0, stage = 0; k < end; k += depth, stage ^= 1) {
         if (k + depth < end) {
             copy(k + depth, stage ^ 1);

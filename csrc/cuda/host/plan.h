@@ -30,7 +30,7 @@ struct BlockLayout {
     Kind kind;
     Precision precision;
     int64_t m, n;
-    int axis;  // see fishleg_fast/blocks.py
+    int axis;  // see fishleg_fast/model/block.py
     std::vector<PartLayout> parts;
 };
 
