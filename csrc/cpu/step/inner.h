@@ -1,3 +1,4 @@
+// Inner products of lists of vectors.
 #pragma once
 
 #include <vector>

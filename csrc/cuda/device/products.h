@@ -1,4 +1,5 @@
-// Grouped matrix products. Host functions; each is one launch (one for every few hundred products).
+// Grouped matrix products (products.cu), P X S at once (chain.cu) and M + Mᵀ (symmetrise.cu). Host functions; each is one
+// launch (one for every few hundred products).
 #pragma once
 
 #include <vector>
