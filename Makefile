@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools-installed
 INSTALLED := $(VENV)/.package-installed
 NO_EXTENSION := fishleg_fast/_native_build.txt
-BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*)
+BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup test lint train train-resnet convergence bench bench-passes bench-gpu wallclock clean

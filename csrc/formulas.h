@@ -1,6 +1,7 @@
 // The rules of the θ step and of Adam on λ, element by element: the one place for CPU and CUDA kernels.
 //
-// They are those of fishleg_fast/reference/steps.py, which the tests hold them against. T is λ's type: float or double.
+// They are those of the reference backend (fishleg_fast/backends/reference), which the tests hold them against. T is λ's
+// type: float or double.
 #pragma once
 
 #include <cmath>

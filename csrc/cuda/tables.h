@@ -1,4 +1,5 @@
-// What kernels are told: descriptors of matrix products and of parameters, passed by value as kernel parameters.
+// What host code tells the kernels: descriptors of matrix products, of parameters and of decisions, passed by value as
+// kernel parameters.
 #pragma once
 
 #include <cstdint>
@@ -65,11 +66,12 @@ struct AuxLoss;
 struct Part {
     int64_t sizes[most_dims];
     int64_t theta_strides[most_dims], g_strides[most_dims];       // of the parameter and of its gradient
-    int64_t matrix_strides[most_dims], padded_strides[most_dims];  // of (m, n) dense, and with the room's leading dimension
-    void* theta;                                                   // null: keep it
-    const void* g;     // null: zeros
-    const float* scale;  // a factor of g, or null
-    float* momentum;     // all from here on at the part's first entry
+    int64_t matrix_strides[most_dims];  // of (m, n) dense
+    int64_t padded_strides[most_dims];  // and of (m, n) with the workspace's leading dimension
+    void* theta;                        // null: keep it
+    const void* g;        // null: zeros
+    const float* scale;   // a factor of g, or null
+    float* momentum;      // all from here on at the part's first entry
     const float* factor;  // A (m, n) of a Kron or null; d of a Diagonal
     float* x;             // padded
     float* y;             // padded: the block's Q m̂, or the residual w
@@ -94,7 +96,7 @@ struct Part {
 constexpr int tile_entries = 4096;  // of a part, by one thread block
 
 /// One tensor of λ under Adam.
-struct Lambda {
+struct AdamTensor {
     float* value;
     const float* grad;
     float* exp_avg;
@@ -115,16 +117,16 @@ struct Counter {
 };
 
 /// What is known of a block's nat when the step is decided.
-struct Account {
+struct NatStatistics {
     double norm;   // ‖nat‖, corrected
     double power;  // lr₀² m̂ᵀnat, corrected
     double correction;
     int64_t entries;  // m n
-    int32_t still;    // g is all zero
+    int32_t gradient_is_zero;
 };
 
 /// Where one block's sums are: (Σ nat², Σ m̂∘nat, entries of g that are not zero).
-struct Claim {
+struct NatSums {
     const Sums* first;  // of the pass over the parameters
     const Sums* second;  // of the products
     int32_t first_count, second_count;
@@ -133,15 +135,15 @@ struct Claim {
     double step, beta, base_lr;
     int32_t times;              // how often g is averaged into m̂
     int32_t squared;            // both factors of the power are without their bias correction
-    Account* account;
+    NatStatistics* statistics;
     int32_t first_tile;
 };
 
 enum class Normalize : int32_t { none, rms, trust };
 
 /// The decision about a θ step.
-struct ThetaVerdict {
-    const Account* accounts;
+struct ThetaDecision {
+    const NatStatistics* statistics;
     int32_t count;
     Normalize normalize;
     double kappa;
@@ -167,14 +169,14 @@ struct AuxLossJob {
 };
 
 /// The decision about a λ step, from the sums of squares of all gradients.
-struct AuxVerdict {
+struct AuxDecision {
     const Sums* sums;
     int64_t count;
     const AuxLoss* aux;
     uint8_t* ok;
 };
 
-/// ⟨x, y⟩ of two pieces that lie alike, without gaps.
+/// ⟨x, y⟩ of two tensors that lie alike, without gaps.
 struct Pair {
     const void* x;
     const void* y;
@@ -184,7 +186,7 @@ struct Pair {
     int32_t first_tile;
 };
 
-/// The sum of Σ a of all tiles, times up to two factors.
+/// The sum of Σ a of all tiles.
 struct Total {
     const Sums* sums;
     int64_t count;

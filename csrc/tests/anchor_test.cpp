@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/inverse_root.h"
-#include "cpu/moments.h"
+#include "cpu/anchor/inverse_root.h"
+#include "cpu/anchor/moments.h"
 
 using namespace fishleg::cpu;
 
@@ -80,7 +80,8 @@ void anchors(const Engine& engine) {
         CHECK(start_kfac(engine, {same.start()}, 1) == std::vector<char>{1});
         CHECK(layer.R == same.R && layer.L == same.L && layer.columns == same.columns);
         const double pi = std::sqrt(mean_diagonal(layer.columns, n) / mean_diagonal(layer.rows, m));
-        const double close = engine.size == 2 ? 0.2 : 1e-3;  // bfloat16 alone is too coarse, and not used for roots
+        // bfloat16 alone is too coarse, and not used for roots.
+        const double close = engine.element_bytes == 2 ? 0.2 : 1e-3;
         CHECK(distance(layer.rows, layer.R, m, false, 0.1 / pi) < close);
         CHECK(distance(layer.columns, layer.L, n, true, 0.1 * pi) < close);
     }

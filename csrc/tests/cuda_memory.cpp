@@ -4,9 +4,10 @@
 #include <cstdio>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/host/plan.h"
 
 using namespace fishleg::cuda;
 
@@ -52,12 +53,12 @@ struct Layer {
     std::vector<float*> moments, thetas, gs;
 };
 
-/// A layer (m, n − bias) with its bias, transposed where ``turned``; or a Diagonal.
-Layer layer(Memory& memory, Kind kind, Precision precision, int64_t m, int64_t n, bool bias, bool turned) {
+/// A layer (m, n − bias) with its bias, transposed where ``transposed``; or a Diagonal.
+Layer layer(Memory& memory, Kind kind, Precision precision, int64_t m, int64_t n, bool bias, bool transposed) {
     Layer l{};
     l.layout = {std::to_string(m) + "x" + std::to_string(n), kind, precision, m, n, 1, {}};
     const int64_t columns = n - bias;
-    const std::vector<int64_t> strides = turned ? std::vector<int64_t>{1, m} : std::vector<int64_t>{columns, 1};
+    const std::vector<int64_t> strides = transposed ? std::vector<int64_t>{1, m} : std::vector<int64_t>{columns, 1};
     l.layout.parts.push_back({{m, columns}, strides, strides, Type::f32, Type::f32, 0});
     if (bias) {
         l.layout.parts.push_back({{m}, {1}, {1}, Type::f32, Type::f32, columns});
@@ -81,43 +82,60 @@ Layer layer(Memory& memory, Kind kind, Precision precision, int64_t m, int64_t n
 
 bool close(double got, double want, double size) { return std::abs(got - want) <= 2e-2 * size + 1e-6; }
 
-/// All kernels and shapes in ieee; those with tensor cores, which are slow here, on a few.
-void run(Precision precision) {
-    const bool full = precision == Precision::ieee;
+/// Layers of all shapes in ieee; those with tensor cores, which are slow here, are few. Layers with an outer diagonal
+/// are the last.
+struct Layers {
     Memory memory;
-    std::vector<Layer> layers;
-    layers.push_back(layer(memory, Kind::kron, precision, 1, 1, false, false));
-    layers.push_back(layer(memory, Kind::kron, precision, 5, 3, true, false));
-    layers.push_back(layer(memory, Kind::kron, precision, 33, 34, true, true));
-    if (full) {
-        layers.push_back(layer(memory, Kind::kron, precision, 259, 33, true, false));
-        layers.push_back(layer(memory, Kind::kron, precision, 6, 258, false, false));
-        layers.push_back(layer(memory, Kind::kron, precision, 0, 4, false, false));
-        layers.push_back(layer(memory, Kind::diagonal, precision, 67, 63, false, true));
-    }
-    const size_t without_scale = layers.size();
-    layers.push_back(layer(memory, Kind::scaled_kron, precision, 17, 9, true, false));
-    layers.push_back(layer(memory, Kind::scaled_kron, precision, 3, 261, true, false));
+    std::vector<Layer> all;
+    size_t without_scale;
 
-    const auto plan = [&](Op op, size_t count) {
+    explicit Layers(Precision precision) {
+        const auto add = [&](Kind kind, int64_t m, int64_t n, bool bias, bool transposed) {
+            all.push_back(layer(memory, kind, precision, m, n, bias, transposed));
+        };
+        add(Kind::kron, 1, 1, false, false);
+        add(Kind::kron, 5, 3, true, false);
+        add(Kind::kron, 33, 34, true, true);
+        if (precision == Precision::ieee) {
+            add(Kind::kron, 259, 33, true, false);
+            add(Kind::kron, 6, 258, false, false);
+            add(Kind::kron, 0, 4, false, false);
+            add(Kind::diagonal, 67, 63, false, true);
+        }
+        without_scale = all.size();
+        add(Kind::scaled_kron, 17, 9, true, false);
+        add(Kind::scaled_kron, 3, 261, true, false);
+    }
+
+    /// Of the first ``count`` layers.
+    Plan plan(Op op, size_t count) const {
         std::vector<BlockLayout> blocks;
         for (size_t k = 0; k < count; ++k) {
-            blocks.push_back(layers[k].layout);
+            blocks.push_back(all[k].layout);
         }
         return Plan(op, blocks, 0);
-    };
-    const size_t all = layers.size();
+    }
+};
+
+/// Each gradient, without a scale.
+void push_gradients(std::vector<int64_t>& pointers, const Layer& l) {
+    for (float* g : l.gs) {
+        pointers.insert(pointers.end(), {number(g), 0});
+    }
+}
+
+void refresh(Layers& layers) {
     std::vector<int64_t> pointers;
-    for (size_t k = 0; k < without_scale; ++k) {
-        const Layer& l = layers[k];
+    for (size_t k = 0; k < layers.without_scale; ++k) {
+        const Layer& l = layers.all[k];
         const int64_t m = l.layout.m, n = l.layout.n;
         if (l.layout.kind != Kind::diagonal) {
             pointers.insert(pointers.end(), {number(l.R), number(l.L), number(l.P), m, number(l.S), n});
         }
     }
-    plan(Op::refresh, without_scale).refresh(nullptr, pointers);
-    for (size_t k = 0; k < without_scale; ++k) {
-        const Layer& l = layers[k];
+    layers.plan(Op::refresh, layers.without_scale).refresh(nullptr, pointers);
+    for (size_t k = 0; k < layers.without_scale; ++k) {
+        const Layer& l = layers.all[k];
         const int64_t m = l.layout.m, i = m / 2, j = m - 1;
         if (l.layout.kind == Kind::diagonal || m == 0) {
             continue;
@@ -129,98 +147,118 @@ void run(Precision precision) {
         }
         expect(close(l.P[i * m + j], want, size) && l.P[i * m + j] == l.P[j * m + i], "P", l.layout.name);
     }
+}
 
-    pointers.clear();
-    Plan product = plan(Op::qv, all);
-    for (const Layer& l : layers) {
-        const bool diagonal = l.layout.kind == Kind::diagonal;
-        pointers.insert(pointers.end(), {number(diagonal ? l.R : l.P), l.layout.m, number(l.S), l.layout.n, number(l.A), number(l.out)});
-        for (float* g : l.gs) {
-            pointers.insert(pointers.end(), {number(g), 0});
+/// The last entry of Q u: what it should be, and the sum of its terms' magnitudes.
+std::pair<double, double> wanted_product(const Layer& l) {
+    const int64_t m = l.layout.m, n = l.layout.n, i = m - 1, j = n - 1;
+    const auto u = [&](int64_t i, int64_t j) {
+        const PartLayout& weight = l.layout.parts[0];
+        const bool bias = j == weight.shape[1];
+        const double g = bias ? l.gs[1][i] : l.gs[0][i * weight.g_strides[0] + j * weight.g_strides[1]];
+        return l.A ? g * l.A[i * n + j] : g;
+    };
+    if (l.layout.kind == Kind::diagonal) {
+        const double want = u(i, j) * l.R[i * n + j] * l.R[i * n + j];
+        return {want, std::abs(want)};
+    }
+    double want = 0, size = 0;
+    for (int64_t a = 0; a < m; ++a) {
+        for (int64_t b = 0; b < n; ++b) {
+            const double term = l.P[i * m + a] * u(a, b) * l.S[b * n + j] * (l.A ? l.A[i * n + j] : 1);
+            want += term, size += std::abs(term);
         }
     }
-    product.qv(nullptr, number(memory.bytes(product.workspace_bytes)), pointers);
-    for (const Layer& l : layers) {
+    return {want, size};
+}
+
+void qv(Layers& layers) {
+    std::vector<int64_t> pointers;
+    Plan plan = layers.plan(Op::qv, layers.all.size());
+    for (const Layer& l : layers.all) {
+        const bool diagonal = l.layout.kind == Kind::diagonal;
+        pointers.insert(pointers.end(), {number(diagonal ? l.R : l.P), l.layout.m, number(l.S), l.layout.n,
+                                         number(l.A), number(l.out)});
+        push_gradients(pointers, l);
+    }
+    plan.qv(nullptr, number(layers.memory.bytes(plan.workspace_bytes)), pointers);
+    for (const Layer& l : layers.all) {
         const int64_t m = l.layout.m, n = l.layout.n;
         if (m == 0) {
             continue;
         }
-        const auto u = [&](int64_t i, int64_t j) {
-            const PartLayout& weight = l.layout.parts[0];
-            const bool bias = j == weight.shape[1];
-            const double g = bias ? l.gs[1][i] : l.gs[0][i * weight.g_strides[0] + j * weight.g_strides[1]];
-            return l.A ? g * l.A[i * n + j] : g;
-        };
-        const int64_t i = m - 1, j = n - 1;
-        double want = 0, size = 0;
-        if (l.layout.kind == Kind::diagonal) {
-            want = u(i, j) * l.R[i * n + j] * l.R[i * n + j], size = std::abs(want);
-        } else {
-            for (int64_t a = 0; a < m; ++a) {
-                for (int64_t b = 0; b < n; ++b) {
-                    const double term = l.P[i * m + a] * u(a, b) * l.S[b * n + j] * (l.A ? l.A[i * n + j] : 1);
-                    want += term, size += std::abs(term);
-                }
-            }
-        }
-        expect(close(l.out[i * n + j], want, size), "Q u", l.layout.name);
+        const auto [want, size] = wanted_product(l);
+        expect(close(l.out[(m - 1) * n + n - 1], want, size), "Q u", l.layout.name);
     }
+}
 
-    for (const bool after : {false, true}) {
-        if (after && !full) {
-            break;
+void theta_step(Layers& layers, bool after) {
+    const size_t all = layers.all.size();
+    Plan step = layers.plan(Op::theta, all);
+    std::vector<int64_t> pointers;
+    std::vector<double> numbers;
+    for (const Layer& l : layers.all) {
+        const bool diagonal = l.layout.kind == Kind::diagonal;
+        pointers.insert(pointers.end(), {number(l.momentum), number(diagonal ? l.R : l.P), l.layout.m, number(l.S),
+                                         l.layout.n, number(l.A), number(l.step)});
+        push_gradients(pointers, l);
+        numbers.insert(numbers.end(), {0.9, 0.1, 0});
+        for (float* theta : l.thetas) {
+            pointers.insert(pointers.end(), {number(theta), 0});
+            numbers.insert(numbers.end(), {0.1, 0.01});
         }
-        Plan step = plan(Op::theta, all);
-        pointers.clear();
-        std::vector<double> numbers;
-        for (const Layer& l : layers) {
-            const bool diagonal = l.layout.kind == Kind::diagonal;
-            pointers.insert(pointers.end(), {number(l.momentum), number(diagonal ? l.R : l.P), l.layout.m, number(l.S),
-                                             l.layout.n, number(l.A), number(l.step)});
-            for (float* g : l.gs) {
-                pointers.insert(pointers.end(), {number(g), 0});
-            }
-            numbers.insert(numbers.end(), {0.9, 0.1, 0});
-            for (float* theta : l.thetas) {
-                pointers.insert(pointers.end(), {number(theta), 0});
-                numbers.insert(numbers.end(), {0.1, 0.01});
-            }
-        }
-        float* const norms = memory.floats(static_cast<int64_t>(all));
-        char* const ok = memory.bytes(1);
-        step.theta_step(nullptr, number(memory.bytes(step.workspace_bytes)), pointers, numbers, after, 1 + after,
-                        after ? Normalize::trust : Normalize::rms, 1e-3, number(norms), 0, number(ok));
-        expect(*ok == 1 && *layers[0].step == 1 + after, "θ step", "all");
     }
+    float* const norms = layers.memory.floats(static_cast<int64_t>(all));
+    char* const ok = layers.memory.bytes(1);
+    step.theta_step(nullptr, number(layers.memory.bytes(step.workspace_bytes)), pointers, numbers, after, 1 + after,
+                    after ? Normalize::trust : Normalize::rms, 1e-3, number(norms), 0, number(ok));
+    expect(*ok == 1 && *layers.all[0].step == 1 + after, "θ step", "all");
+}
 
-    Plan learn = plan(Op::lambda, without_scale);
-    pointers.clear();
-    const std::vector<double> steps(without_scale, 0.0);
-    for (size_t k = 0; k < without_scale; ++k) {
-        const Layer& l = layers[k];
-        pointers.insert(pointers.end(), {number(l.P), l.layout.m, number(l.S), l.layout.n, number(l.R), number(l.moments[0]),
-                                         number(l.moments[1]), number(l.L), number(l.moments[2]),
-                                         number(l.moments[3]), number(l.v), number(l.fv), number(l.aux_step)});
-        for (float* g : l.gs) {
-            pointers.insert(pointers.end(), {number(g), 0});
-        }
+void lambda_steps(Layers& layers) {
+    Plan learn = layers.plan(Op::lambda, layers.without_scale);
+    std::vector<int64_t> pointers;
+    const std::vector<double> steps(layers.without_scale, 0.0);
+    for (size_t k = 0; k < layers.without_scale; ++k) {
+        const Layer& l = layers.all[k];
+        pointers.insert(pointers.end(), {number(l.P), l.layout.m, number(l.S), l.layout.n, number(l.R),
+                                         number(l.moments[0]), number(l.moments[1]), number(l.L),
+                                         number(l.moments[2]), number(l.moments[3]), number(l.v), number(l.fv),
+                                         number(l.aux_step)});
+        push_gradients(pointers, l);
     }
-    char* const workspace = memory.bytes(learn.workspace_bytes);
-    float* const loss = memory.floats(2);
-    char* const ok = memory.bytes(1);
+    char* const workspace = layers.memory.bytes(learn.workspace_bytes);
+    float* const loss = layers.memory.floats(2);
+    char* const ok = layers.memory.bytes(1);
     for (const bool precondition : {false, true}) {
         learn.aux_loss(nullptr, number(workspace), pointers, 0.1, precondition, number(loss), number(loss + 1));
         learn.aux_update(nullptr, number(workspace), steps, 0.1, precondition, 1e-3, 0, 0.9, 0.999, 1e-8, number(ok));
-        expect(*ok == 1 && *layers[0].aux_step == 1 + precondition, "λ step", "all");
+        expect(*ok == 1 && *layers.all[0].aux_step == 1 + precondition, "λ step", "all");
     }
+}
 
-    const std::vector<int64_t> two{number(layers[2].gs[0]), number(layers[2].gs[0])}, count{33 * 33}, types{0, 0};
-    inner(0, nullptr, two, count, types, number(memory.bytes(sizeof(Sums))), 0, number(loss));
+void inner_product(Layers& layers) {
+    const float* const g = layers.all[2].gs[0];
+    const std::vector<int64_t> two{number(g), number(g)}, count{33 * 33}, types{0, 0};
+    float* const found = layers.memory.floats(1);
+    inner(0, nullptr, two, count, types, number(layers.memory.bytes(sizeof(Sums))), 0, number(found));
     double want = 0;
     for (int64_t i = 0; i < count[0]; ++i) {
-        want += static_cast<double>(layers[2].gs[0][i]) * layers[2].gs[0][i];
+        want += static_cast<double>(g[i]) * g[i];
     }
-    expect(close(*loss, want, 1e-4 * want), "inner product", "all");
+    expect(close(*found, want, 1e-4 * want), "inner product", "all");
+}
+
+void run(Precision precision) {
+    Layers layers(precision);
+    refresh(layers);
+    qv(layers);
+    theta_step(layers, false);
+    if (precision == Precision::ieee) {
+        theta_step(layers, true);
+    }
+    lambda_steps(layers);
+    inner_product(layers);
 }
 
 }  // namespace

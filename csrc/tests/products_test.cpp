@@ -1,5 +1,5 @@
 // Packed products on every engine that this processor has, in memory of just the size, against loops in double.
-#include "cpu/products.h"
+#include "cpu/gemm/products.h"
 
 #include <algorithm>
 #include <cmath>
@@ -88,9 +88,9 @@ void add(const Engine& engine) {
     std::vector<float> once(panel * panel, NAN), twice;
     alignas(64) char saved[64];
     engine.enter(saved);
-    engine.block(left.data.get(), right.data.get(), 70, panel, panel, once.data(), panel, false);
+    engine.microkernel(left.data.get(), right.data.get(), 70, panel, panel, once.data(), panel, false);
     twice = once;
-    engine.block(left.data.get(), right.data.get(), 70, panel, panel, twice.data(), panel, true);
+    engine.microkernel(left.data.get(), right.data.get(), 70, panel, panel, twice.data(), panel, true);
     engine.leave(saved);
     bool ok = true;
     for (int64_t e = 0; e < panel * panel; ++e) ok = ok && twice[e] == 2 * once[e];

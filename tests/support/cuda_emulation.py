@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the CPU (csrc/tests/cuda_on_cpu.h), as a Python module that fishleg_fast.cuda can use.
+"""The CUDA kernels compiled for the CPU (csrc/tests/cuda_on_cpu.h), as a Python module that the CUDA backend can use.
 
 What runs so is the plan, every kernel's index arithmetic and sums, and its barriers: not races, and not hardware.
 """
@@ -22,8 +22,8 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = [p for p in sorted((ROOT / "csrc/cuda").glob("*.cu")) if p.name != "device_status.cu"]
-MODULE = [ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/tests/cuda_module.cpp"]
+KERNELS = [p for p in sorted((ROOT / "csrc/cuda").rglob("*.cu")) if p.name != "device_status.cu"]
+MODULE = [ROOT / "csrc/bindings/cuda.cpp", ROOT / "csrc/tests/cuda_module.cpp"]
 FLAGS = [
     "-x", "c++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFISHLEG_CUDA_ON_CPU", f"-I{ROOT / 'csrc'}",
@@ -38,7 +38,8 @@ def compiler() -> str | None:
 def fingerprint(*more: str) -> str:
     """Of all that the build depends on."""
     digest = hashlib.sha256(" ".join([*more, *FLAGS, sys.version]).encode())
-    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/tests/cuda_*")]):
+    folders = ("csrc/*.h", "csrc/bindings/*", "csrc/cuda/**/*.*", "csrc/tests/cuda_*")
+    for path in sorted(path for folder in folders for path in ROOT.glob(folder)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Anchoring of Kron blocks by packed products (csrc/cpu/moments.h and inverse_root.h), all blocks in two calls.
+"""Anchoring of Kron blocks by packed products (csrc/cpu/anchor), all blocks in two calls.
 
 For ``precision="medium"`` moments are averaged from operands rounded to bfloat16, of which they stay positive
 semi-definite. Their roots are not made so: an error in Q relative to its norm would spoil the directions in which Q is

@@ -1,4 +1,4 @@
-"""Products of packed matrices by the extension (csrc/cpu/products.h), in thin Python.
+"""Products of packed matrices by the extension (csrc/cpu/gemm/products.h), in thin Python.
 
 A matrix is packed once, as a left or a right operand, and used often. What is to be done is collected in a ``Batch``,
 and done in one call, on torch's threads.
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import native
 
-LEFT, RIGHT = 0, 1  # Side of csrc/cpu/products.h
-MATRIX = 0  # Target there; 1 and 2 are the sides
+LEFT, RIGHT = 0, 1  # Side of csrc/cpu/gemm/engine.h
+MATRIX = 0  # Target of csrc/cpu/gemm/products.h; 1 and 2 are the sides
 ENGINES = {torch.bfloat16: "amx", torch.float32: "avx512"}  # operands' dtype -> what multiplies them
 MATRIX_UNITS = {"amx"}  # which make a low-rank product faster than memory gives it back
 

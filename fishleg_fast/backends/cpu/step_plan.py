@@ -1,4 +1,4 @@
-"""The C++ plan of a list of blocks: made once, and told in each step what has moved (csrc/cpu/plan.h).
+"""The C++ plan of a list of blocks: made once, and told in each step what has moved (csrc/cpu/step/step_plan.h).
 
 As long as parameters stay where they are, and gradients are matrices in memory of the type they had, a step hands over
 the gradients' addresses. Anything else, a gradient in another layout for one, is described anew.
@@ -25,7 +25,7 @@ from ..reference.products import common_dtype
 
 
 class Source(IntEnum):
-    """What a block's natural gradient is made of, as csrc/cpu numbers them."""
+    """What a block's natural gradient is made of, as csrc/cpu/step/table.h numbers them."""
 
     PRODUCT = 0
     LOW_RANK = 1
@@ -34,7 +34,7 @@ class Source(IntEnum):
     AFTER_DIAGONAL = 4
 
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype of csrc/cpu/table.h
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype of csrc/cpu/step/table.h
 
 View = tuple[int, int, int, int]  # address, row stride, column stride, dtype
 _NOWHERE: View = (0, 0, 0, 0)
@@ -63,7 +63,7 @@ class StepPlan:
         self.dtype = common_dtype(blocks)
         self.moved: list[Any] = self.params  # those that have a gradient
         names = [(block.name, CODES[block.dtype]) for block in blocks]
-        self.native = native.extension().Plan([n + s for n, s in zip(names, self._shapes, strict=True)])
+        self.native = native.extension().StepPlan([n + s for n, s in zip(names, self._shapes, strict=True)])
         self._diagonals = [b.structure.fishleg_aux["d"] if type(b.structure) is Diagonal else None for b in blocks]
         state = [t for block in blocks for t in (block.momentum, block.step)]
         self._kept: list[Any] = [t.untyped_storage() for t in (*state, *self._diagonals) if t is not None]

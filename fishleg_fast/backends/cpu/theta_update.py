@@ -87,7 +87,7 @@ def _give_packed(plan: StepPlan, gs: Sequence[Matrix], mine: Sequence[int]) -> N
         for k, b, (left, right) in zip(low_rank, blocks, products, strict=True):
             scratch_at, product_at = packed_products.scratch_address(b), b.buffers()[0].data_ptr()
             rows.append((k, left.address, right.address, left.columns, scratch_at, product_at))
-        plan.native.give_panels(packed_operator(blocks[0]).engine, rows)
+        plan.native.give_packed(packed_operator(blocks[0]).engine, rows)
 
 
 def _low_rank_natural(block: Block, g: LowRank) -> Tensor:

@@ -20,7 +20,7 @@ PRECISIONS = {"ieee": 0, "tf32x3": 1, "tf32": 2, "bf16": 3}
 MOST_DIMS = 4
 LARGE = 1024  # from here on in both sides torch's own products are taken to be faster: not measured yet
 
-UNCOVERED = 0  # of csrc/cuda/plan.h's Kind; the others:
+UNCOVERED = 0  # of csrc/cuda/host/plan.h's Kind; the others:
 _KINDS = ((KRON, 1), (KRON_SCALED, 2), (DIAGONAL, 3))
 
 

@@ -18,7 +18,7 @@ from .runtime import runtime
 
 
 class Op(IntEnum):
-    """As csrc/cuda/plan.h numbers them."""
+    """As csrc/cuda/host/plan.h numbers them."""
 
     THETA = 0
     LAMBDA = 1
@@ -117,7 +117,7 @@ class Plan:
 
 
 def described(op: Op, block: Block, facts: BlockFacts, view: GradientViews | None) -> tuple:
-    """A block as csrc/cuda/bindings.cpp takes it."""
+    """A block as csrc/bindings/cuda.cpp takes it."""
     precision = PRECISIONS[block.structure.precision]
     if op is Op.REFRESH:
         return block.name, facts.kind, precision, *block.shape, block.axis, ()

@@ -1,0 +1,83 @@
+// What every kernel file needs: shared memory, a thread block's work, sums in an order that is always the same.
+#pragma once
+
+#include "cuda/launch.h"
+#include "formulas.h"
+
+namespace fishleg::cuda {
+
+constexpr int warp_size = 32;
+
+#if !defined(FISHLEG_CUDA_ON_CPU)  // which has its own
+#define FISHLEG_SHARED(T, name)                                       \
+    extern __shared__ __align__(16) unsigned char fishleg_shared[];   \
+    T* const name = reinterpret_cast<T*>(fishleg_shared)
+#endif
+
+/// The item of a tile: the last whose ``first_tile`` is not beyond it.
+template <class Item>
+__device__ __forceinline__ int item_of(const Table<Item>& table, int tile) {
+    int low = 0, high = table.count;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (table.items[middle].first_tile <= tile) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+/// What a thread block works on.
+template <class Item>
+struct Work {
+    const Item& item;
+    int tile;  // of the item's
+};
+
+template <class Item>
+__device__ __forceinline__ Work<Item> work_of(const Table<Item>& table) {
+    const int number = static_cast<int>(blockIdx.x);
+    const Item& item = table.items[item_of(table, number)];
+    return {item, number - item.first_tile};
+}
+
+__device__ __forceinline__ bool finite(double x) { return x - x == 0; }
+
+__device__ __forceinline__ Sums operator+(Sums x, Sums y) { return {x.a + y.a, x.b + y.b, x.c + y.c}; }
+
+__device__ __forceinline__ Sums shuffled(Sums x, int offset) {
+    return {__shfl_down_sync(0xffffffffu, x.a, offset), __shfl_down_sync(0xffffffffu, x.b, offset),
+            __shfl_down_sync(0xffffffffu, x.c, offset)};
+}
+
+/// Sum over the thread block, for thread 0. ``scratch``: shared memory for one Sums a warp, free to be overwritten.
+__device__ __forceinline__ Sums block_sum(Sums mine, Sums* scratch) {
+#pragma unroll
+    for (int offset = warp_size / 2; offset > 0; offset /= 2) {
+        mine = mine + shuffled(mine, offset);
+    }
+    const int warps = static_cast<int>(blockDim.x) / warp_size, t = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (t % warp_size == 0) {
+        scratch[t / warp_size] = mine;
+    }
+    __syncthreads();
+    if (t == 0) {
+        for (int w = 1; w < warps; ++w) {
+            mine = mine + scratch[w];
+        }
+    }
+    return mine;
+}
+
+/// Sum over the thread block into ``to``.
+__device__ __forceinline__ void write_sum(Sums mine, Sums* scratch, Sums* to) {
+    mine = block_sum(mine, scratch);
+    if (threadIdx.x == 0) {
+        *to = mine;
+    }
+}
+
+}  // namespace fishleg::cuda

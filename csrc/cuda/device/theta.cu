@@ -1,0 +1,232 @@
+// The θ step's passes over parameters, and the decision whether, and how far, to step.
+#include "cuda/device/theta.h"
+
+#include "cuda/device/entries.h"
+#include "cuda/launch.h"
+
+namespace fishleg::cuda {
+namespace {
+
+constexpr size_t shared_bytes = entry_threads / warp_size * sizeof(Sums);
+
+/// What is read of one entry.
+struct Entry {
+    float g, momentum, factor, y, theta;
+};
+
+__device__ __forceinline__ float scaled(const Part& p, float g) { return p.scale ? g * *p.scale : g; }
+
+__device__ __forceinline__ float gradient(const Part& p, const Place& at) {
+    return p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
+}
+
+/// What m averages: g, or Q g where momentum is "after".
+template <bool after>
+__device__ __forceinline__ float averaged(const Part& p, const Entry& e) {
+    return !after ? e.g : p.diagonal ? e.factor * e.factor * e.g : e.y;
+}
+
+/// Before the products: x = A∘m̂ (A∘g where momentum is "after"), whether g is zero, and all of a Diagonal's nat.
+template <bool after>
+__global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_constant__ Table<Part> table) {
+    FISHLEG_SHARED(Sums, shared);
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
+    Sums sums{};
+    for_entries<Entry>(
+        p, work.tile,
+        [&](const Place& at) {
+            Entry e{};
+            e.g = gradient(p, at);
+            e.momentum = p.momentum[at.matrix];
+            e.factor = p.factor ? p.factor[at.matrix] : 1;
+            return e;
+        },
+        [&](const Place& at, const Entry& e) {
+            sums.c += e.g != 0;
+            const float ahead = lerp(e.momentum, averaged<after>(p, e), p.lead_weight);
+            if (p.diagonal) {
+                const float nat = after ? ahead : e.factor * e.factor * ahead;
+                sums.a += static_cast<double>(nat) * nat;
+                sums.b += static_cast<double>(after ? e.g : ahead) * nat;
+            } else {
+                p.x[at.padded] = e.factor * (after ? e.g : ahead);
+            }
+        });
+    write_sum(sums, shared, p.sums + work.tile);
+}
+
+/// x = A∘u of Kronecker blocks; all of a Diagonal's Q u.
+__global__ void __launch_bounds__(entry_threads, 3) gather_kernel(const __grid_constant__ Table<Part> table) {
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
+    for_entries<Entry>(
+        p, work.tile,
+        [&](const Place& at) {
+            Entry e{};
+            e.g = gradient(p, at);
+            e.factor = p.factor ? p.factor[at.matrix] : 1;
+            return e;
+        },
+        [&](const Place& at, const Entry& e) {
+            if (p.diagonal) {
+                p.grad[at.matrix] = e.factor * e.factor * e.g;
+            } else {
+                p.x[at.padded] = e.factor * e.g;
+            }
+        });
+}
+
+/// After the products, where momentum is "after": nat = m̂ of Kronecker blocks, from y = Q g.
+__global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_constant__ Table<Part> table) {
+    FISHLEG_SHARED(Sums, shared);
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
+    Sums sums{};
+    for_entries<Entry>(
+        p, work.tile,
+        [&](const Place& at) {
+            Entry e{};
+            e.g = gradient(p, at);
+            e.momentum = p.momentum[at.matrix];
+            e.y = p.y[at.padded];
+            return e;
+        },
+        [&](const Place&, const Entry& e) {
+            sums.c += e.g != 0;
+            const float nat = lerp(e.momentum, e.y, p.lead_weight);
+            sums.a += static_cast<double>(nat) * nat;
+            sums.b += static_cast<double>(e.g) * nat;
+        });
+    write_sum(sums, shared, p.sums + work.tile);
+}
+
+/// m ← βm + (1−β)g and θ ← θ − lr·(c·nat + wd·θ), where the step is taken.
+template <bool after>
+__global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_constant__ Table<Part> table) {
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
+    if (!*p.ok) {
+        return;
+    }
+    const float lr = p.lr_pointer ? *p.lr_pointer : p.lr;
+    const float move = static_cast<float>(lr * *p.step_scale), decay = lr * p.decay;
+    for_entries<Entry>(
+        p, work.tile,
+        [&](const Place& at) {
+            Entry e{};
+            e.g = gradient(p, at);
+            e.momentum = p.momentum[at.matrix];
+            e.factor = p.diagonal ? p.factor[at.matrix] : 1;
+            e.y = p.diagonal ? 0 : p.y[at.padded];
+            e.theta = p.theta ? read(p.theta, p.theta_type, at.theta) : 0;
+            return e;
+        },
+        [&](const Place& at, const Entry& e) {
+            const float x = averaged<after>(p, e), ahead = lerp(e.momentum, x, p.lead_weight);
+            const float nat = after ? ahead : p.diagonal ? e.factor * e.factor * ahead : e.y;
+            p.momentum[at.matrix] = lerp(e.momentum, x, p.weight);
+            if (p.theta) {
+                write(p.theta, p.theta_type, at.theta, moved(e.theta, nat, move, decay));
+            }
+        });
+}
+
+constexpr int sum_threads = 256;
+
+/// A thread block adds up one block's tiles.
+__global__ void __launch_bounds__(sum_threads) nat_statistics_kernel(const __grid_constant__ Table<NatSums> table) {
+    FISHLEG_SHARED(Sums, shared);
+    const NatSums& nat = table.items[blockIdx.x];
+    Sums sums{};
+    for (int i = static_cast<int>(threadIdx.x); i < nat.first_count; i += sum_threads) {
+        sums = sums + nat.first[i];
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < nat.second_count; i += sum_threads) {
+        sums = sums + nat.second[i];
+    }
+    sums = block_sum(sums, shared);
+    if (threadIdx.x == 0) {
+        const double step = nat.step_pointer ? *nat.step_pointer : nat.step;
+        const double correction = 1 - pow(nat.beta, step + nat.times);
+        const double powers = nat.squared ? correction * correction : correction;
+        *nat.statistics = {sqrt(sums.a) / correction, sums.b / powers * nat.base_lr * nat.base_lr, correction,
+                           nat.entries, sums.c == 0};
+    }
+}
+
+/// One thread block, all blocks' statistics.
+__global__ void __launch_bounds__(sum_threads) theta_decision_kernel(const __grid_constant__ ThetaDecision decision) {
+    FISHLEG_SHARED(Sums, shared);
+    const int t = static_cast<int>(threadIdx.x);
+    Sums sums{};  // a: norms that are not finite; b: Σ lr₀² m̂ᵀnat
+    for (int k = t; k < decision.count; k += sum_threads) {
+        const NatStatistics& statistics = decision.statistics[k];
+        decision.norms[k] = static_cast<float>(statistics.norm);
+        if (decision.wide_norms) {
+            decision.wide_norms[k] = statistics.norm;
+        }
+        sums.a += !finite(static_cast<float>(statistics.norm));
+        sums.b += statistics.power;
+    }
+    sums = block_sum(sums, shared);
+    double* const power = reinterpret_cast<double*>(shared);
+    __syncthreads();
+    if (t == 0) {
+        *decision.ok = sums.a == 0;
+        *power = sums.b;
+    }
+    __syncthreads();
+    for (int k = t; k < decision.count; k += sum_threads) {
+        const NatStatistics& statistics = decision.statistics[k];
+        double c = 1;
+        if (decision.normalize == Normalize::rms) {
+            c = rms_scale(statistics.norm, statistics.entries, statistics.gradient_is_zero);
+        } else if (decision.normalize == Normalize::trust) {
+            c = trust_scale(*power, decision.kappa);
+        }
+        decision.scales[k] = c / statistics.correction;
+    }
+}
+
+__global__ void count_kernel(const __grid_constant__ Table<Counter> table) {
+    const Counter& c = table.items[blockIdx.x];
+    if (threadIdx.x == 0 && *c.ok) {
+        *c.value += 1;
+    }
+}
+
+}  // namespace
+
+int64_t tiles(const Part& p) { return (p.count + tile_entries - 1) / tile_entries; }
+
+void prepare_all(std::vector<Part>& parts, bool after, Stream stream) {
+    launch_all("prepare", after ? prepare_kernel<true> : prepare_kernel<false>, parts,
+               [](const Part& p) { return tiles(p); }, entry_threads, shared_bytes, stream);
+}
+
+void gather_all(std::vector<Part>& parts, Stream stream) {
+    launch_all("gather", gather_kernel, parts, [](const Part& p) { return tiles(p); }, entry_threads, 0, stream);
+}
+
+void measure_all(std::vector<Part>& parts, Stream stream) {
+    launch_all("measure", measure_kernel, parts, [](const Part& p) { return p.diagonal ? 0 : tiles(p); },
+               entry_threads, shared_bytes, stream);
+}
+
+void update_all(std::vector<Part>& parts, bool after, Stream stream) {
+    launch_all("update", after ? update_kernel<true> : update_kernel<false>, parts,
+               [](const Part& p) { return tiles(p); }, entry_threads, 0, stream);
+}
+
+void decide_theta(std::vector<NatSums>& nat_sums, const ThetaDecision& decision, Stream stream) {
+    launch_all("nat_statistics", nat_statistics_kernel, nat_sums, [](const NatSums&) { return int64_t{1}; },
+               sum_threads, shared_bytes, stream);
+    launch("theta_decision", theta_decision_kernel, 1, sum_threads, shared_bytes, stream, decision);
+}
+
+void count_all(std::vector<Counter>& counters, Stream stream) {
+    launch_all("count", count_kernel, counters, [](const Counter&) { return int64_t{1}; }, warp_size, 0, stream);
+}
+
+}  // namespace fishleg::cuda
