@@ -26,7 +26,7 @@ class Part:
 
 
 def _empty() -> Tensor:
-    return torch.zeros(())
+    return torch.zeros((), dtype=torch.float32)
 
 
 class BackendState:
@@ -122,12 +122,12 @@ class Block:
         """Zeroed state on the parameters' device; the counters stay on the CPU unless ``on_device``."""
         device = self.parts[0].param.device
         counters = device if on_device else torch.device("cpu")
-        self.step, self.aux_step = torch.zeros((), device=counters), torch.zeros((), device=counters)
+        self.step, self.aux_step = (torch.zeros((), dtype=torch.float32, device=counters) for _ in range(2))
         self.momentum = torch.zeros(self.shape, dtype=self.dtype, device=device)
         self.exp_avg = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
         self.exp_avg_sq = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
         self.moments = self.structure.new_moments()
-        self.moments_weight = torch.zeros(())
+        self.moments_weight = _empty()
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """``product`` and scratch memory, of the momentum's shape, made at the first call."""

@@ -1,0 +1,94 @@
+"""A checkpoint written by an earlier version, before the package had folders, loads and trains on.
+
+tests/data/flat-modules.pt: the optimizer's state_dict after five steps of ``train`` below, the model's before and after
+five more, and all batches. Written at commit a13e9b6 with backend="cpp", torch 2.13.0, in float64.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fishleg_fast import CategoricalLikelihood, FishLeg, SumKron
+from support.dense import relative
+
+WRITTEN = Path(__file__).with_name("data") / "flat-modules.pt"
+
+
+class Net(nn.Module):
+    """A layer of each kind, with low-rank gradients and dense ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+        self.conv = nn.Conv1d(6, 4, 3, padding=1)
+        self.wide = nn.Linear(4, 24)
+        self.summed = nn.Linear(24, 9)
+        self.diagonal = nn.Linear(9, 7)
+        self.head = nn.Linear(7, 5)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = torch.tanh(self.wide(self.conv(x.mT).mean(-1)))
+        return self.head(torch.tanh(self.diagonal(torch.tanh(self.summed(x))))) * self.scale
+
+
+def fishleg(net: Net, backend: str) -> FishLeg:
+    structure = {"summed": partial(SumKron, terms=2), "head": "diagkron", "diagonal": "diagonal", "*": "kron"}
+    wide = {"params": [*net.wide.parameters()], "lr": 0.02, "weight_decay": 0.1}
+    rest = {"params": [p for name, p in net.named_parameters() if not name.startswith("wide")]}
+    return FishLeg(
+        net, likelihood=CategoricalLikelihood(), params=[wide, rest], lr=1e-2, structure=structure, update_aux_every=2,
+        anchor_every=4, max_factor_size=16, seed=3, backend=backend,
+    )  # fmt: skip
+
+
+def train(net: Net, optimizer: FishLeg, batches: list[tuple[Tensor, Tensor]]) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        CategoricalLikelihood().nll(y, net(x)).backward()
+        optimizer.step()
+
+
+def leaves(state: Any, path: str = "") -> dict[str, Any]:
+    """Everything in nested dicts and lists, by where it is."""
+    if isinstance(state, (dict, list)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, value in items for k, v in leaves(value, f"{path}/{key}").items()}
+    return {path: state}
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def resumed(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Net, FishLeg]:
+    written = torch.load(WRITTEN, weights_only=True)
+    net = Net().double()
+    net.load_state_dict(written["model"])
+    optimizer = fishleg(net, request.param)
+    optimizer.load_state_dict(written["optimizer"])
+    return written, net, optimizer
+
+
+def test_the_layout_and_every_number_are_as_they_were(resumed: tuple[dict[str, Any], Net, FishLeg]) -> None:
+    written, _, optimizer = resumed
+    old, new = leaves(written["optimizer"]), leaves(optimizer.state_dict())
+    assert list(old) == list(new)
+    assert any("/product" in path for path in old) and any("/q/" in path for path in old)
+    for path, value in old.items():
+        assert torch.equal(new[path], value) if isinstance(value, Tensor) else new[path] == value, path
+
+
+def test_training_goes_on_as_it_did(resumed: tuple[dict[str, Any], Net, FishLeg]) -> None:
+    written, net, optimizer = resumed
+    train(net, optimizer, written["batches"][5:])
+    for name, want in written["model_after_five_more_steps"].items():
+        moved = want - written["model"][name]
+        assert relative(net.state_dict()[name] - written["model"][name], moved) <= 1e-8, name
