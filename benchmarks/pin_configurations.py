@@ -1,4 +1,4 @@
-"""Derive the table of pinned tiles (kernels/configurations.py) on this machine's GPU.
+"""Derive the table of pinned tiles (kernels/host/configurations.py) on this machine's GPU.
 
     python benchmarks/pin_configurations.py [--class small] [--precision tf32]
 
@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from fishleg_fast.blocks import Block, Part
-from fishleg_fast.kernels import backend, configurations
-from fishleg_fast.kernels.configurations import TILES, Tile
+from fishleg_fast.kernels import backend
+from fishleg_fast.kernels.host import configurations
+from fishleg_fast.kernels.host.configurations import TILES, Tile
 from fishleg_fast.structures import Kron
 
 SIDES = [(32, 32), (64, 32), (64, 64), (128, 64), (64, 128), (128, 128), (256, 128)]

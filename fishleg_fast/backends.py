@@ -20,6 +20,9 @@ BACKENDS = {
     "cuda": "fishleg_fast.cuda",
 }
 
+# A module that answers for a backend whose own needs what may not be installed.
+AVAILABILITY = {"triton": "fishleg_fast.kernels.availability"}
+
 _log = logging.getLogger("fishleg_fast")
 _told: set[tuple[str, str]] = set()
 
@@ -32,7 +35,7 @@ def available(name: str, device: torch.device | None = None, dtype: torch.dtype 
     if name not in BACKENDS:
         raise ValueError(f"backend should be one of {sorted(BACKENDS)} or None but is: {name!r}")
     try:
-        module = importlib.import_module(BACKENDS[name])
+        module = importlib.import_module(AVAILABILITY.get(name, BACKENDS[name]))
     except ImportError as error:
         return False, f"it cannot be imported: {error}"
     return module.available(device, dtype)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from fishleg_fast import backends, reference
-from fishleg_fast.kernels import backend
 
 pytest.importorskip("triton")
+from fishleg_fast.kernels import backend
+
 HERE = Path(__file__).parent
 OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "anchor"]
 

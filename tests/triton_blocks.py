@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fishleg_fast import DiagKron, Diagonal, Kron, SumKron
 from fishleg_fast.blocks import Block
-from fishleg_fast.kernels import launch, table
-from fishleg_fast.kernels.diagkron import middle
+from fishleg_fast.kernels.host import launch
+from fishleg_fast.kernels.host.diagkron import core_buffers
+from fishleg_fast.kernels.host.tables.strides import padded
+from fishleg_fast.kernels.host.tables.workspace import workspace_of
 from fishleg_fast.reference import steps
 
 CLOSE = 2e-5  # relative RMS of float32 sums over a few hundred terms
@@ -59,8 +61,8 @@ def poison(blocks: list[Block]) -> None:
     for b in blocks:
         if backend_kind(b) not in ("kron", "diagkron"):
             continue
-        own, (m, n) = table.workspace(b), b.shape
-        k = table.padded
+        own, (m, n) = workspace_of(b), b.shape
+        k = padded
         own.scratch("U", m, k(n)), own.scratch("UT", n, k(m)), own.scratch("WS", own.terms, m, k(n))
         for name, t in b.structure.fishleg_aux.items():
             if name[0] in "RL":
@@ -71,11 +73,11 @@ def poison(blocks: list[Block]) -> None:
         if own.version is None:
             own.S.fill_(NAN), own.P.fill_(NAN)
             if backend_kind(b) == "diagkron":
-                middle(b).S.fill_(NAN), middle(b).P.fill_(NAN)
+                core_buffers(b).S.fill_(NAN), core_buffers(b).P.fill_(NAN)
 
 
 def backend_kind(block: Block) -> str | None:
-    from fishleg_fast.kernels.rows import kind
+    from fishleg_fast.kernels.host.coverage import kind
 
     return kind(block)
 

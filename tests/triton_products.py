@@ -26,7 +26,7 @@ from triton_blocks import (
 
 from fishleg_fast import DiagKron, Diagonal, Kron
 from fishleg_fast.kernels import backend
-from fishleg_fast.kernels.qv import kron_qv
+from fishleg_fast.kernels.host.qv import kron_qv
 from fishleg_fast.reference import steps
 from fishleg_fast.reference.thin import Split, Thin
 
