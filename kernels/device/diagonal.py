@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .access import address, field, gradient, gradient_scale, increment, last_number, matrix, scheduled, tile_grid
 from .arithmetic import adam, first_moment, second_moment
-from .lambda_step import adam_corrections, dots_tile, loss_and_decision, rescaling
+from .lambda_step import adam_corrections, decide, dots_tile, rescaling
 from .row_layout import F
 
 
@@ -69,10 +69,7 @@ def diagonal_adam_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """d and its moments. Schedule: (row, tile of rows, tile of columns, unused)."""
-    aux_loss, ok = loss_and_decision(dots, dot_slots, squares, square_slots)
-    if tl.program_id(0) == 0:
-        tl.store(loss, aux_loss)
-        tl.store(taken, ok)
+    ok = decide(dots, dot_slots, squares, square_slots, loss, taken)
     alpha, rate = rescaling(dots, dot_slots, RESCALE), tl.load(lr)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _, number, row, i, j = scheduled(schedule, t, rows, F.LENGTH)
@@ -86,7 +83,7 @@ def diagonal_adam_kernel(
         written = inside & (c < n) & ok
         at = r * field(row, F.LDA) + c
         d_at = address(row, F.A, tl.float32, 1) + at
-        avg_at, avg_sq_at = address(row, F.S, tl.float32, 1) + at, address(row, F.P, tl.float32, 1) + at
+        avg_at, avg_sq_at = address(row, F.AVG, tl.float32, 1) + at, address(row, F.AVG_SQ, tl.float32, 1) + at
         d = tl.load(d_at, mask=written, other=0)
         avg, avg_sq = tl.load(avg_at, mask=written, other=0), tl.load(avg_sq_at, mask=written, other=0)
         if PRECONDITION:

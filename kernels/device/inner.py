@@ -5,16 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .access import address, last_number, scheduled
+from .access import address, field, last_number, scheduled
+from .row_layout import PAIR
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def inner_kernel(rows, schedule, partials, tiles, X: tl.constexpr, Y: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows: (address of x, address of y, elements). Schedule: (row, unused, chunk, number among the sums)."""
+    """Schedule: (row, unused, chunk, number among the sums)."""
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry, _, row, _, chunk = scheduled(schedule, t, rows, 3)
+        entry, _, row, _, chunk = scheduled(schedule, t, rows, PAIR.LENGTH)
         at = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-        inside = at < tl.load(row + 2)
-        x = tl.load(address(row, 0, X, 1) + at, mask=inside, other=0).to(tl.float32)
-        y = tl.load(address(row, 1, Y, 1) + at, mask=inside, other=0).to(tl.float32)
+        inside = at < field(row, PAIR.ELEMENTS)
+        x = tl.load(address(row, PAIR.X, X, 1) + at, mask=inside, other=0).to(tl.float32)
+        y = tl.load(address(row, PAIR.Y, Y, 1) + at, mask=inside, other=0).to(tl.float32)
         tl.store(partials + last_number(entry), tl.sum(x * y))

@@ -53,12 +53,16 @@ def rescaling(dots, dot_slots, RESCALE: tl.constexpr):
 
 
 @triton.jit
-def loss_and_decision(dots, dot_slots, squares, square_slots):
-    """(𝒜, whether λ is to be written)."""
+def decide(dots, dot_slots, squares, square_slots, loss_at, taken):
+    """Whether λ is to be written. The first program stores that and 𝒜."""
     uQu, vFv = total(dots, dot_slots, 1024), total(dots + dot_slots, dot_slots, 1024)
     loss = 0.5 * vFv - uQu
     ok = tl.where(finite(loss) & (uQu != 0), 1, 0)  # by integers: the interpreter takes what floats decide for a float
-    return loss, (ok != 0) & all_finite(squares, square_slots, 1024)
+    ok = (ok != 0) & all_finite(squares, square_slots, 1024)
+    if tl.program_id(0) == 0:
+        tl.store(loss_at, loss)
+        tl.store(taken, ok)
+    return ok
 
 
 @triton.jit
@@ -244,10 +248,7 @@ def commit_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """S, P, λ and its moments. Schedule: (row, i, j, 0: tile of F Fᵀ with j ≤ i; 1: elementwise tile of F)."""
-    aux_loss, ok = loss_and_decision(dots, dot_slots, squares, square_slots)
-    if tl.program_id(0) == 0:
-        tl.store(loss, aux_loss)
-        tl.store(taken, ok)
+    ok = decide(dots, dot_slots, squares, square_slots, loss, taken)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry, _, row, i, j = scheduled(schedule, t, rows, K.LENGTH)
         if last_number(entry) == 0:

@@ -96,6 +96,9 @@ class BlockFields(Fields):
     U: int  # (m, np): u
     UT: int  # (n, mp): uᵀ
     WS: int  # (terms, m, np): w S
+    # Adam's moments of a Diagonal's d, laid out as d
+    AVG: int
+    AVG_SQ: int
 
 
 class HyperFields(Fields):
@@ -138,11 +141,19 @@ class FactorFields(Fields):
     TRANSPOSED: int  # 1: F is the transpose of what λ holds
     SLOT: int  # first partial sum
     STEP: int  # Adam's counter on the device; 0: the host counts
-    INDEX: int  # unused
     FIRST: int  # 1 in one row of each block
     LD_RIGHT: int
+
+
+class PairFields(Fields):
+    """Two tensors whose inner product is computed, int64."""
+
+    X: int
+    Y: int
+    ELEMENTS: int
 
 
 F = BlockFields()
 H = HyperFields()
 K = FactorFields()
+PAIR = PairFields()

@@ -14,6 +14,7 @@ from fishleg_fast.reference import steps
 from fishleg_fast.reference.thin import Matrix, Split
 
 from ..device.inner import inner_kernel
+from ..device.row_layout import PAIR
 from .configurations import INNER_PRODUCTS
 from .launch import DTYPES, launch
 from .tables.uploads import schedule, tiles, upload_rows
@@ -58,7 +59,8 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     for (X, Y, device), members in groups.items():
         chunks = tiles([(k, 1, a.numel(), 0) for k, (a, _) in enumerate(members)], 1, INNER_PRODUCTS.CHUNK)
         entries, count = schedule(tuple((*e[:3], k) for k, e in enumerate(chunks)), device)
-        rows = upload_rows([(a.data_ptr(), b.data_ptr(), a.numel()) for a, b in members], torch.int64, device)
+        packed = [PAIR.pack(X=a.data_ptr(), Y=b.data_ptr(), ELEMENTS=a.numel()) for a, b in members]
+        rows = upload_rows(packed, torch.int64, device)
         partials = torch.empty(count, dtype=torch.float32, device=device)
         launch(
             inner_kernel, count, rows, entries, partials, device=device, per_processor=4,

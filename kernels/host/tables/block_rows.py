@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fishleg_fast.blocks import Block
-from fishleg_fast.reference.thin import Split, Thin
+from fishleg_fast.reference.thin import Matrix, Split
 
 from ...device.row_layout import F
 from ..launch import DTYPES
@@ -21,7 +21,7 @@ from .workspace import LambdaBuffers, ProductBuffers
 
 
 class BlockMatrix(NamedTuple):
-    """A matrix (m, n) as a block's parameters hold it, in one of DTYPES: a gradient, or a vector of gradients' form."""
+    """A matrix (m, n) as a block's parameters hold it, in one of DTYPES: a gradient, or a vector of its form."""
 
     parts: list[Tensor | None]  # one a part, in the part's shape or (m, columns)
     scale: Tensor | None  # a device scalar that multiplies them, float32
@@ -29,7 +29,7 @@ class BlockMatrix(NamedTuple):
     copied: bool  # whether any of the parts is a copy
 
 
-def block_matrix(block: Block, g: Tensor | Thin | Split) -> BlockMatrix:
+def block_matrix(block: Block, g: Matrix) -> BlockMatrix:
     """g as the kernels read it: where it is, but for a copy of what has another dtype."""
     scale = None
     if isinstance(g, Tensor):
@@ -169,16 +169,15 @@ class BlockRows:
         m, n = shape
         terms = 1 if buffers is None else buffers.terms
         S, P, XT, OUT = (None,) * 4 if buffers is None else buffers[1:]
-        if moments is not None:
-            S, P = moments
         U, UT, WS = (None,) * 3 if scratch is None else scratch
+        avg, avg_sq = moments or (None, None)
         self.values += F.pack(
             M=m, N=n, MP=padded(m), NP=padded(n), TERMS=terms, DIAGONAL=int(buffers is None),
             S=_at(S), P=_at(P), XT=_at(XT), OUT=_at(OUT),
             A=_at(A), LDA=0 if A is None or vector else A.stride(0),
             V=_at(v), LDV=0 if v is None else v.stride(0),
             STEP=_at(scalars.step), SLOT=scalars.slot, SLOTS=scalars.slots, INDEX=scalars.block,
-            FIRST=int(scalars.first), U=_at(U), UT=_at(UT), WS=_at(WS),
+            FIRST=int(scalars.first), U=_at(U), UT=_at(UT), WS=_at(WS), AVG=_at(avg), AVG_SQ=_at(avg_sq),
             **self._momentum(x, m, n, vector), **self._gradient(gradient, m, vector),
             **self._parameters(parameters, m, gradient.cols, vector),
         )  # fmt: skip

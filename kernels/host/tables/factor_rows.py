@@ -73,7 +73,7 @@ class FactorRows:
         self.align = self.align if aux.data_ptr() % 16 == 0 else 1
         self.values += K.pack(
             SIZE=k, PADDED=padded(k), AUX=aux.data_ptr(), LD_AUX=aux.stride(0), SQUARE=square.data_ptr(),
-            LD_SQUARE=square.stride(0), TRANSPOSED=int(transposed), INDEX=0, **_learning_fields(learning),
+            LD_SQUARE=square.stride(0), TRANSPOSED=int(transposed), **_learning_fields(learning),
         )  # fmt: skip
         self.sizes.append(k)
 
