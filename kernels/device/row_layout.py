@@ -1,6 +1,7 @@
 """What a row of a table holds: one list of fields each, for the kernels' offsets and for the host, which packs by name.
 
-A row describes a block, or one of λ's factors, to the kernels. They read a field as ``tl.load(row + F.M)``.
+A row describes a block (F), its hyperparameters (H), one of λ's factors (K), or two tensors (PAIR) to the kernels. They
+read a field as ``tl.load(row + F.M)``.
 """
 
 from __future__ import annotations

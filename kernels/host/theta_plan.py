@@ -161,7 +161,7 @@ def moving_parameters(block: Block) -> list[Tensor | None]:
 
 
 class ThetaPlan:
-    """Between steps it holds no block and no gradient."""
+    """A θ step's rows, schedules and memory for sums. Between steps it holds no block and no gradient."""
 
     def __init__(
         self,
