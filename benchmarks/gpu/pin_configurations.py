@@ -1,4 +1,4 @@
-"""Derive the table of pinned tiles (kernels/configurations.py) on this machine's GPU.
+"""Derive the table of pinned tiles (kernels/host/configurations.py) on this machine's GPU.
 
     python -m benchmarks.gpu.pin_configurations [--class small] [--precision tf32]
 
@@ -20,8 +20,9 @@ from torch import nn
 from fishleg_fast.algebra.kron import Kron
 from fishleg_fast.backends import registry
 from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
-from fishleg_fast.kernels import backend, configurations
-from fishleg_fast.kernels.configurations import TILES, Tile
+from fishleg_fast.kernels import backend
+from fishleg_fast.kernels.host import configurations
+from fishleg_fast.kernels.host.configurations import TILES, Tile
 from fishleg_fast.model.block import Block, Part
 
 SIDES = [(32, 32), (64, 32), (64, 64), (128, 64), (64, 128), (128, 128), (256, 128)]

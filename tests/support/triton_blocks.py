@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fishleg_fast import DiagKron, Diagonal, Kron, SumKron
 from fishleg_fast.backends import reference as steps
-from fishleg_fast.kernels import table
-from fishleg_fast.kernels.diagkron import middle
+from fishleg_fast.kernels.host.diagkron import core_buffers
+from fishleg_fast.kernels.host.state import workspace_of
+from fishleg_fast.kernels.host.tables.strides import padded
 from fishleg_fast.model.block import Block
 from support.blocks import make_block
 from support.dense import randn, relative
@@ -27,8 +28,8 @@ def poison(blocks: list[Block]) -> None:
     for b in blocks:
         if backend_kind(b) not in ("kron", "diagkron"):
             continue
-        own, (m, n) = table.workspace(b), b.shape
-        k = table.padded
+        own, (m, n) = workspace_of(b), b.shape
+        k = padded
         own.scratch("U", m, k(n)), own.scratch("UT", n, k(m)), own.scratch("WS", own.terms, m, k(n))
         for name, t in b.structure.fishleg_aux.items():
             if name[0] in "RL":
@@ -39,11 +40,11 @@ def poison(blocks: list[Block]) -> None:
         if own.version is None:
             own.S.fill_(NAN), own.P.fill_(NAN)
             if backend_kind(b) == "diagkron":
-                middle(b).S.fill_(NAN), middle(b).P.fill_(NAN)
+                core_buffers(b).S.fill_(NAN), core_buffers(b).P.fill_(NAN)
 
 
 def backend_kind(block: Block) -> str | None:
-    from fishleg_fast.kernels.rows import kind
+    from fishleg_fast.kernels.host.coverage import kind
 
     return kind(block)
 

@@ -24,7 +24,7 @@ def interpreter_of_numpy_2_4() -> None:
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
     """The names of kernels, as they are launched."""
-    from fishleg_fast.kernels import launch
+    from fishleg_fast.kernels.host import launch
 
     names: list[str] = []
     launch.observers.append(names.append)

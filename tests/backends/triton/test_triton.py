@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from fishleg_fast.backends import reference, registry
-from fishleg_fast.kernels import backend
 
 pytest.importorskip("triton")
+from fishleg_fast.kernels import backend
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "anchor"]
@@ -48,7 +49,7 @@ def test_availability_gives_reasons() -> None:
 
 def test_available_needs_no_triton() -> None:
     code = (
-        "import sys, torch; from fishleg_fast import backends; registry.report();"
+        "import sys, torch; from fishleg_fast.backends import registry; registry.report();"
         "print(registry.choose(None, torch.device('cpu'), torch.float32)[0], 'triton' in sys.modules)"
     )
     before = "import sys, torch; print('triton' in sys.modules)"
@@ -62,9 +63,8 @@ def test_available_needs_no_triton() -> None:
 def test_pinning_says_what_it_needs() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, and it would take minutes")
-    script = ROOT / "benchmarks" / "pin_configurations.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.gpu.pin_configurations"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "CUDA device" in done.stderr
 
 

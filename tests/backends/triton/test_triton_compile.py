@@ -19,8 +19,16 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from fishleg_fast.kernels import diagkron, diagonal, inner, lambda_kernels, products, qv, symmetric, theta  # noqa: E402
-from fishleg_fast.kernels.configurations import COPY, ELEMENTWISE, INNER, TILES, Tile, tile  # noqa: E402
+from fishleg_fast.kernels.device import diagonal, factors, inner, lambda_step, products, theta_step  # noqa: E402
+from fishleg_fast.kernels.host.configurations import (  # noqa: E402
+    BESIDE_PRODUCTS,
+    COPY,
+    ELEMENTWISE,
+    INNER_PRODUCTS,
+    TILES,
+    Tile,
+    tile,
+)
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRECISIONS = sorted(TILES["small"])
@@ -32,7 +40,7 @@ TABLES = {"rows": "*i64", "schedule": "*i32", "ranges": "*i32", "arrived": "*i32
 GRADIENT = {"G": tl.float32, "GENERAL": False, "ALIGN": 16}
 ALIGNED = {**GRADIENT, "ALIGN_X": 16}
 WIDE = {"ROWS": ELEMENTWISE[0], "COLS": ELEMENTWISE[1]}
-NARROW = {"ROWS": INNER[0], "COLS": INNER[1]}
+NARROW = {"ROWS": BESIDE_PRODUCTS[0], "COLS": BESIDE_PRODUCTS[1]}
 RIGHT = {"SOURCE": "mg", "SCALED": False, "COUNT": True, "CHECK": False, **ALIGNED}
 LEFT = {"SUMS": "rms", "AFTER": False, "SCALED": False, "SQUARED": False, **ALIGNED}
 FUSED = {"AFTER": False, "SCALED": False, "W": tl.float32, **ALIGNED}
@@ -44,22 +52,22 @@ BOTH, SQUARE, EPILOGUE = ("small", "large"), ("small", "large"), ("epilogue",)
 GEMMS = {
     "right": (products.right_kernel, RIGHT, BOTH, False),
     "left": (products.left_kernel, LEFT, BOTH, False),
-    "fused": (theta.fused_kernel, FUSED, EPILOGUE, False),
-    "products": (lambda_kernels.products_kernel, PRODUCTS, BOTH, False),
-    "refresh": (symmetric.refresh_kernel, {"ALIGN": 16}, SQUARE, True),
-    "pair": (symmetric.pair_kernel, {}, SQUARE, True),
-    "gradients": (lambda_kernels.gradients_kernel, {"ALIGN": 16}, EPILOGUE, True),
-    "commit": (lambda_kernels.commit_kernel, NARROW, SQUARE, True),
+    "fused": (theta_step.fused_kernel, FUSED, EPILOGUE, False),
+    "products": (lambda_step.products_kernel, PRODUCTS, BOTH, False),
+    "refresh": (factors.refresh_kernel, {"ALIGN": 16}, SQUARE, True),
+    "pair": (factors.pair_kernel, {}, SQUARE, True),
+    "gradients": (lambda_step.gradients_kernel, {"ALIGN": 16}, EPILOGUE, True),
+    "commit": (lambda_step.commit_kernel, NARROW, SQUARE, True),
 }
 OURS = {"left", "pair", "commit"}  # that read nothing but our own aligned matrices
 ELEMENTWISES = {
-    "update": (theta.update_kernel, UPDATE),
-    "diagonal": (theta.diagonal_kernel, {"SUMS": "trust", "AFTER": False, **GRADIENT, **WIDE}),
+    "update": (theta_step.update_kernel, UPDATE),
+    "diagonal": (theta_step.diagonal_kernel, {"SUMS": "trust", "AFTER": False, **GRADIENT, **WIDE}),
     "diagonal sums": (diagonal.diagonal_sums_kernel, {"PRECONDITION": True, **GRADIENT, **WIDE}),
     "diagonal adam": (diagonal.diagonal_adam_kernel, {"RESCALE": True, "PRECONDITION": True, **GRADIENT, **WIDE}),
-    "diagonal product": (qv.diagonal_product_kernel, {**GRADIENT, **WIDE}),
-    "copy": (diagkron.copy_kernel, {"ALIGN": 16, "ROWS": COPY[0], "COLS": COPY[1]}),
-    "inner": (inner.inner_kernel, {"X": tl.float32, "Y": tl.bfloat16, "CHUNK": inner.CHUNK}),
+    "diagonal product": (diagonal.diagonal_product_kernel, {**GRADIENT, **WIDE}),
+    "copy": (factors.copy_kernel, {"ALIGN": 16, "ROWS": COPY[0], "COLS": COPY[1]}),
+    "inner": (inner.inner_kernel, {"X": tl.float32, "Y": tl.bfloat16, "CHUNK": INNER_PRODUCTS.CHUNK}),
 }
 BETWEEN_RIGHT, BETWEEN_LEFT = {"SOURCE": "x", "COUNT": False}, {"SUMS": "none", "SCALED": True, "SQUARED": True}
 LOOSE = {"ALIGN": 1, "ALIGN_X": 1}
@@ -79,13 +87,13 @@ VARIANTS = {
     "left general": (products.left_kernel, {**LEFT, "SUMS": "trust", "SCALED": True, **GENERAL}, "epilogue"),
     "left after": (products.left_kernel, {**LEFT, "AFTER": True}, "epilogue"),
     "left plain": (products.left_kernel, {**LEFT, "SUMS": "none"}, "large"),
-    "fused general": (theta.fused_kernel, {**FUSED, **GENERAL, "W": tl.bfloat16, "AFTER": True}, "epilogue"),
-    "products loose": (lambda_kernels.products_kernel, {**PRODUCTS, **LOOSE}, "epilogue"),
-    "products again": (lambda_kernels.products_kernel, {**PRODUCTS, "SOURCE": "x", "RESCALE": False}, "large"),
-    "products general": (lambda_kernels.products_kernel, {**PRODUCTS, "PRECONDITION": True, **GENERAL}, "epilogue"),
+    "fused general": (theta_step.fused_kernel, {**FUSED, **GENERAL, "W": tl.bfloat16, "AFTER": True}, "epilogue"),
+    "products loose": (lambda_step.products_kernel, {**PRODUCTS, **LOOSE}, "epilogue"),
+    "products again": (lambda_step.products_kernel, {**PRODUCTS, "SOURCE": "x", "RESCALE": False}, "large"),
+    "products general": (lambda_step.products_kernel, {**PRODUCTS, "PRECONDITION": True, **GENERAL}, "epilogue"),
 }
 VARIANTS_OF_ELEMENTWISE = {
-    "update general": (theta.update_kernel, {**UPDATE, **GENERAL, "W": tl.float16, "RULE": "trust"})
+    "update general": (theta_step.update_kernel, {**UPDATE, **GENERAL, "W": tl.float16, "RULE": "trust"})
 }
 
 
@@ -161,7 +169,7 @@ def test_products(arch: int, precision: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", SHARED)
 def test_elementwise(arch: int, tmp_path: Path) -> None:
-    target, warps = GPUTarget("cuda", arch, 32), {"inner": inner.WARPS, "copy": COPY[2]}
+    target, warps = GPUTarget("cuda", arch, 32), {"inner": INNER_PRODUCTS.num_warps, "copy": COPY[2]}
     for name, (function, constants) in {**ELEMENTWISES, **VARIANTS_OF_ELEMENTWISE}.items():
         kernel = compiled(function, constants, target, warps.get(name, ELEMENTWISE[2]))
         check_resources(kernel, arch, f"{name} sm_{arch}", tmp_path)

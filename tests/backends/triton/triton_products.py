@@ -10,7 +10,7 @@ from fishleg_fast.algebra.low_rank import LowRank
 from fishleg_fast.backends import reference as steps
 from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from fishleg_fast.kernels import backend
-from fishleg_fast.kernels.qv import kron_qv
+from fishleg_fast.kernels.host.qv import kron_qv
 from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import make_block, theta
 from support.dense import randn, relative

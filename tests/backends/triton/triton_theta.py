@@ -14,7 +14,9 @@ from torch import nn
 from fishleg_fast import DiagKron, Diagonal, Kron
 from fishleg_fast.backends import reference as steps
 from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
-from fishleg_fast.kernels import backend, configurations, table
+from fishleg_fast.kernels import backend
+from fishleg_fast.kernels.host import configurations
+from fishleg_fast.kernels.host.tables.strides import padded
 from fishleg_fast.model.block import Part
 from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import assert_same, everything, make_block, theta
@@ -211,7 +213,7 @@ def test_momentum_with_padding() -> None:
     exact, ours = pair(factored_blocks)
     for b in ours:
         m, n = b.shape
-        b.momentum = torch.zeros(m, table.padded(n))[:, :n]
+        b.momentum = torch.zeros(m, padded(n))[:, :n]
     for step in (1, 2):
         gs = matrices(ours, step)
         steps.theta_step(exact, [g.double() for g in gs], ThetaOptions())

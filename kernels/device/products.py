@@ -16,59 +16,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shared import (
-    F_A,
-    F_INDEX,
-    F_LDA,
-    F_LDV,
-    F_LDX,
-    F_M,
-    F_MP,
-    F_N,
-    F_NP,
-    F_OUT,
-    F_P,
-    F_S,
-    F_SCALE,
-    F_SLOT,
-    F_TERMS,
-    F_V,
-    F_X,
-    F_XCOLS,
-    F_XT,
-    FIELDS,
-    H_BASE,
-    H_KEEP,
-    H_TAKE,
-    HYPERS,
+from .access import (
     address,
-    correction,
-    dot,
     field,
     gradient,
+    gradient_scale,
+    last_number,
     leading,
+    matrix,
+    momentum_correction,
+    outer_diagonal,
+    scheduled,
+    scheduled_step,
+    tile_grid,
+    tile_indices,
 )
-
-
-@triton.jit
-def scale(row):
-    """The device scalar that multiplies the gradient, or 1."""
-    at = tl.load(row + F_SCALE)
-    return tl.load(at.to(tl.pointer_type(tl.float32)), mask=at != 0, other=1.0)
-
-
-@triton.jit
-def matrix(row, F: tl.constexpr, LD: tl.constexpr, r, c, inside, limit, ALIGN: tl.constexpr):
-    """A tile of a float32 matrix at rows r and columns c < limit."""
-    at = address(row, F, tl.float32, ALIGN) + r * leading(row, LD, ALIGN) + c
-    return tl.load(at, mask=inside & (c < limit), other=0)
-
-
-@triton.jit
-def outer(row, r, c, inside):
-    """A tile of the outer diagonal A, or ones."""
-    at = address(row, F_A, tl.float32, 1) + r * field(row, F_LDA) + c
-    return tl.load(at, mask=inside & (c < field(row, F_N)) & (field(row, F_A) != 0), other=1.0)
+from .arithmetic import dot
+from .row_layout import F, H
 
 
 @triton.jit
@@ -84,19 +48,19 @@ def operand(
     if SOURCE == "g":
         u = take * gradient(row, r, c, inside, G, GENERAL, ALIGN)
     else:
-        u = matrix(row, F_X, F_LDX, r, c, inside, leading(row, F_XCOLS, ALIGN_X), ALIGN_X)
+        u = matrix(row, F.X, F.LDX, r, c, inside, leading(row, F.X_COLS, ALIGN_X), ALIGN_X)
         if SOURCE != "x":
             u = keep * u + take * gradient(row, r, c, inside, G, GENERAL, ALIGN)
         if SOURCE == "residual":
-            u += curve * matrix(row, F_V, F_LDV, r, c, inside, field(row, F_N), ALIGN_V)
+            u += curve * matrix(row, F.V, F.LDV, r, c, inside, field(row, F.N), ALIGN_V)
     if SCALED:
-        u = u * outer(row, r, c, inside)
+        u = u * outer_diagonal(row, r, c, inside)
     return u
 
 
 @triton.jit(do_not_specialize=["tiles", "slots"])
 def right_kernel(
-    rows, hypers, schedule, corrections, checks, tiles,
+    rows, hyperparameters, schedule, corrections, checks, tiles,
     SOURCE: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, CHECK: tl.constexpr,
     G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -106,19 +70,16 @@ def right_kernel(
     COUNT: write each block's correction. CHECK: write each tile's Σ|Xᵀ|, not finite where any entry is not.
     """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry = schedule + t * 4
-        row = rows + tl.load(entry) * FIELDS
-        hyper = hypers + tl.load(entry) * HYPERS
-        i, j, term = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-        m, n, np = field(row, F_M), field(row, F_N), leading(row, F_NP, 16)
-        rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
+        entry, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        term, m, n, np = last_number(entry), field(row, F.M), field(row, F.N), leading(row, F.NP, 16)
+        rm, rn = tile_indices(i, j, BM, BN)
         if SOURCE == "g":
-            keep, take = 0.0, scale(row)
+            keep, take = 0.0, gradient_scale(row)
         elif SOURCE == "x":
             keep, take = 0.0, 0.0
         else:
-            keep, take = tl.load(hyper + H_KEEP), tl.load(hyper + H_TAKE)
-        a_start = address(row, F_S, tl.float32, 16) + term * n * np + rm[:, None] * np
+            keep, take = tl.load(hyper + H.KEEP), tl.load(hyper + H.TAKE)
+        a_start = address(row, F.S, tl.float32, 16) + term * n * np + rm[:, None] * np
         acc = tl.zeros([BM, BN], tl.float32)
         for k in range(0, np.to(tl.int32), BK):
             kk = k + tl.arange(0, BK)
@@ -128,24 +89,24 @@ def right_kernel(
                 SOURCE, SCALED, G, GENERAL, ALIGN, ALIGN_X, 1,
             )  # fmt: skip
             acc = dot(a, b, acc, PRECISION)
-        mp = leading(row, F_MP, 16)
-        c_start = address(row, F_XT, tl.float32, 16) + term * mp + rm[:, None] * (field(row, F_TERMS) * mp)
+        mp = leading(row, F.MP, 16)
+        c_start = address(row, F.XT, tl.float32, 16) + term * mp + rm[:, None] * (field(row, F.TERMS) * mp)
         tl.store(c_start + rn[None, :], acc, mask=(rm < n)[:, None] & (rn < mp)[None, :])
         if CHECK:
             tl.store(checks + t, tl.sum(tl.abs(acc)))
         if COUNT:
             if (i == 0) & (j == 0) & (term == 0):
-                tl.store(corrections + field(row, F_INDEX), correction(row, hyper))
+                tl.store(corrections + field(row, F.INDEX), momentum_correction(row, hyper))
 
 
 @triton.jit
 def left_tile(row, i, j, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Tile (i, j) of P X."""
-    m, n, mp = field(row, F_M), field(row, F_N), leading(row, F_MP, 16)
-    rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
-    depth = field(row, F_TERMS) * mp
-    a_start = address(row, F_P, tl.float32, 16) + rm[:, None] * depth
-    b_start = address(row, F_XT, tl.float32, 16) + rn[:, None] * depth
+    m, n, mp = field(row, F.M), field(row, F.N), leading(row, F.MP, 16)
+    rm, rn = tile_indices(i, j, BM, BN)
+    depth = field(row, F.TERMS) * mp
+    a_start = address(row, F.P, tl.float32, 16) + rm[:, None] * depth
+    b_start = address(row, F.XT, tl.float32, 16) + rn[:, None] * depth
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth.to(tl.int32), BK):
         kk = k + tl.arange(0, BK)
@@ -158,7 +119,7 @@ def left_tile(row, i, j, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.const
 
 @triton.jit(do_not_specialize=["tiles", "slots"])
 def left_kernel(
-    rows, hypers, schedule, corrections, partials, slots, tiles,
+    rows, hyperparameters, schedule, corrections, partials, slots, tiles,
     SUMS: tl.constexpr,  # "none"; or ‖nat‖² and, per tile, "rms": whether g is zero, "trust": ⟨m̂, nat⟩, "norm": no more
     AFTER: tl.constexpr, SCALED: tl.constexpr, SQUARED: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
@@ -166,29 +127,27 @@ def left_kernel(
 ):  # fmt: skip
     """C = P X, A∘(P X) if SCALED, A²∘(P X) if SQUARED too. Schedule: (row, tile of m, tile of n, its number)."""
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry = schedule + t * 4
-        row = rows + tl.load(entry) * FIELDS
-        i, j = tl.load(entry + 1), tl.load(entry + 2)
+        entry, _, row, i, j = scheduled(schedule, t, rows, F.LENGTH)
         acc = left_tile(row, i, j, PRECISION, BM, BN, BK)
-        m, np = field(row, F_M), leading(row, F_NP, 16)
-        r, c = (i * BM + tl.arange(0, BM))[:, None], (j * BN + tl.arange(0, BN))[None, :]
+        m, np = field(row, F.M), leading(row, F.NP, 16)
+        r, c = tile_grid(i, j, BM, BN)
         inside = r < m
         if SCALED:
-            scaling = outer(row, r, c, inside)
+            scaling = outer_diagonal(row, r, c, inside)
             if SQUARED:
                 scaling = scaling * scaling
             acc = acc * scaling
-        tl.store(address(row, F_OUT, tl.float32, 16) + r * np + c, acc, mask=inside & (c < np))
+        tl.store(address(row, F.OUT, tl.float32, 16) + r * np + c, acc, mask=inside & (c < np))
         if SUMS != "none":
-            hyper = hypers + tl.load(entry) * HYPERS
-            slot = partials + field(row, F_SLOT) + tl.load(entry + 3)
-            corrected = tl.load(corrections + field(row, F_INDEX))
-            sums(row, hyper, r, c, inside, acc, corrected, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, ALIGN_X)
+            hyper = hyperparameters + tl.load(entry) * H.LENGTH  # loaded again: registers are scarce
+            slot = partials + field(row, F.SLOT) + last_number(entry)
+            correction = tl.load(corrections + field(row, F.INDEX))
+            store_sums(row, hyper, r, c, inside, acc, correction, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, ALIGN_X)
 
 
 @triton.jit
-def sums(
-    row, hyper, r, c, inside, q, corrected, slot, slots,
+def store_sums(
+    row, hyper, r, c, inside, q, correction, slot, slots,
     SUMS: tl.constexpr, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
 ):  # fmt: skip
@@ -196,9 +155,9 @@ def sums(
 
     ⟨m̂, nat⟩ (⟨g, nat⟩ with AFTER) comes times lr₀² and bias-corrected, so that blocks only have to be added.
     """
-    keep, take = tl.load(hyper + H_KEEP), tl.load(hyper + H_TAKE)
+    keep, take = tl.load(hyper + H.KEEP), tl.load(hyper + H.TAKE)
     if AFTER or SUMS == "trust":
-        m = matrix(row, F_X, F_LDX, r, c, inside, leading(row, F_XCOLS, ALIGN_X), ALIGN_X)
+        m = matrix(row, F.X, F.LDX, r, c, inside, leading(row, F.X_COLS, ALIGN_X), ALIGN_X)
     if SUMS != "norm":
         g = gradient(row, r, c, inside, G, GENERAL, ALIGN)
     nat = q
@@ -209,7 +168,7 @@ def sums(
         tl.store(slot + slots, tl.max(tl.where(g == 0, 0.0, 1.0)))
     if SUMS == "trust":
         if AFTER:
-            paired, power = g, corrected
+            paired, power = g, correction
         else:
-            paired, power = keep * m + take * g, corrected * corrected
-        tl.store(slot + slots, tl.sum(paired * nat) * tl.load(hyper + H_BASE) / power)
+            paired, power = keep * m + take * g, correction * correction
+        tl.store(slot + slots, tl.sum(paired * nat) * tl.load(hyper + H.BASE_LR_SQUARED) / power)

@@ -1,4 +1,4 @@
-"""The one place where kernels are launched."""
+"""The one place where kernels are launched, and what they are launched on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
+# What the kernels read and write, and are compiled for.
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 observers: list[Callable[[str], object]] = []  # called with the kernel's name at every launch: how tests count them
 
 

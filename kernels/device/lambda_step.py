@@ -16,62 +16,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .factors import (
-    FACTOR_FIELDS,
-    K_AVG,
-    K_AVG_SQ,
-    K_FIRST,
-    K_GRAD,
-    K_LAMBDA,
-    K_LD,
-    K_LDSQUARE,
-    K_NEW,
-    K_PADDED,
-    K_SIZE,
-    K_SLOT,
-    K_SQUARE,
-    K_STEP,
-    K_SYM,
-    K_TRANSPOSED,
-)
-from .products import matrix, operand, scale
-from .shared import (
-    F_LDV,
-    F_LDX,
-    F_M,
-    F_MP,
-    F_N,
-    F_NP,
-    F_P,
-    F_S,
-    F_SLOT,
-    F_TERMS,
-    F_U,
-    F_UT,
-    F_V,
-    F_WS,
-    F_X,
-    F_XT,
-    FIELDS,
+from .access import (
     address,
-    all_finite,
-    count,
     counter,
-    dot,
     field,
-    finite,
     gradient,
+    gradient_scale,
+    increment,
+    last_number,
     leading,
-    one_minus_power,
-    total,
+    matrix,
+    scheduled,
+    tile_grid,
+    tile_indices,
 )
-from .symmetric import store_symmetric
+from .arithmetic import adam, all_finite, dot, finite, first_moment, one_minus_power, second_moment, total
+from .factors import aux_offsets, store_symmetric
+from .products import operand
+from .row_layout import F, K
 
-KIND = tl.constexpr(1 << 20)  # a tile's fourth number is kind·KIND + its term, or its number among the sums
+# A schedule of products_kernel has as its last number kind·KIND_STRIDE + a term, or + a number among the sums.
+KIND_STRIDE = tl.constexpr(1 << 20)
+RIGHT_PRODUCT = tl.constexpr(0)  # wS
+LEFT_PRODUCT = tl.constexpr(1)  # Pw
+DOT_PRODUCTS = tl.constexpr(2)  # sums of an elementwise tile
 
 
 @triton.jit
-def multiple(dots, dot_slots, RESCALE: tl.constexpr):
+def rescaling(dots, dot_slots, RESCALE: tl.constexpr):
     """α = uᵀv/vᵀ(F+γI)v, or 1; sampled Hessians may have negative curvature."""
     alpha = 1.0
     if RESCALE:
@@ -81,12 +53,16 @@ def multiple(dots, dot_slots, RESCALE: tl.constexpr):
 
 
 @triton.jit
-def decision(dots, dot_slots, squares, square_slots):
-    """(𝒜, whether λ is to be written)."""
+def decide(dots, dot_slots, squares, square_slots, loss_at, taken):
+    """Whether λ is to be written. The first program stores that and 𝒜."""
     uQu, vFv = total(dots, dot_slots, 1024), total(dots + dot_slots, dot_slots, 1024)
     loss = 0.5 * vFv - uQu
     ok = tl.where(finite(loss) & (uQu != 0), 1, 0)  # by integers: the interpreter takes what floats decide for a float
-    return loss, (ok != 0) & all_finite(squares, square_slots, 1024)
+    ok = (ok != 0) & all_finite(squares, square_slots, 1024)
+    if tl.program_id(0) == 0:
+        tl.store(loss_at, loss)
+        tl.store(taken, ok)
+    return ok
 
 
 @triton.jit
@@ -95,16 +71,16 @@ def dots_tile(
     G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A tile's part of uᵀv and vᵀ(F+γI)v; with STORE, u as our own matrix and its transpose."""
-    n = field(row, F_N)
-    u = scale(row) * gradient(row, r, c, inside, G, GENERAL, ALIGN)
-    v = matrix(row, F_V, F_LDV, r, c, inside, n, 1)
-    fv = matrix(row, F_X, F_LDX, r, c, inside, n, 1)
+    n = field(row, F.N)
+    u = gradient_scale(row) * gradient(row, r, c, inside, G, GENERAL, ALIGN)
+    v = matrix(row, F.V, F.LDV, r, c, inside, n, 1)
+    fv = matrix(row, F.X, F.LDX, r, c, inside, n, 1)
     tl.store(slot, tl.sum(u * v))
     tl.store(slot + dot_slots, tl.sum(v * (fv + damping * v)))
     if STORE:
-        np, mp = leading(row, F_NP, 16), leading(row, F_MP, 16)
-        tl.store(address(row, F_U, tl.float32, 16) + r * np + c, u, mask=inside & (c < np))
-        at = address(row, F_UT, tl.float32, 16) + tl.trans(c) * mp + tl.trans(r)
+        np, mp = leading(row, F.NP, 16), leading(row, F.MP, 16)
+        tl.store(address(row, F.U, tl.float32, 16) + r * np + c, u, mask=inside & (c < np))
+        at = address(row, F.UT, tl.float32, 16) + tl.trans(c) * mp + tl.trans(r)
         tl.store(at, tl.trans(u), mask=tl.trans((c < n) & (r < mp)))
     return u, v, fv
 
@@ -116,16 +92,16 @@ def product_tile(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """LEFT: P w, else S wᵀ; stored transposed, as the next product needs it, but S wᵀ for a PRECONDITION as it is."""
-    m, n, np, mp = field(row, F_M), field(row, F_N), leading(row, F_NP, 16), leading(row, F_MP, 16)
-    stacked = field(row, F_TERMS) * mp
-    rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
+    m, n, np, mp = field(row, F.M), field(row, F.N), leading(row, F.NP, 16), leading(row, F.MP, 16)
+    stacked = field(row, F.TERMS) * mp
+    rm, rn = tile_indices(i, j, BM, BN)
     if LEFT:
         rows, depth = m, mp
-        a_start = address(row, F_P, tl.float32, 16) + term * mp + rm[:, None] * stacked
+        a_start = address(row, F.P, tl.float32, 16) + term * mp + rm[:, None] * stacked
     else:
         rows, depth = n, np
-        a_start = address(row, F_S, tl.float32, 16) + term * n * np + rm[:, None] * np
-    take = -scale(row)
+        a_start = address(row, F.S, tl.float32, 16) + term * n * np + rm[:, None] * np
+    take = -gradient_scale(row)
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth.to(tl.int32), BK):
         kk = k + tl.arange(0, BK)
@@ -139,13 +115,13 @@ def product_tile(
         )  # fmt: skip
         acc = dot(a, b, acc, PRECISION)
     if PRECONDITION:
-        at = address(row, F_XT, tl.float32, 16) + term * mp + rm[:, None] * stacked + rn[None, :]
+        at = address(row, F.XT, tl.float32, 16) + term * mp + rm[:, None] * stacked + rn[None, :]
         tl.store(at, acc, mask=(rm < n)[:, None] & (rn < mp)[None, :])
     elif LEFT:
-        at = address(row, F_XT, tl.float32, 16) + term * mp + rn[:, None] * stacked + rm[None, :]
+        at = address(row, F.XT, tl.float32, 16) + term * mp + rn[:, None] * stacked + rm[None, :]
         tl.store(at, tl.trans(acc), mask=(rn < n)[:, None] & (rm < mp)[None, :])
     else:
-        at = address(row, F_WS, tl.float32, 16) + term * m * np + rn[:, None] * np + rm[None, :]
+        at = address(row, F.WS, tl.float32, 16) + term * m * np + rn[:, None] * np + rm[None, :]
         tl.store(at, tl.trans(acc), mask=(rn < m)[:, None] & (rm < np)[None, :])
 
 
@@ -159,29 +135,28 @@ def products_kernel(
 ):  # fmt: skip
     """wS, (Pw)ᵀ and sums; for a PRECONDITION S wᵀ and sums.
 
-    Schedule: (row, i, j, kind·KIND + term), kind 0: wS, 1: Pw, 2: sums of an elementwise tile.
+    Schedule: (row, i, j, kind·KIND_STRIDE + term).
     """
-    alpha = multiple(dots, dot_slots, RESCALE)
+    alpha = rescaling(dots, dot_slots, RESCALE)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry = schedule + t * 4
-        row = rows + tl.load(entry) * FIELDS
-        i, j, code = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-        kind, term = code // KIND, code % KIND
-        if kind == 0:
+        entry, _, row, i, j = scheduled(schedule, t, rows, F.LENGTH)
+        code = last_number(entry)
+        kind, term = code // KIND_STRIDE, code % KIND_STRIDE
+        if kind == RIGHT_PRODUCT:
             product_tile(
                 row, i, j, term, alpha, damping, False, PRECONDITION,
                 SOURCE, G, GENERAL, ALIGN, ALIGN_X, PRECISION, BM, BN, BK,
             )  # fmt: skip
-        elif kind == 1:
+        elif kind == LEFT_PRODUCT:
             if not PRECONDITION:
                 product_tile(
                     row, i, j, term, alpha, damping, True, False,
                     SOURCE, G, GENERAL, ALIGN, ALIGN_X, PRECISION, BM, BN, BK,
                 )  # fmt: skip
         else:
-            r, c = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLS + tl.arange(0, COLS))[None, :]
-            slot = dots + field(row, F_SLOT) + term
-            dots_tile(row, r, c, r < field(row, F_M), slot, dot_slots, damping, True, G, GENERAL, ALIGN)
+            r, c = tile_grid(i, j, ROWS, COLS)
+            slot = dots + field(row, F.SLOT) + term
+            dots_tile(row, r, c, r < field(row, F.M), slot, dot_slots, damping, True, G, GENERAL, ALIGN)
 
 
 @triton.jit
@@ -190,9 +165,9 @@ def aux_gradient(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A tile of ∂F = (M + Mᵀ) F, from our M + Mᵀ and λ's F = L or, TRANSPOSED, Rᵀ."""
-    size, depth = leading(row, K_SIZE, ALIGN), leading(row, K_PADDED, 16)
-    a_start = address(row, K_SYM, tl.float32, 16) + rm[:, None] * depth
-    b_start, ld = address(row, K_LAMBDA, tl.float32, ALIGN), leading(row, K_LD, ALIGN)
+    size, depth = leading(row, K.SIZE, ALIGN), leading(row, K.PADDED, 16)
+    a_start = address(row, K.SYM, tl.float32, 16) + rm[:, None] * depth
+    b_start, ld = address(row, K.AUX, tl.float32, ALIGN), leading(row, K.LD_AUX, ALIGN)
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, depth.to(tl.int32), BK):
         kk = k + tl.arange(0, BK)
@@ -207,46 +182,28 @@ def aux_gradient(
 
 
 @triton.jit
-def where_in_aux(row, r, c, TRANSPOSED: tl.constexpr):
-    """Offset in λ of F's entries (r, c)."""
-    ld = field(row, K_LD)
-    if TRANSPOSED:
-        at = c * ld + r
-    else:
-        at = r * ld + c
-    return at
-
-
-@triton.jit
-def adam_tile(row, rm, rn, g, bias1, bias2, lr, beta1, beta2, eps, TRANSPOSED: tl.constexpr):
-    """Adam's new F into K_NEW, ∂F into K_GRAD."""
-    r, c, size, limit = rm[:, None], rn[None, :], field(row, K_SIZE), leading(row, K_PADDED, 16)
+def adam_tile(row, rm, rn, g, correction1, correction2, lr, beta1, beta2, eps, TRANSPOSED: tl.constexpr):
+    """Adam's new F into K.NEW, ∂F into K.GRAD."""
+    r, c, size, limit = rm[:, None], rn[None, :], field(row, K.SIZE), leading(row, K.PADDED, 16)
     inside = (r < size) & (c < size)
-    at = where_in_aux(row, r, c, TRANSPOSED)
-    old = tl.load(address(row, K_LAMBDA, tl.float32, 1) + at, mask=inside, other=0)
-    avg = tl.load(address(row, K_AVG, tl.float32, 1) + at, mask=inside, other=0)
-    avg_sq = tl.load(address(row, K_AVG_SQ, tl.float32, 1) + at, mask=inside, other=0)
-    new = adam(old, g, avg, avg_sq, bias1, bias2, lr, beta1, beta2, eps)
-    own = r * limit + c
+    at = aux_offsets(row, r, c, TRANSPOSED)
+    old = tl.load(address(row, K.AUX, tl.float32, 1) + at, mask=inside, other=0)
+    avg = tl.load(address(row, K.AVG, tl.float32, 1) + at, mask=inside, other=0)
+    avg_sq = tl.load(address(row, K.AVG_SQ, tl.float32, 1) + at, mask=inside, other=0)
+    avg, avg_sq = first_moment(avg, g, beta1), second_moment(avg_sq, g, beta2)
+    new = adam(old, avg, avg_sq, correction1, correction2, lr, eps)
+    ours = r * limit + c
     written = (r < size) & (c < limit)
-    tl.store(address(row, K_NEW, tl.float32, 16) + own, tl.where(inside, new, 0.0), mask=written)
-    tl.store(address(row, K_GRAD, tl.float32, 16) + own, g, mask=written)
+    tl.store(address(row, K.NEW, tl.float32, 16) + ours, tl.where(inside, new, 0.0), mask=written)
+    tl.store(address(row, K.GRAD, tl.float32, 16) + ours, g, mask=written)
 
 
 @triton.jit
-def adam(old, g, avg, avg_sq, bias1, bias2, lr, beta1, beta2, eps):
-    """Adam's step, as torch.optim.Adam's: eps outside the root."""
-    avg += (1 - beta1) * (g - avg)
-    avg_sq = beta2 * avg_sq + (1 - beta2) * g * g
-    return old - lr / bias1 * avg / (tl.sqrt(avg_sq) / tl.sqrt(bias2) + eps)
-
-
-@triton.jit
-def biases(row, F: tl.constexpr, given, log2beta1, log2beta2):
+def adam_corrections(row, FIELD: tl.constexpr, given, log2beta1, log2beta2):
     """1 − β₁ᵗ and 1 − β₂ᵗ of this step: from the device's counter, or as the host gives them."""
-    t, on_device = counter(row, F) + 1, tl.load(row + F) != 0
-    bias1 = tl.where(on_device, one_minus_power(log2beta1, t), tl.load(given))
-    return bias1, tl.where(on_device, one_minus_power(log2beta2, t), tl.load(given + 1))
+    t, on_device = counter(row, FIELD) + 1, tl.load(row + FIELD) != 0
+    correction1 = tl.where(on_device, one_minus_power(log2beta1, t), tl.load(given))
+    return correction1, tl.where(on_device, one_minus_power(log2beta2, t), tl.load(given + 1))
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -257,34 +214,31 @@ def gradients_kernel(
     """dL and dRᵀ with Adam. Schedule: (row, i, j, number of the tile). ``corrections``: (rows, 2)."""
     rate = tl.load(lr)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry = schedule + t * 4
-        number = tl.load(entry)
-        row = rows + number * FACTOR_FIELDS
-        i, j = tl.load(entry + 1), tl.load(entry + 2)
-        rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
-        bias1, bias2 = biases(row, K_STEP, corrections + number * 2, log2beta1, log2beta2)
-        if field(row, K_TRANSPOSED) != 0:
+        entry, number, row, i, j = scheduled(schedule, t, rows, K.LENGTH)
+        rm, rn = tile_indices(i, j, BM, BN)
+        correction1, correction2 = adam_corrections(row, K.STEP, corrections + number * 2, log2beta1, log2beta2)
+        if field(row, K.TRANSPOSED) != 0:
             g = aux_gradient(row, rm, rn, True, PRECISION, BM, BN, BK, ALIGN)
-            adam_tile(row, rm, rn, g, bias1, bias2, rate, beta1, beta2, eps, True)
+            adam_tile(row, rm, rn, g, correction1, correction2, rate, beta1, beta2, eps, True)
         else:
             g = aux_gradient(row, rm, rn, False, PRECISION, BM, BN, BK, ALIGN)
-            adam_tile(row, rm, rn, g, bias1, bias2, rate, beta1, beta2, eps, False)
-        tl.store(squares + field(row, K_SLOT) + tl.load(entry + 3), tl.sum(g * g))
+            adam_tile(row, rm, rn, g, correction1, correction2, rate, beta1, beta2, eps, False)
+        tl.store(squares + field(row, K.SLOT) + last_number(entry), tl.sum(g * g))
 
 
 @triton.jit
 def commit_tile(row, r, c, beta1, beta2, ok, TRANSPOSED: tl.constexpr):
     """λ and its moments at a tile of F, where ``ok``."""
-    size = field(row, K_SIZE)
+    size = field(row, K.SIZE)
     inside = (r < size) & (c < size) & ok
-    own, at = r * leading(row, K_PADDED, 16) + c, where_in_aux(row, r, c, TRANSPOSED)
-    g = tl.load(address(row, K_GRAD, tl.float32, 16) + own, mask=inside, other=0)
-    avg_at, avg_sq_at = address(row, K_AVG, tl.float32, 1) + at, address(row, K_AVG_SQ, tl.float32, 1) + at
+    ours, at = r * leading(row, K.PADDED, 16) + c, aux_offsets(row, r, c, TRANSPOSED)
+    g = tl.load(address(row, K.GRAD, tl.float32, 16) + ours, mask=inside, other=0)
+    avg_at, avg_sq_at = address(row, K.AVG, tl.float32, 1) + at, address(row, K.AVG_SQ, tl.float32, 1) + at
     avg, avg_sq = tl.load(avg_at, mask=inside, other=0), tl.load(avg_sq_at, mask=inside, other=0)
-    tl.store(avg_at, avg + (1 - beta1) * (g - avg), mask=inside)
-    tl.store(avg_sq_at, beta2 * avg_sq + (1 - beta2) * g * g, mask=inside)
-    new = tl.load(address(row, K_NEW, tl.float32, 16) + own, mask=inside, other=0)
-    tl.store(address(row, K_LAMBDA, tl.float32, 1) + at, new, mask=inside)
+    tl.store(avg_at, first_moment(avg, g, beta1), mask=inside)
+    tl.store(avg_sq_at, second_moment(avg_sq, g, beta2), mask=inside)
+    new = tl.load(address(row, K.NEW, tl.float32, 16) + ours, mask=inside, other=0)
+    tl.store(address(row, K.AUX, tl.float32, 1) + at, new, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tiles", "dot_slots", "square_slots"])
@@ -294,31 +248,26 @@ def commit_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """S, P, λ and its moments. Schedule: (row, i, j, 0: tile of F Fᵀ with j ≤ i; 1: elementwise tile of F)."""
-    aux_loss, ok = decision(dots, dot_slots, squares, square_slots)
-    if tl.program_id(0) == 0:
-        tl.store(loss, aux_loss)
-        tl.store(taken, ok)
+    ok = decide(dots, dot_slots, squares, square_slots, loss, taken)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry = schedule + t * 4
-        row = rows + tl.load(entry) * FACTOR_FIELDS
-        i, j = tl.load(entry + 1), tl.load(entry + 2)
-        if tl.load(entry + 3) == 0:
-            rm, rn = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
-            size, depth = field(row, K_SIZE), leading(row, K_PADDED, 16)
-            start = address(row, K_NEW, tl.float32, 16)
+        entry, _, row, i, j = scheduled(schedule, t, rows, K.LENGTH)
+        if last_number(entry) == 0:
+            rm, rn = tile_indices(i, j, BM, BN)
+            size, depth = field(row, K.SIZE), leading(row, K.PADDED, 16)
+            start = address(row, K.NEW, tl.float32, 16)
             acc = tl.zeros([BM, BN], tl.float32)
             for k in range(0, depth.to(tl.int32), BK):
                 kk = (k + tl.arange(0, BK))[None, :]
                 a = tl.load(start + rm[:, None] * depth + kk, mask=(rm < size)[:, None] & (kk < depth), other=0)
                 b = tl.load(start + rn[:, None] * depth + kk, mask=(rn < size)[:, None] & (kk < depth), other=0)
                 acc = dot(a, b, acc, PRECISION)
-            square, ld = address(row, K_SQUARE, tl.float32, 16), leading(row, K_LDSQUARE, 16)
+            square, ld = address(row, K.SQUARE, tl.float32, 16), leading(row, K.LD_SQUARE, 16)
             store_symmetric(square, ld, acc, rm, rn, i, j, size, depth, ok)
         else:
-            r, c = (i * ROWS + tl.arange(0, ROWS))[:, None], (j * COLS + tl.arange(0, COLS))[None, :]
-            if field(row, K_TRANSPOSED) != 0:
+            r, c = tile_grid(i, j, ROWS, COLS)
+            if field(row, K.TRANSPOSED) != 0:
                 commit_tile(row, r, c, beta1, beta2, ok, True)
             else:
                 commit_tile(row, r, c, beta1, beta2, ok, False)
-            if (i == 0) & (j == 0) & (field(row, K_FIRST) != 0):
-                count(row, K_STEP, ok)
+            if (i == 0) & (j == 0) & (field(row, K.FIRST) != 0):
+                increment(row, K.STEP, ok)

@@ -19,6 +19,28 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class ElementwiseTile(NamedTuple):
+    """A tile of an elementwise kernel."""
+
+    ROWS: int
+    COLS: int
+    num_warps: int
+
+
+class Sides(NamedTuple):
+    """The same where something else sets the warps."""
+
+    ROWS: int
+    COLS: int
+
+
+class Chunks(NamedTuple):
+    """Pieces of tensors whose inner product is computed, in elements."""
+
+    CHUNK: int
+    num_warps: int
+
+
 # Shape class -> what operands are multiplied in -> architecture (the nearest one below counts) -> tile.
 # "small": where large tiles would not fill the chip. "epilogue": for products whose epilogue, or
 # general strides, need the registers.
@@ -43,16 +65,21 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 
-# Elementwise kernels: (rows, columns, warps).
-ELEMENTWISE = (16, 128, 8)
-COPY = (32, 32, 4)  # of a matrix that may be transposed
-INNER = (16, 64)  # elementwise tiles between a product's, whose warps they have
+ELEMENTWISE = ElementwiseTile(16, 128, 8)
+COPY = ElementwiseTile(32, 32, 4)  # of a matrix that may be transposed
+BESIDE_PRODUCTS = Sides(16, 64)  # elementwise tiles in kernels of products, whose warps they have
+INNER_PRODUCTS = Chunks(4096, 8)
+
+
+def elementwise_tiles(shape: tuple[int, int]) -> int:
+    """How many ELEMENTWISE tiles a matrix takes."""
+    return -(-shape[0] // ELEMENTWISE.ROWS) * -(-shape[1] // ELEMENTWISE.COLS)
 
 
 def tile(shape: str, precision: str, capability: int) -> Tile:
     """The pinned tile of a shape class for compute capability 80, 86, 90, 100, ...; what is older counts as 80."""
-    rows = TILES[shape][precision]
-    return rows[max((arch for arch in rows if arch <= capability), default=min(rows))]
+    tiles = TILES[shape][precision]
+    return tiles[max((arch for arch in tiles if arch <= capability), default=min(tiles))]
 
 
 def shape_class(

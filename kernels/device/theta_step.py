@@ -1,0 +1,180 @@
+"""Kernels of the θ step: sums of Diagonal blocks, the update of m and θ, and that update in a product's epilogue."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .access import (
+    address,
+    field,
+    gradient,
+    increment,
+    last_number,
+    leading,
+    learning_rate,
+    matrix,
+    momentum_correction,
+    outer_diagonal,
+    scheduled_step,
+    tile_grid,
+    weight_pointers,
+)
+from .arithmetic import all_finite, finite, total
+from .products import left_tile, store_sums
+from .row_layout import F, H
+
+
+@triton.jit
+def diagonal_product(
+    row, hyper, r, c, inside, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr
+):
+    """d²∘m̂, or d²∘g with momentum AFTER."""
+    d = matrix(row, F.A, F.LDA, r, c, inside, field(row, F.N), 1)
+    x = gradient(row, r, c, inside, G, GENERAL, ALIGN)
+    if not AFTER:
+        m = matrix(row, F.X, F.LDX, r, c, inside, field(row, F.N), 1)
+        x = tl.load(hyper + H.KEEP) * m + tl.load(hyper + H.TAKE) * x
+    return d * d * x
+
+
+@triton.jit(do_not_specialize=["tiles", "slots"])
+def diagonal_kernel(
+    rows, hyperparameters, schedule, corrections, partials, slots, tiles,
+    SUMS: tl.constexpr, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The sums of Diagonal blocks. Schedule: (row, tile of rows, tile of columns, number of the tile in its block)."""
+    for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        entry, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        r, c = tile_grid(i, j, ROWS, COLS)
+        inside = r < field(row, F.M)
+        correction = momentum_correction(row, hyper)
+        if (i == 0) & (j == 0) & (field(row, F.FIRST) != 0):
+            tl.store(corrections + field(row, F.INDEX), correction)
+        q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
+        slot = partials + field(row, F.SLOT) + last_number(entry)
+        store_sums(row, hyper, r, c, inside, q, correction, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, 1)
+
+
+@triton.jit
+def update_tile(
+    row, hyper, r, c, inside, q, factor, ok,
+    AFTER: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+):  # fmt: skip
+    """Write m and θ at a tile, from q = Q m̂ (Q g with momentum AFTER) and factor = c/correction, where ``ok``."""
+    m_at = address(row, F.X, tl.float32, ALIGN_X) + r * leading(row, F.LDX, ALIGN_X) + c
+    limit = leading(row, F.X_COLS, ALIGN_X)
+    m = tl.load(m_at, mask=inside & (c < limit), other=0)
+    if AFTER:
+        x, nat = q, tl.load(hyper + H.KEEP) * m + tl.load(hyper + H.TAKE) * q
+    else:
+        x, nat = gradient(row, r, c, inside, G, GENERAL, ALIGN), q
+    tl.store(m_at, m + tl.load(hyper + H.RATE) * (x - m), mask=inside & (c < limit) & ok)
+    nat = nat * factor
+    cols = field(row, F.COLS)
+    weight = inside & (c < leading(row, F.COLS, ALIGN)) & ok & (field(row, F.WEIGHT) != 0)
+    w_at = weight_pointers(row, r, c, GENERAL, W, ALIGN)
+    w = tl.load(w_at, mask=weight, other=0).to(tl.float32)
+    lr = learning_rate(row, hyper, F.LR, H.LR)
+    tl.store(w_at, (w - lr * (nat + tl.load(hyper + H.DECAY) * w)).to(W), mask=weight)
+    bias = inside & (c == cols) & ok & (field(row, F.BIAS) != 0)
+    b_at = address(row, F.BIAS, W, 1) + r * field(row, F.BIAS_ROW) + (c - cols)
+    b = tl.load(b_at, mask=bias, other=0).to(tl.float32)
+    lr = learning_rate(row, hyper, F.BIAS_LR, H.BIAS_LR)
+    tl.store(b_at, (b - lr * (nat + tl.load(hyper + H.BIAS_DECAY) * b)).to(W), mask=bias)
+
+
+@triton.jit(do_not_specialize=["tiles", "slots"])
+def update_kernel(
+    rows, hyperparameters, schedule, corrections, partials, slots, kappa, norms, taken, tiles,
+    RULE: tl.constexpr,  # "rms", "trust" or "none"
+    AFTER: tl.constexpr, DIAGONAL: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """m and θ, from nat. Schedule: (row, tile of rows, tile of columns, unused).
+
+    norms (blocks,): ‖nat‖; taken: whether the step was, a bool. DIAGONAL: some rows compute nat here.
+    """
+    ok = all_finite(partials, slots, 1024)
+    trust = 1.0
+    if RULE == "trust":
+        length = tl.maximum(total(partials + slots, slots, 1024), 1.1754943508222875e-38)
+        trust = tl.minimum(tl.sqrt(kappa / length), 1.0)
+    if tl.program_id(0) == 0:
+        tl.store(taken, ok)
+    for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        _, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        r, c = tile_grid(i, j, ROWS, COLS)
+        inside = r < field(row, F.M)
+        correction = tl.load(corrections + field(row, F.INDEX))
+        count, slot = field(row, F.SLOTS), field(row, F.SLOT)
+        norm = tl.sqrt(total(partials + slot, count, 256)) / correction
+        factor = trust / correction
+        if RULE == "rms":
+            moving = (norm > 0) & (total(partials + slots + slot, count, 256) > 0)
+            factor = tl.where(moving, tl.load(hyper + H.RMS_NORM) / tl.where(moving, norm, 1.0), 0.0) / correction
+        if (i == 0) & (j == 0) & (field(row, F.FIRST) != 0):
+            tl.store(norms + field(row, F.INDEX), norm)
+            increment(row, F.STEP, ok)
+        if DIAGONAL:
+            if field(row, F.DIAGONAL) != 0:
+                q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
+            else:
+                np = field(row, F.NP)
+                q = tl.load(address(row, F.OUT, tl.float32, 1) + r * np + c, mask=inside & (c < np), other=0)
+        else:
+            np = leading(row, F.NP, 16)
+            q = tl.load(address(row, F.OUT, tl.float32, 16) + r * np + c, mask=inside & (c < np), other=0)
+        update_tile(row, hyper, r, c, inside, q, factor, ok, AFTER, G, W, GENERAL, ALIGN, ALIGN_X)
+
+
+@triton.jit
+def store_norms(partials, slots, ranges, blocks, most, corrections, norms, taken):
+    """‖nat‖ of each block and whether all are finite. ``ranges`` (blocks, 2): first slot, slots; ``most`` of them."""
+    tl.store(taken, all_finite(partials, slots, 1024))
+    for first in range(0, blocks, 32):
+        b = first + tl.arange(0, 32)
+        start = tl.load(ranges + 2 * b, mask=b < blocks, other=0)
+        count = tl.load(ranges + 2 * b + 1, mask=b < blocks, other=0)
+        acc = tl.zeros([32], tl.float32)
+        for slot in range(0, most, 32):
+            at = (slot + tl.arange(0, 32))[None, :]
+            acc += tl.sum(tl.load(partials + start[:, None] + at, mask=at < count[:, None], other=0), 1)
+        correction = tl.load(corrections + b, mask=b < blocks, other=1)
+        tl.store(norms + b, tl.sqrt(acc) / correction, mask=b < blocks)
+
+
+@triton.jit(do_not_specialize=["tiles", "slots", "checked", "blocks", "most"])
+def fused_kernel(
+    rows, hyperparameters, schedule, corrections, checks, checked, partials, slots, ranges, blocks, most, norms, taken,
+    arrived, tiles,
+    AFTER: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """nat = P X, and m and θ moved in the epilogue. Schedule: (row, tile of m, tile of n, number of the tile).
+
+    Nothing is written where the first product is not finite. The program that comes last adds up the norms, in the
+    same order whichever it is; ``arrived`` counts them and is 0 again after it.
+    """
+    ok = all_finite(checks, checked, 1024)
+    for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        entry, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        q = left_tile(row, i, j, PRECISION, BM, BN, BK)
+        r, c = tile_grid(i, j, BM, BN)
+        inside = r < field(row, F.M)
+        if SCALED:
+            q = q * outer_diagonal(row, r, c, inside)
+        correction = tl.load(corrections + field(row, F.INDEX))
+        slot = partials + field(row, F.SLOT) + last_number(entry)
+        store_sums(row, hyper, r, c, inside, q, correction, slot, slots, "norm", AFTER, G, GENERAL, ALIGN, ALIGN_X)
+        update_tile(row, hyper, r, c, inside & finite(q), q, 1 / correction, ok, AFTER, G, W, GENERAL, ALIGN, ALIGN_X)
+        if (i == 0) & (j == 0):
+            increment(row, F.STEP, ok)
+    tl.debug_barrier()  # all of this program's sums are written before it counts as arrived
+    before = tl.atomic_add(arrived, 1, sem="acq_rel")
+    if before == tl.num_programs(0) - 1:
+        store_norms(partials, slots, ranges, blocks, most, corrections, norms, taken)
+        tl.store(arrived, 0)

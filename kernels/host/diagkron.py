@@ -1,0 +1,107 @@
+"""What DiagKron needs beside the products of the others: copies of its factors, and its core, two products more.
+
+Q u = A∘(Rᵀ(B²∘(R(A∘u)L))Lᵀ) in the order of ``device/products.py``, each product reading rows of its factor:
+
+    right   X = (A∘u) L        Lᵀ in the place of S
+    left    Y = B²∘(R X)       R in the place of P       | the core
+    right   Z = Y Lᵀ           L in the place of S       |
+    left    A∘(Rᵀ Z)           Rᵀ in the place of P
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...model.block import Block
+from ..device.factors import copy_kernel
+from ..device.products import left_kernel, right_kernel
+from .configurations import COPY, Tile
+from .launch import launch
+from .state import workspace_of
+from .tables.block_rows import BlockRows, Gradient
+from .tables.factor_rows import FactorRows
+from .tables.strides import padded
+from .tables.uploads import Schedule, schedule, tiles, upload
+from .tables.workspace import ProductBuffers
+
+
+def core_buffers(block: Block) -> ProductBuffers:
+    """For the core's products: copies of L and R; X and Y are the workspace's."""
+    workspace, (m, n) = workspace_of(block), block.shape
+    L, R = workspace.scratch("L", n, padded(n)), workspace.scratch("R", m, padded(m))
+    return ProductBuffers(1, L, R, workspace.XT, workspace.out)
+
+
+def append_core(rows: BlockRows, block: Block) -> None:
+    """A block's row in its core: B²∘(P X), then that times S."""
+    buffers, n = core_buffers(block), block.shape[1]
+    B = block.structure.fishleg_aux["B"]
+    rows.append(block.shape, Gradient(cols=n), buffers=buffers, A=B, x=buffers.out[:, :n])
+
+
+def copy_factors(blocks: Sequence[Block]) -> None:
+    """L, R and their transposes of DiagKron blocks whose λ was written to since, with padding: one launch.
+
+    ValueError where A or B is not row-major (``FactorRows.append``: L and R).
+    """
+    stale = [b for b in blocks if workspace_of(b).version != b.structure.version]
+    groups: dict[torch.device, FactorRows] = {}
+    for block in stale:
+        rows = groups.setdefault(block.momentum.device, FactorRows())
+        aux, workspace, core = block.structure.fishleg_aux, workspace_of(block), core_buffers(block)
+        for name in "AB":
+            if aux[name].stride(1) != 1 and block.shape[1] > 1:
+                given = aux[name].stride()
+                raise ValueError(f"{name} should be row-major but has strides: {given}; assign with copy_()")
+        for name, copies in (("L", (core.S, workspace.S[0])), ("R", (core.P, workspace.P))):
+            for transposed, copy in enumerate(copies):
+                rows.append(aux[name], copy, bool(transposed))
+    for device, rows in groups.items():
+        squares = [(i, k, k, 0) for i, k in enumerate(rows.sizes)]
+        entries, count = schedule(tiles(squares, COPY.ROWS, COPY.COLS), device)
+        launch(
+            copy_kernel, count, rows.upload(device), entries, device=device, per_processor=4, ALIGN=rows.align,
+            **COPY._asdict(),
+        )  # fmt: skip
+    for block in stale:
+        workspace_of(block).version = block.structure.version
+
+
+class CoreProducts(NamedTuple):
+    """The core of some blocks, prepared."""
+
+    table: Tensor
+    left: Schedule
+    right: Schedule
+    constants: dict
+
+
+def core_products(rows: BlockRows, precision: str, config: Tile, device: torch.device) -> CoreProducts | None:
+    """Of rows of ``append_core``; None where there are none."""
+    if not len(rows):
+        return None
+    left = tiles([(k, m, n, 0) for k, (m, n, _) in enumerate(rows.shapes)], config.BM, config.BN)
+    right = tiles([(k, n, m, 0) for k, (m, n, _) in enumerate(rows.shapes)], config.BM, config.BN)
+    constants = {"PRECISION": precision, **rows.constants(), **config._asdict()}
+    return CoreProducts(rows.upload(device), schedule(left, device), schedule(right, device), constants)
+
+
+def launch_core(core: CoreProducts | None, device: torch.device) -> None:
+    """Two launches; none for None."""
+    if core is None:
+        return
+    none = upload((0.0,), torch.float32, device)  # stands for what is not read
+    entries, count = core.left
+    launch(
+        left_kernel, count, core.table, none, entries, none, none, 0, device=device, SUMS="none", AFTER=False,
+        SCALED=True, SQUARED=True, **core.constants,
+    )  # fmt: skip
+    entries, count = core.right
+    launch(
+        right_kernel, count, core.table, none, entries, none, none, device=device, SOURCE="x", SCALED=False,
+        COUNT=False, CHECK=False, **core.constants,
+    )  # fmt: skip

@@ -1,0 +1,68 @@
+"""P = RᵀR and S = LLᵀ of all blocks in one launch, and DiagKron's copies of L and R in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...algebra.maths import Applications
+from ...model.block import Block
+from ..device.factors import refresh_kernel
+from .configurations import shape_class, tile
+from .coverage import covered_kind, kind
+from .diagkron import copy_factors
+from .launch import capability, launch, processors
+from .state import workspace_of
+from .tables.factor_rows import FactorRows, factors_of
+from .tables.uploads import schedule, tiles
+
+
+def square_tile(precision: str, sizes: Sequence[int], device: torch.device, epilogue: bool = False) -> dict:
+    """Square tiles, since each is also stored transposed; ``epilogue``: it needs the registers."""
+    arch = capability(device)
+    halves = [(k, k // 2) for k in sizes]
+    found = "epilogue" if epilogue else shape_class(halves, precision, arch, processors(device))
+    chosen = tile(found, precision, arch)
+    side = min(chosen.BM, chosen.BN)
+    return {**chosen._asdict(), "BM": side, "BN": side}
+
+
+def share_products(block: Block) -> None:
+    """Tell the structure that our P and S are those of its λ."""
+    workspace_of(block).version = block.structure.version
+    cache = {}
+    for factor in factors_of(block):
+        product = ("P" if factor.transposed else "S") + factor.name[1:]
+        cache[product] = factor.square[:, : factor.square.shape[0]]
+    block.structure.adopt(cache)
+
+
+def refresh_stale(blocks: Sequence[Block]) -> None:
+    """P and S of those blocks, all FACTORED, whose λ was written to since; of DiagKron's, the copies of L and R."""
+    copy_factors([b for b in blocks if covered_kind(b) == "diagkron"])
+    blocks = [b for b in blocks if covered_kind(b) == "kron"]
+    stale = [b for b in blocks if workspace_of(b).version != b.structure.version]
+    groups: dict[tuple[str, torch.device], FactorRows] = {}
+    for block in stale:
+        rows = groups.setdefault((block.structure.precision, block.momentum.device), FactorRows())
+        for factor in factors_of(block):
+            rows.append(block.structure.fishleg_aux[factor.name], factor.square, factor.transposed)
+    for (precision, device), rows in groups.items():
+        sides = square_tile(precision, rows.sizes, device)
+        squares = [(i, k, k, 0) for i, k in enumerate(rows.sizes)]
+        entries, count = schedule(tiles(squares, sides["BM"], sides["BN"], half=True), device)
+        launch(
+            refresh_kernel, count, rows.upload(device), entries, device=device,
+            ALIGN=rows.align, PRECISION=precision, **sides,
+        )  # fmt: skip
+    for block in stale:
+        share_products(block)
+
+
+def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None = None) -> None:
+    """As the reference's; P and S of the blocks that the kernels cover are always formed."""
+    refresh_stale([b for b in blocks if covered_kind(b) == "kron" or kind(b) == "diagkron"])
+    for block, uses in zip(blocks, applications or [None] * len(blocks), strict=True):
+        if covered_kind(block) is None:
+            block.structure.refresh(uses)

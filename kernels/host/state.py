@@ -1,0 +1,26 @@
+"""What the Triton backend keeps on a block: its workspace, and the plans of lists of blocks that start with it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...model.block import BackendState, Block
+from .tables.workspace import Workspace
+
+
+@dataclass
+class TritonState(BackendState):
+    """Both are filled as they are needed."""
+
+    workspace: Workspace | None = None
+    theta_plans: OrderedDict[tuple, Any] = field(default_factory=OrderedDict)  # by what ``theta_plan`` tells them apart
+
+
+def workspace_of(block: Block) -> Workspace:
+    """The block's, made at the first call."""
+    state = block.kept(TritonState)
+    if state.workspace is None or state.workspace.device != block.momentum.device:
+        state.workspace = Workspace(block)
+    return state.workspace

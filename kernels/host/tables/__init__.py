@@ -1,0 +1,1 @@
+"""What the kernels are told of blocks: rows, schedules of tiles, and the memory that their products need."""
