@@ -6,6 +6,7 @@ from ._version import __version__ as __version__
 from .algebra.diagkron import DiagKron as DiagKron
 from .algebra.diagonal import Diagonal as Diagonal
 from .algebra.kron import Kron as Kron
+from .algebra.structure import Structure as Structure
 from .algebra.sumkron import SumKron as SumKron
 from .likelihoods import BernoulliLikelihood as BernoulliLikelihood
 from .likelihoods import CategoricalLikelihood as CategoricalLikelihood

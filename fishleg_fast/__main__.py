@@ -7,8 +7,9 @@ from importlib import metadata
 
 import torch
 
+from . import native
 from ._version import __version__
-from .backends import native, registry
+from .backends import registry
 
 
 def _triton_version() -> str:

@@ -17,23 +17,25 @@ MOST_MODULES = 12  # in one folder, beside __init__.py
 # folder and what is named here, for the reason given.
 MAY_IMPORT = {
     "_version": ("", "a version is a string"),
+    "availability": ("", "it is a pair"),
+    "native": ("_version availability", "the extension knows neither torch nor the package"),
     "precision": ("", "torch's settings have nothing to do with the package"),
     "likelihoods": ("", "a likelihood knows outputs and targets alone"),
     "algebra": ("", "matrices and factors of Q know neither models nor optimizers"),
     "model": ("algebra", "blocks and layers know what their λ is, not who steps or learns it"),
     "backends": (
-        "algebra model precision kernels _version",
+        "algebra model precision kernels native availability",
         "ops are given all that they work on: they know no passes, no Fisher matrix, no options and no optimizer",
     ),
     "backends.reference": (
-        "algebra model precision backends.protocol",
+        "algebra model precision backends.protocol availability",
         "the reference is plain torch: no other backend and no extension",
     ),
     "backends.registry": ("backends kernels", "it is the table of backends"),
     "kernels": ("algebra model precision backends", "the Triton kernels are a backend like the others"),
     "kernels.device": ("", "Triton compiles these for a device: nothing of the host is there"),
     "passes": (
-        "algebra model precision likelihoods backends.native backends.cpu.agreement",
+        "algebra model precision likelihoods backends.cpu.agreement",
         "passes know a model and its loss, not what is made of them",
     ),
     "fisher": ("algebra model likelihoods passes backends.protocol", "F v is made of passes, λ learned by ops given"),
@@ -49,7 +51,7 @@ MAY_IMPORT = {
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),
-    "__main__": ("_version backends.registry backends.native", "it reports the backends"),
+    "__main__": ("_version backends.registry native", "it reports the backends"),
 }
 
 
@@ -103,7 +105,7 @@ def test_no_folder_holds_more_than_a_few_modules() -> None:
         ("algebra.kron", "model.block", "algebra.kron imports model.block, but"),
         ("backends.cpu.ops", "backends.reference.products", None),
         ("backends.reference.products", "backends.protocol", None),
-        ("backends.reference.products", "backends.native", "backends.reference.products imports backends.native, but"),
+        ("backends.reference.products", "native", "backends.reference.products imports native, but"),
         ("kernels.device.rows", "kernels.host", "kernels.device.rows imports kernels.host, but"),
         ("kernels.host", "kernels.device.rows", None),
         ("likelihoods", "__init__", "likelihoods imports __init__, but"),

@@ -12,7 +12,8 @@ import pytest
 
 import fishleg_fast
 import fishleg_fast.kernels
-from fishleg_fast.backends import native, registry
+from fishleg_fast import native
+from fishleg_fast.backends import registry
 
 OPTIONAL = ["triton", "tensorboard", "transformers", "matplotlib", "tqdm", "sklearn", "pytorch_optimizer"]
 

@@ -70,10 +70,7 @@ def build(out: Path, seconds: float) -> dict[str, Any]:
     log = out / "build.log"
     status, text = run([sys.executable, "setup.py", "build_ext", "--inplace"], log, seconds)
     record["seconds"] = round(time.time() - start, 1)
-    ask = (
-        "import json; from fishleg_fast.backends import native; "
-        "print(json.dumps([native.available(), native.cuda_status()]))"
-    )
+    ask = "import json; from fishleg_fast import native; print(json.dumps([native.available(), native.cuda_status()]))"
     says, answer = run([sys.executable, "-c", ask], out / "native.log", 120)
     (out / "native.log").unlink()
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +16,10 @@ from torch import Tensor
 from ..algebra.maths import Applications, Aux
 from ..algebra.matrix import Matrix
 from ..algebra.structure import LayerStatistics
+from ..availability import Availability
 from ..model.block import Block
 
 __all__ = ["Availability", "Block", "LambdaOptions", "Matrix", "Ops", "ThetaOptions"]
-
-
-class Availability(NamedTuple):
-    """Whether something can be used here, and what it found or why not."""
-
-    supported: bool
-    reason: str
 
 
 class AvailabilityCheck(Protocol):

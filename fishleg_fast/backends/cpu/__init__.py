@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from ... import native
 from ..protocol import Availability
 from .anchoring import anchor as anchor
 from .lambda_update import lambda_step as lambda_step

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import native
 from ...precision import precision_scope
-from .. import native
 
 # ‖g z‖, ‖g z − Eᵀ(H z)‖, the norm of the products ‖Eₖ‖‖Hₖ‖, and ‖g‖² where it was found on the way
 Agreement = tuple[float, float, float, float | None]

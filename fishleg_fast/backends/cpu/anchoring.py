@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import native
 from ...algebra.kron import Kron
 from ...algebra.maths import Aux
 from ...algebra.structure import LayerStatistics
 from ...model.block import Block
-from .. import native
 from ..reference import anchoring as reference
 from .packed_matrix import engines
 

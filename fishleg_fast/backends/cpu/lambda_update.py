@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import native
 from ...algebra.low_rank import LowRank, LowRankProduct
 from ...algebra.matrix import Matrix, dense
 from ...model.block import Block
-from .. import native
 from ..protocol import LambdaOptions
 from ..reference import lambda_update as reference
 from . import packed_products

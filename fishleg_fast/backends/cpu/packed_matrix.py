@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
+from ... import native
 
 LEFT, RIGHT = 0, 1  # Side of csrc/cpu/gemm/engine.h
 MATRIX = 0  # Target of csrc/cpu/gemm/products.h; 1 and 2 are the sides

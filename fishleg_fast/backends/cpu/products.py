@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import native
 from ...algebra.maths import Applications
 from ...algebra.matrix import Matrix
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
-from .. import native, reference
+from .. import reference
 from . import packed_products
 from .step_plan import CODES, dtype_of
 

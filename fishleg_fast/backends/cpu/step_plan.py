@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import native
 from ...algebra.diagonal import Diagonal
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
-from .. import native
 from ..reference.products import common_dtype
 
 

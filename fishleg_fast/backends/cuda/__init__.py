@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from ... import native
 from ..protocol import Availability
 from ..reference import anchor as anchor
 from .coverage import TYPES

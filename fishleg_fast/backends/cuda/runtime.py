@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import native
+from ... import native
 
 
 class Runtime(NamedTuple):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fishleg_fast import native
 from fishleg_fast.algebra.kron import Kron
 from fishleg_fast.algebra.structure import LayerStatistics
-from fishleg_fast.backends import native, registry
 from fishleg_fast.backends import reference as steps
+from fishleg_fast.backends import registry
 from fishleg_fast.backends.cpu import anchoring
 from fishleg_fast.backends.cpu.packed_matrix import engines
 from fishleg_fast.backends.reference import anchoring as reference_anchoring

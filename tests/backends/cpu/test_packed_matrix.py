@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fishleg_fast.backends import native
+from fishleg_fast import native
 from fishleg_fast.backends.cpu.packed_matrix import LEFT, RIGHT, PackedMatrix, ProductBatch, engines, padded
 from support.dense import randn, relative
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishleg_fast.backends import cuda, native, reference, registry
+from fishleg_fast import native
+from fishleg_fast.backends import cuda, reference, registry
 from support.cuda_emulation import KERNELS, ROOT, build, fingerprint, only_one
 
 OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "anchor")

@@ -9,13 +9,13 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from .._version import __version__
-from .protocol import Availability
+from ._version import __version__
+from .availability import Availability
 
 __all__ = ["available", "cuda_status", "extension", "features", "version"]
 
 _REMEDY = "reinstall fishleg_fast (in a checkout: make clean setup)"
-_BUILD_REASON = Path(__file__).parents[1] / "_native_build.txt"  # left by setup.py where the build failed
+_BUILD_REASON = Path(__file__).with_name("_native_build.txt")  # left by setup.py where the build failed
 
 
 def _load() -> tuple[ModuleType | None, str]:
