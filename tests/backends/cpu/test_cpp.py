@@ -106,6 +106,15 @@ def test_training_is_the_references(variant: str, model: str) -> None:
     assert distance(run("cpp", model, **settings), want) < 3 * far + 1e-5
 
 
+def test_counters_are_float32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        want = run("reference", dtype=torch.float64)
+        assert distance(run("cpp", dtype=torch.float64), want) < 1e-9
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_sixteen_bits(dtype: torch.dtype) -> None:
     """Rounded to the nearest at the end of a step, as torch does: parameters agree to their last bits."""
