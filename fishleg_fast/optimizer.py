@@ -49,6 +49,7 @@ class FishLeg(Optimizer):
         momentum: "before" Q, or "after" it as published.
         nesterov: average the gradient into the momentum once more for the step, as Muon and NAdam do.
         normalize: "rms": each block's update gets root-mean-square 0.2, as Muon's users scale it to AdamW's lr;
+            "spectral": each block's natural gradient is replaced by its polar factor, times 0.2·√max(m, n);
             "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
         maximize: ascend.
@@ -58,7 +59,9 @@ class FishLeg(Optimizer):
             ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (fnmatch's) to those, of which
             the first match counts, "kron" elsewhere.
         max_factor_size: larger Kronecker factors become block-diagonal.
-        damping: γ > 0, in units of the Fisher matrix.
+        damping: γ > 0, in units of the Fisher matrix; with damping_scale="relative" δ, of which γ is δ² times each
+            block's mean eigenvalue of the Fisher matrix, so that neither the loss's scale nor a layer's matters.
+        damping_scale: "absolute" or "relative".
         fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
             None: "ggn" with a likelihood, "hessian" without.
         curvature_batch: at most so many samples in a Fisher-vector product; None: the whole batch.
@@ -109,6 +112,7 @@ class FishLeg(Optimizer):
         beta: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 0.1,
+        damping_scale: str = "absolute",
         update_aux_every: int = 10,
         fisher: str | None = None,
         precondition_aux: bool = False,
@@ -138,9 +142,10 @@ class FishLeg(Optimizer):
         check_sources(model, draw, nll, likelihood, aux_loader, fisher)
         self.settings = Settings(
             momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable,
-            structure=structure, max_factor_size=max_factor_size, damping=damping, fisher=fisher,
-            curvature_batch=curvature_batch, update_aux_every=update_aux_every, aux_lr=aux_lr, aux_betas=aux_betas,
-            aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux, learn_scale=learn_scale,
+            structure=structure, max_factor_size=max_factor_size, damping=damping, damping_scale=damping_scale,
+            fisher=fisher, curvature_batch=curvature_batch, update_aux_every=update_aux_every, aux_lr=aux_lr,
+            aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux,
+            learn_scale=learn_scale,
             init=init, scale=scale, anchor_every=anchor_every, anchor_decay=anchor_decay,
             precision=precision, writer=writer, seed=seed,
         )  # fmt: skip

@@ -25,7 +25,8 @@ _CHOICES = {
     "u_sampling": ("gradient", "momentum", "gaussian"),
     "init": ("kfac", "sgd"),
     "momentum": ("before", "after"),
-    "normalize": ("rms", "trust", None),
+    "normalize": ("rms", "spectral", "trust", None),
+    "damping_scale": ("relative", "absolute"),
     "precision": (*PRECISIONS, None),
 }
 
@@ -47,6 +48,7 @@ class Settings:
     structure: StructureChoice | Mapping[str, StructureChoice]
     max_factor_size: int | None
     damping: float
+    damping_scale: str
     fisher: str
     curvature_batch: int | None
     update_aux_every: int
@@ -92,6 +94,17 @@ class Settings:
                 "u_sampling='momentum' needs an average of gradients, but momentum='after' averages Q g; use "
                 "momentum='before'"
             )
+        if self.damping_scale == "relative":
+            if self.normalize not in ("rms", "spectral"):
+                raise ValueError(
+                    "normalize should be 'rms' or 'spectral' with damping_scale='relative', where Q has no scale, "
+                    f"but is: {self.normalize!r}"
+                )
+            if self.init != "kfac" and not self.anchor_every:
+                raise ValueError(
+                    "damping_scale='relative' is in units of the Fisher matrix's factors, and needs them estimated: "
+                    "init='kfac', or anchor_every > 0"
+                )
         if self.writer is not None and not callable(getattr(self.writer, "add_scalar", None)):
             raise TypeError(
                 f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {self.writer!r}"
@@ -108,14 +121,16 @@ class Settings:
     @cached_property
     def curvature(self) -> CurvatureOptions:
         """Those of λ."""
+        relative = self.damping_scale == "relative"
         update = LambdaOptions(
-            damping=self.damping, lr=self.aux_lr, betas=self.aux_betas, eps=self.aux_eps,
+            damping=self.damping**2 if relative else self.damping, lr=self.aux_lr, betas=self.aux_betas,
+            eps=self.aux_eps,
             precondition=self.precondition_aux, learn_scale=self.learn_scale, capturable=self.capturable,
         )  # fmt: skip
         return CurvatureOptions(
             update=update, update_aux_every=self.update_aux_every, fisher=self.fisher, u_sampling=self.u_sampling,
             init=self.init, anchor_every=self.anchor_every, anchor_decay=self.anchor_decay,
-            curvature_batch=self.curvature_batch,
+            curvature_batch=self.curvature_batch, relative_damping=relative,
         )  # fmt: skip
 
 

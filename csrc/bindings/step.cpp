@@ -82,11 +82,12 @@ void point(StepPlan& plan, const std::vector<uintptr_t>& grads) {
         for (Part& part : block.parts) part.grad.data = pointer(grads[k++]);
 }
 
-void give(StepPlan& plan, size_t index, int source, uintptr_t given, uintptr_t product) {
+void give(StepPlan& plan, size_t index, int source, uintptr_t given, uintptr_t product, double fixed_scale) {
     Block& block = plan.blocks().at(index);
     block.source = static_cast<Source>(source);
     block.given = pointer(given);
     block.product = pointer(product);
+    block.fixed_scale = fixed_scale;
     block.factors = {};
 }
 
@@ -100,6 +101,7 @@ void give_packed(StepPlan& plan, const std::string& engine,
         block.given = nullptr;
         block.factors = {pointer(left), pointer(right), depth};
         block.scratch = pointer<float>(scratch);
+        block.fixed_scale = 0;
         block.product = pointer(product);
     }
 }
@@ -215,7 +217,8 @@ void bind_step(py::module_& m) {
         .def(py::init(&make), "blocks: (name, dtype of λ, rows, columns, width of each parameter).")
         .def("place", &place, "Where a block's momentum, counter, d, parameters and gradients are.")
         .def("point", &point, "Where all gradients are, in the layouts they had.")
-        .def("give", &give, "What a block's natural gradient is made of in this step.")
+        .def("give", &give, "What a block's natural gradient is made of in this step.", py::arg("index"), py::arg("source"),
+             py::arg("given"), py::arg("product"), py::arg("fixed_scale") = 0.0)
         .def("give_packed", &give_packed,
              "The same for low-rank gradients: (index, (E P)ᵀ and H S packed, depth, scratch memory or 0, Q m).")
         .def("set_rates", &set_rates, "lr and weight decay of each parameter, beta and base lr of each block.")

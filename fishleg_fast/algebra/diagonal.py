@@ -64,6 +64,11 @@ class Diagonal(Structure):
         return {"diagonal": (e * e).T @ (a * a) * count}
 
     @torch.no_grad()
+    def mean_eigenvalue(self, moments: Aux, weight: float = 1.0) -> Tensor:
+        """The mean of diag F."""
+        return moments["diagonal"].sum() / weight / max(moments["diagonal"].numel(), 1)
+
+    @torch.no_grad()
     def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
         """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape.
 

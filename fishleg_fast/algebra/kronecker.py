@@ -94,6 +94,12 @@ class Kronecker(Structure):
         return {"rows": cross(e.T, e.T, R), "columns": cross(a.T, a.T, L)}
 
     @torch.no_grad()
+    def mean_eigenvalue(self, moments: Aux, weight: float = 1.0) -> Tensor:
+        """(tr G/m)(tr Ā/n)."""
+        means = [trace(moments[name]) / weight / max(k, 1) for name, k in zip(self.moments, self.shape, strict=True)]
+        return means[0] * means[1]
+
+    @torch.no_grad()
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
         """As above; of dense factors within the product that makes the new ones."""
         rows, columns = moments["rows"], moments["columns"]

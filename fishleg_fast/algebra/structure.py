@@ -234,6 +234,15 @@ class Structure:
         """Second moments from what a layer showed (see :class:`LayerStatistics`)."""
         return {}
 
+    def mean_eigenvalue(self, moments: Aux, weight: float = 1.0) -> Tensor:
+        """Of the Fisher matrix that the moments tell, to be divided by ``weight``: a scalar; 1 where they tell none."""
+        return torch.ones(())
+
+    def unit_weight(self, moments: Aux, weight: float) -> float:
+        """What to divide the moments by so that their Fisher matrix has eigenvalues of mean 1; all zero: ``weight``."""
+        mean = float(self.mean_eigenvalue(moments, weight))
+        return weight * mean ** (1 / max(len(self.moments), 1)) if 0 < mean < math.inf else weight
+
     @torch.no_grad()
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
         """Average new second moments into ``moments``, in place. False where they are not finite; nothing is written

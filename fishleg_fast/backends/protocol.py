@@ -123,10 +123,17 @@ class Ops(Protocol):
         """
 
     def anchor(
-        self, blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], *, decay: float, damping: float
+        self,
+        blocks: Sequence[Block],
+        statistics: Sequence[LayerStatistics | Aux],
+        *,
+        decay: float,
+        damping: float,
+        relative: bool = False,
     ) -> None:
         """Q from the moving average of the Fisher's Kronecker factors, ``statistics`` added with weight 1−decay.
 
+        ``relative``: Q is the inverse of F with eigenvalues of mean 1, to which the damping is added then.
         Moments that are not finite are left out, and empty ones: Q and the average stay what they are.
         Raises torch.linalg.LinAlgError where an average is not positive semi-definite; that block's λ is then
         unchanged.

@@ -33,6 +33,9 @@ class CurvatureOptions:
     anchor_every: int
     anchor_decay: float
     curvature_batch: int | None
+    relative_damping: bool = (
+        False  # λ is of F with eigenvalues of mean 1 in each block, and the damping δ² in those units
+    )
 
 
 def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
@@ -102,7 +105,10 @@ class CurvatureLearner:
         """
         statistics = moments(self.passes, blocks, self.passes.inputs())
         options = self.options
-        self.ops.anchor(blocks, statistics, decay=options.anchor_decay, damping=options.update.damping)
+        self.ops.anchor(
+            blocks, statistics, decay=options.anchor_decay, damping=options.update.damping,
+            relative=options.relative_damping,
+        )  # fmt: skip
 
     def applications_in_update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Applications]:
         """How often P and S of each block are used in an update of λ."""
@@ -116,9 +122,20 @@ class CurvatureLearner:
         times = min(periods, default=0)
         return [(times * n, times * m) for m, n in (b.shape for b in blocks)] if times else None
 
+    def _scaled(self, blocks: Sequence[Block], xs: Sequence[Matrix]) -> list[Matrix]:
+        """D^½ x, D one over each block's mean eigenvalue of F: D^½FD^½ has eigenvalues of mean 1 in each block.
+
+        On it λ is learned then, so that neither the likelihood's scale nor a layer's matters: with D^½u in the place of
+        u and δ² in that of γ, 𝒜 is the same.
+        """
+        if not self.options.relative_damping:
+            return list(xs)
+        scales = [b.mean_eigenvalue().rsqrt() for b in blocks]
+        return [x * c if isinstance(x, Tensor) else x.scaled(c) for x, c in zip(xs, scales, strict=True)]
+
     def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         """u of the auxiliary loss: of unit norm over all blocks together, or zero where the gradient is."""
-        us = _SAMPLING[self.options.u_sampling](self, blocks, gs)
+        us = self._scaled(blocks, _SAMPLING[self.options.u_sampling](self, blocks, gs))
         norm = self.ops.inner(us, us).sqrt()
         norm = torch.where(norm > 0, norm, 1)
         return [u / norm.to(u) if isinstance(u, Tensor) else u.scaled(1 / norm) for u in us]
@@ -137,7 +154,8 @@ class CurvatureLearner:
         """One Adam step of λ (eq. 14 of the talk). Returns (𝒜, whether the step was taken)."""
         us = self.directions(blocks, gs)
         vs = self.ops.qv(blocks, us)
-        return self.ops.lambda_step(blocks, us, vs, self._fisher_product(blocks, vs), self.options.update)
+        fvs = self._scaled(blocks, self._fisher_product(blocks, self._scaled(blocks, vs)))
+        return self.ops.lambda_step(blocks, us, vs, fvs, self.options.update)
 
     def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Matrix]:
         """F v, low-rank where v is and the model's passes allow it."""

@@ -157,6 +157,14 @@ class Block:
                 f"{param.device}: move or convert the model before making the optimizer"
             )
 
+    def mean_eigenvalue(self) -> Tensor:
+        """Of the block's Fisher matrix, by its moving average: a scalar; 1 where there is none, or that is zero."""
+        weight = float(self.moments_weight)
+        if not self.moments or not weight:
+            return torch.ones((), dtype=self.dtype, device=self.momentum.device)
+        mean = self.structure.mean_eigenvalue(self.moments, weight)
+        return torch.where(mean > 0, mean, 1)
+
     @property
     def product_known(self) -> bool:
         """Whether ``product`` is Q m."""

@@ -98,7 +98,7 @@ def theta_step(
     Blocks that the kernels do not cover take their steps by the reference's functions, with the same norms, trust
     region and decision.
     """
-    if not any(kind(b) for b in blocks):
+    if options.normalize == "spectral" or not any(kind(b) for b in blocks):  # no kernels of polar factors yet
         return reference.theta_step(blocks, gs, options)
     plan = plan_of(blocks, gs, lambda: kinds_of(blocks), options)
     refresh_stale([b for b, k in zip(blocks, plan.kinds, strict=True) if k in FACTORED])

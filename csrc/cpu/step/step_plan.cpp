@@ -164,7 +164,10 @@ bool StepPlan::theta_step(const ThetaOptions& options, double* norms) {
         if (options.normalize == Normalize::rms) {
             const bool low_rank = block.source == Source::low_rank;
             const bool zero = !low_rank && (seen[b] < 0 ? !totals[b].gradient : seen[b] == 0);
-            passes[b].scale *= rms_scale(norms[b], elements(block), zero);
+            if (block.fixed_scale > 0)
+                passes[b].scale = zero ? 0 : block.fixed_scale;
+            else
+                passes[b].scale *= rms_scale(norms[b], elements(block), zero);
         } else if (options.normalize == Normalize::trust) {
             passes[b].scale *= trust_scale(power, options.kappa);
         }

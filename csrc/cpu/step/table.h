@@ -55,6 +55,7 @@ struct Block {
     PackedFactors factors;         // instead of Q g: (E P)ᵀ and H S
     float* scratch = nullptr;      // for their product, or null: both passes multiply
     void* product = nullptr;       // Q m, which follows
+    double fixed_scale = 0;        // of nat as it was given, bias correction included; 0: as `normalize` says
     double beta = 0;
     double base_lr = 0;            // before any schedule
 };

@@ -30,7 +30,12 @@ ENGINES: dict[torch.dtype, tuple[Pair, ...]] = {
 
 @torch.no_grad()
 def anchor(
-    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], *, decay: float, damping: float
+    blocks: Sequence[Block],
+    statistics: Sequence[LayerStatistics | Aux],
+    *,
+    decay: float,
+    damping: float,
+    relative: bool = False,
 ) -> None:
     """As the reference's."""
     mine: dict[Pair, list[tuple[Block, LayerStatistics]]] = {}
@@ -42,9 +47,11 @@ def anchor(
         else:
             others.append((block, new))
     for (averaging, inverting), found in mine.items():
-        for block in _start(inverting, _average(averaging, found, decay), damping):
-            reference.start_kfac(block, damping)  # which repeats it in float64 where float32 does not do
-    reference.anchor([b for b, _ in others], [new for _, new in others], decay=decay, damping=damping)
+        for block in _start(inverting, _average(averaging, found, decay), damping, relative):
+            reference.start_kfac(block, damping, relative)  # which repeats it in float64 where float32 does not do
+    reference.anchor(
+        [b for b, _ in others], [new for _, new in others], decay=decay, damping=damping, relative=relative
+    )
 
 
 def _engines(block: Block, new: LayerStatistics | Aux) -> Pair | None:
@@ -82,13 +89,15 @@ def _moment(x: Tensor, out: Tensor, alpha: float) -> tuple[int, int, int, int, i
     return x.data_ptr(), positions, size, x.stride(0) if positions > 1 else size, out.data_ptr(), alpha
 
 
-def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
+def _start(engine: str, blocks: Sequence[Block], damping: float, relative: bool) -> list[Block]:
     """R and L from the moments; the blocks for which that failed, whose λ is unchanged."""
     rows = []
     for block in blocks:
         aux, m = block.structure.fishleg_aux, block.moments
         matrices = (m["rows"], m["columns"], aux["R"], aux["L"])
-        rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, block.moments_weight.item()))
+        rows.append(
+            (*map(Tensor.data_ptr, matrices), *block.structure.shape, reference.moments_divisor(block, relative))
+        )
     done = native.extension().start_kfac(engine, rows, damping, torch.get_num_threads())
     for block, ok in zip(blocks, done, strict=True):
         if ok:

@@ -152,3 +152,7 @@ class StepPlan:
             for k, d in enumerate(self._diagonals):
                 if d is not None:
                     self.native.give(k, diagonal_source, 0, 0)
+
+    def forget_mode(self) -> None:
+        """Diagonal blocks were told otherwise in this step."""
+        self._mode = None

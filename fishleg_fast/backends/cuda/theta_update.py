@@ -21,7 +21,9 @@ Uncovered = tuple[int, Block, Matrix, Tensor]  # number, block, what m averages,
 
 
 def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOptions) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """As the reference's, which takes the steps of normalize="spectral"."""
+    if options.normalize == "spectral":
+        return reference.theta_step(blocks, gs, options)
     plan, facts, views = prepare(Op.THETA, blocks, gs)
     if plan is None:
         return reference.theta_step(blocks, gs, options)

@@ -11,16 +11,27 @@ from ...precision import precision_scope
 
 
 def anchor(
-    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], *, decay: float, damping: float
+    blocks: Sequence[Block],
+    statistics: Sequence[LayerStatistics | Aux],
+    *,
+    decay: float,
+    damping: float,
+    relative: bool = False,
 ) -> None:
     """Q from the moving average of the Kronecker factors, with the new ones in it: see ``protocol.Ops``."""
     for block, new in zip(blocks, statistics, strict=True):
         if new and block.structure.average(block.moments, new, 1 - decay):
             block.moments_weight.mul_(decay).add_(1 - decay)
-            start_kfac(block, damping)
+            start_kfac(block, damping, relative)
 
 
-def start_kfac(block: Block, damping: float) -> None:
+def start_kfac(block: Block, damping: float, relative: bool = False) -> None:
     """Q from the block's average as it is."""
     with precision_scope("highest"):  # of a triangular inverse that λ starts from
-        block.structure.start_kfac(block.moments, damping, block.moments_weight.item())
+        block.structure.start_kfac(block.moments, damping, moments_divisor(block, relative))
+
+
+def moments_divisor(block: Block, relative: bool) -> float:
+    """What the block's moments are to be divided by."""
+    weight = block.moments_weight.item()
+    return block.structure.unit_weight(block.moments, weight) if relative else weight

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix, dense, dot, is_zero
+from ...algebra.polar import polar_factors
 from ...model.block import Block
 from ..protocol import ThetaOptions
 from .products import qv, stacked
@@ -35,6 +36,9 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
         return norms, ok
     if options.normalize == "rms":
         scales = rms_scales(gs, nats, norms)
+    elif options.normalize == "spectral":
+        nats = flattened(nats)
+        scales = spectral_scales(gs, nats, norms) * corrected
     elif options.normalize == "trust":
         lengths = [trust_length(b, g, nat, options) for b, g, nat in zip(blocks, gs, nats, strict=True)]
         total = (stacked(lengths) / (corrected**2 if options.before else corrected)).sum()
@@ -122,15 +126,42 @@ def _constants(values: Sequence[float], like: Tensor) -> Tensor:
     return like.new_tensor(values)
 
 
-def rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
-    """c of each block, (len(blocks),): 0 where g is all zero, since what is left of m would fade and be blown up."""
-    zeros = [  # a low-rank one is not zero
-        norms.new_zeros((), dtype=torch.bool) if isinstance(g, LowRank) else is_zero(dense(g)).to(norms.device)
-        for g in gs
+def _still(gs: Sequence[Matrix], norms: Tensor) -> Tensor:
+    """Where g is all zero, since what is left of m would fade and be blown up, or nat is."""
+    nonzero = norms.new_zeros((), dtype=torch.bool)
+    zeros = [  # one of low rank is not zero
+        nonzero if isinstance(g, LowRank) else is_zero(dense(g)).to(norms.device) for g in gs
     ]
-    still = torch.stack(zeros) | (norms == 0)
+    return torch.stack(zeros) | (norms == 0)
+
+
+def rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
+    """c of each block, (len(blocks),): 0 where it should not move."""
     sizes = _constants([RMS * nat.numel() ** 0.5 for nat in nats], norms)
-    return torch.where(still, 0, sizes / norms)
+    return torch.where(_still(gs, norms), 0, sizes / norms)
+
+
+def is_flattened(shape: Sequence[int]) -> bool:
+    """Whether normalize="spectral" takes the polar factor of such a nat: a vector has but one singular value."""
+    return min(shape) > 1
+
+
+def flattened(nats: Sequence[Tensor]) -> list[Tensor]:
+    """The polar factor of each nat that has one to speak of; vectors at length 1."""
+    found = list(nats)
+    chosen = [k for k, nat in enumerate(nats) if is_flattened(nat.shape)]
+    for k, factor in zip(chosen, polar_factors([nats[k] for k in chosen]), strict=True):
+        found[k] = factor
+    for k in set(range(len(nats))).difference(chosen):
+        size = torch.linalg.vector_norm(nats[k])
+        found[k] = nats[k] / torch.where(size > 0, size, 1)
+    return found
+
+
+def spectral_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
+    """c of each block's polar factor, (len(blocks),): under which a full one has the root-mean-square of "rms"."""
+    sizes = _constants([RMS * max(nat.shape) ** 0.5 if nat.numel() else 0.0 for nat in nats], norms)
+    return torch.where(_still(gs, norms), 0, sizes)
 
 
 def trust_length(block: Block, g: Matrix, nat: Tensor, options: ThetaOptions) -> Tensor:
