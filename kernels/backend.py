@@ -12,7 +12,7 @@ Launches for all blocks together, whatever their number (each dtype of parameter
 The reference's functions do the work, within the same step and its one decision, of: blocks so large that torch.mm is
 faster (``host.configurations.library_product``), but for their P and S; λ of Kron(scale=True) and DiagKron;
 diagonal and block-diagonal factors; structures of custom layers; float64; low-rank gradients in Q u and λ steps;
-parameters whose columns two strides do not find.
+parameters whose columns two strides do not find. Theirs are all of a θ step with normalize="spectral", for now.
 
 CUDA graphs: with ``capturable``, after a step or two outside. Host work per block is about 10 µs in a θ step whose
 tensors are where they were, and several times that in an update of λ.

@@ -36,7 +36,9 @@ class ThetaOptions:
     nesterov: one more average with g: m̂ = (βm + (1−β)g)/(1−βᵗ⁺¹).
     momentum: "before" Q; "after" averages Q g instead, m ← βm + (1−β)Q g and nat = m̂.
     normalize: "rms", c makes each block's root-mean-square 0.2, or is 0 where g is all zero; "trust",
-        c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks (gᵀnat for m̂ᵀnat with momentum "after"); None, c = 1.
+        c = min(1, √(κ/Σ lr₀² m̂ᵀnat)), one for all blocks (gᵀnat for m̂ᵀnat with momentum "after"); None, c = 1;
+        "spectral", nat gives way to its polar factor (``algebra.polar``) times 0.2·√max(m, n), which has the
+        root-mean-square of "rms" where it is of full rank; a vector's is "rms", and c is 0 as there.
     kappa: κ of "trust".
     capturable: everything is decided on the device, without a synchronisation.
     """

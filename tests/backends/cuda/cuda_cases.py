@@ -66,7 +66,7 @@ def test_refresh_forms_symmetric_products_in_place(device: torch.device) -> None
 
 
 @pytest.mark.parametrize(("nesterov", "capturable"), [(False, False), (True, True)])
-@pytest.mark.parametrize("normalize", ["rms", "trust", None])
+@pytest.mark.parametrize("normalize", ["rms", "trust", None, "spectral"])
 @pytest.mark.parametrize("momentum", ["before", "after"])
 def test_theta_step(
     device: torch.device, nesterov: bool, momentum: str, normalize: str | None, capturable: bool
