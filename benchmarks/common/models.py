@@ -1,7 +1,8 @@
 """The benchmark models, in plain torch layers: one definition for every optimizer.
 
 `autoencoder` is the deep autoencoder of the optimization literature (Hinton & Salakhutdinov 2006, Martens
-2010) with ReLU for the sigmoids; `ResNet18` is the usual variant for small images (3×3 stem without pooling).
+2010) with ReLU for the sigmoids; `ResNet18` is the usual variant for small images (3×3 stem without pooling);
+`GPT` a small transformer with LayerNorm first.
 """
 
 from __future__ import annotations
@@ -90,3 +91,43 @@ class ResNet18(nn.Module):
         """Images to logits."""
         x = self.stages(F.relu(self.norm(self.stem(x))))
         return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class TransformerBlock(nn.Module):
+    """Causal self-attention and a GELU network, each after a LayerNorm and around a short cut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, width) -> the same."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).movedim(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over bytes: (batch, time) int64 -> logits (batch, time, vocab).
+
+    Weights are normal with standard deviation 0.02, biases zero, as GPT-2 has them.
+    """
+
+    def __init__(self, layers: int = 4, width: int = 128, heads: int = 4, context: int = 128, vocab: int = 256) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See above."""
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))

@@ -75,7 +75,15 @@ VARIATIONS = {
     "fishleg-sumkron": fishleg(structure="sumkron"),
 }
 
-LABELS = {"fishleg-medium": 'FishLeg, "medium"', "fishleg-dense": "FishLeg, thin_gradients=False"}
+# What wins on transformers and convolutional nets; not yet the default.
+VARIATIONS["fishleg-relative"] = fishleg(damping_scale="relative", damping=0.3)
+VARIATIONS["fishleg-spectral"] = fishleg(damping_scale="relative", damping=0.3, normalize="spectral")
+
+LABELS = {
+    "fishleg-spectral": "FishLeg, spectral",
+    "fishleg-medium": 'FishLeg, "medium"',
+    "fishleg-dense": "FishLeg, thin_gradients=False",
+}
 
 OPTIMIZERS = {
     "adamw": Choice("AdamW", adamw),

@@ -24,17 +24,21 @@ class Defaults:
     batch_size: int
     lr_fishleg: float
     lr_adamw: float
+    warmup: int = 0  # steps
+    adamw_ratio: int = STEPS_ADAMW
+    fishleg: str = "fishleg"  # a row of OPTIMIZERS
 
 
-def flags(description: str) -> argparse.ArgumentParser:
-    """The flags that every training script has."""
+def flags(description: str, data: bool = True) -> argparse.ArgumentParser:
+    """The flags that every training script has; ``data``: it may read a folder."""
     first, _, rest = description.partition("\n")
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
+    if data:
+        parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
     parser.add_argument("--steps", type=positive, help="FishLeg's steps")
-    parser.add_argument("--steps-adamw", type=positive, help=f"AdamW's steps (default: {STEPS_ADAMW} times FishLeg's)")
+    parser.add_argument("--steps-adamw", type=positive, help="AdamW's steps (default: a multiple of FishLeg's)")
     parser.add_argument("--batch-size", type=positive)
     parser.add_argument("--lr-fishleg", type=rate)
     parser.add_argument("--lr-adamw", type=rate)
@@ -63,16 +67,16 @@ def compare(
         batch = len(problem.data.train)
         print(f"batch size: {batch}, the whole training set")
     to_train = [
-        ("adamw", args.lr_adamw or defaults.lr_adamw, args.steps_adamw or STEPS_ADAMW * steps),
-        ("fishleg", args.lr_fishleg or defaults.lr_fishleg, steps),
+        ("adamw", args.lr_adamw or defaults.lr_adamw, args.steps_adamw or defaults.adamw_ratio * steps),
+        (defaults.fishleg, args.lr_fishleg or defaults.lr_fishleg, steps),
     ]
     runs: list[Run] = []
     for optimizer, lr, count in to_train:
-        runs.append(train(problem, optimizer, lr, count, batch, args.seed))
+        runs.append(train(problem, optimizer, lr, count, batch, args.seed, warmup=defaults.warmup))
         if runs[-1].interrupted:
             break
     print(
-        f"\n{problem.data.name}: {len(problem.data.train)} training images, batch {batch}, "
+        f"\n{problem.data.name}: {len(problem.data.train)} training examples, batch {batch}, "
         f"seed {args.seed}, {torch.get_num_threads()} threads, {args.device}\n"
     )
     print(run_table(runs))

@@ -33,13 +33,13 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as rows of pixels, (n, channels*height*width): floats in [0, 1] or bytes, see `pixels`."""
+    """Images as rows of pixels, (n, channels*height*width): floats in [0, 1] or bytes, see `pixels`; or text."""
 
     name: str
     train: Tensor
     test: Tensor
     image_shape: tuple[int, int, int]  # channels, height, width
-    train_labels: Tensor | None = None  # (n,), int64
+    train_labels: Tensor | None = None  # (n,), or (n, time) of text: int64
     test_labels: Tensor | None = None
 
 
@@ -224,3 +224,20 @@ def cifar10(data_dir: str | Path, records: int = 10_000) -> Dataset:
     parts = [read_cifar(find(folder, [name], "A file of CIFAR-10", remedy), records) for name in names]
     train, labels = (torch.cat([part[i] for part in parts[:5]]) for i in (0, 1))
     return Dataset("cifar10", train, parts[5][0], (3, 32, 32), labels, parts[5][1])
+
+
+# ---- Text that comes with Python
+
+
+def topics(context: int = 128, stride: int = 64) -> Dataset:
+    """The help texts of Python's own language reference, as bytes: windows and the bytes that follow theirs.
+
+    (n, context) each, starting every `stride` bytes; the last twentieth of the text is for testing.
+    """
+    from pydoc_data.topics import topics as texts
+
+    whole = torch.frombuffer(bytearray("\n".join(texts[name] for name in sorted(texts)).encode()), dtype=torch.uint8)
+    cut = len(whole) - len(whole) // 20
+    train, test = (part.unfold(0, context + 1, stride) for part in (whole[:cut], whole[cut:]))
+    labels = [windows[:, 1:].long() for windows in (train, test)]
+    return Dataset("topics", train[:, :-1], test[:, :-1], (1, 1, context), *labels)

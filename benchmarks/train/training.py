@@ -118,6 +118,19 @@ def settings_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     return found
 
 
+def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Half a cosine, after a linear rise over `warmup` steps if there are any."""
+    if not warmup:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(steps - warmup, 1))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def train(
     problem: Problem,
     optimizer: str,
@@ -127,8 +140,11 @@ def train(
     seed: int = 0,
     progress: bool = True,
     every: Callable[[float, nn.Module], None] | None = None,
+    warmup: int = 0,
 ) -> Run:
     """Train a new model by the named row of OPTIMIZERS, lr falling from `lr` to 0 along half a cosine.
+
+    Before that it rises for `warmup` steps.
 
     `seed` decides the initial parameters and the order of the data. Ctrl-C ends the run early, with what was
     reached. A loss that is not finite ends it too: nothing later could repair the parameters. `every` is called
@@ -143,7 +159,7 @@ def train(
     interrupted = False
     start, cpu_start = time.perf_counter(), time.process_time()
     optimizers = choice.make(model, problem.likelihood, lr)
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in optimizers]
+    schedules = [schedule(o, steps, warmup) for o in optimizers]
     bar = tqdm(total=steps, desc=f"{choice.label} lr {lr:g}", disable=not progress, mininterval=0.5)
     try:
         for _ in range(steps):
