@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood, FishLeg, FishModule, GaussianLikelihood, Likelihood
 from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.model.assemble import STRUCTURES
 
 LIKELIHOOD = CategoricalLikelihood()
 
@@ -288,11 +289,11 @@ def test_an_interrupted_step_leaves_a_usable_optimizer() -> None:
     sizes=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     batch=st.integers(1, 7),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    structure=st.sampled_from(["kron", "diagkron", "sumkron", "diagonal"]),
+    structure=st.sampled_from(sorted(STRUCTURES)),
     bias=st.booleans(),
     likelihood=st.sampled_from([GaussianLikelihood(), BernoulliLikelihood(), CategoricalLikelihood()]),
     momentum=st.sampled_from(["before", "after"]),
-    normalize=st.sampled_from(["rms", "trust", None]),
+    normalize=st.sampled_from(["rms", "spectral", "trust", None]),
     max_factor_size=st.sampled_from([None, 1, 4]),
 )
 def test_any_small_network_takes_finite_steps(

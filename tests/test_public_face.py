@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fishleg_fast
 from fishleg_fast import CategoricalLikelihood, FishLeg, FishLinear, FishModule, GaussianLikelihood, Kron, SumKron
+from fishleg_fast.model.assemble import STRUCTURES
 
 
 def blobs(count: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -207,7 +208,7 @@ def test_structures_by_name_pattern_and_by_module() -> None:
     ]
 
 
-@pytest.mark.parametrize("structure", ["kron", "diagkron", "sumkron", "diagonal", functools.partial(Kron, scale=True)])
+@pytest.mark.parametrize("structure", [*STRUCTURES, functools.partial(Kron, scale=True)])
 @pytest.mark.parametrize("init", ["kfac", "sgd"])
 def test_every_structure_trains_from_both_starts(structure, init: str) -> None:
     x, y = blobs()

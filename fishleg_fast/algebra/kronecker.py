@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .costs import low_rank_pays
 from .factors import cross, diagonal, inverse_root, trace, transpose
 from .maths import Aux
 from .structure import LayerStatistics, Structure, float_dtype, refuse_non_finite, size
@@ -57,6 +58,11 @@ class Kronecker(Structure):
     def _factors(self) -> tuple[Tensor, Tensor]:
         m, n = self.shape
         return _new_factor("R", m, *self._layout), _new_factor("L", n, *self._layout)
+
+    def low_rank_pays(self, rank: int) -> bool:
+        """As above, by counts of multiply-adds."""
+        (R, L), (m, n) = list(self.fishleg_aux.values())[:2], self.shape
+        return low_rank_pays(R, L, m, n, rank)
 
     def _set_factors(self, R: Tensor, L: Tensor, c: Tensor | float = 1.0) -> None:
         """Make Q = RᵀR ⊗ LLᵀ, by cR and L/c."""

@@ -32,8 +32,9 @@ def float_dtype(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def finite(moments: Aux) -> bool:
-    """Whether second moments are finite: those of a positive semi-definite matrix are where its trace is."""
-    return all(torch.isfinite(t.sum() if name == "diagonal" else trace(t)) for name, t in moments.items())
+    """Whether second moments are finite: factors ("rows", "columns") are where their traces are."""
+    factors = ("rows", "columns")
+    return all(torch.isfinite(trace(t) if name in factors else t.sum()) for name, t in moments.items())
 
 
 def refuse_non_finite(moments: Aux) -> None:
@@ -53,13 +54,16 @@ class LayerStatistics(NamedTuple):
 class Structure:
     """One block's Q(λ). Subclasses set ``maths`` and fill ``fishleg_aux`` in their constructor.
 
+    One that FishLeg is to make is called as ``(m, n, *, diagonal, max_factor_size, dtype, device)``, and takes those
+    that it has no use for.
+
     Attributes:
         shape: (m, n) of the block.
         fishleg_aux: λ, name -> tensor. May be edited in place; the cached products follow.
     """
 
     maths: Maths
-    moments: tuple[str, ...] = ()  # names of the second moments that ``start_kfac`` reads
+    moments: tuple[str, ...] = ()  # the second moments that ``start_kfac`` reads: the keys of ``new_moments()``
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(size("each size of shape", k) for k in shape)
@@ -82,6 +86,10 @@ class Structure:
     def keeps_low_rank(self) -> bool:
         """Whether Q u is a low-rank matrix where u is one (see ``algebra.low_rank``)."""
         return self.maths.low_rank_qv is not None
+
+    def low_rank_pays(self, rank: int) -> bool:
+        """Whether Q u for a u of so low a rank costs less as a matrix of low rank; asked where ``keeps_low_rank``."""
+        return rank < min(self.shape)
 
     @property
     def cache(self) -> Aux:

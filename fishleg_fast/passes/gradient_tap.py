@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.costs import low_rank_pays
 from ..algebra.low_rank import LowRank
 from ..backends.cpu.agreement import agreements
 from ..model.block import Block
@@ -64,8 +63,7 @@ class LayerTap:
     def pays(self, positions: int) -> bool:
         """Whether a low-rank gradient of so many positions is worth having."""
         if positions not in self._pays:
-            R, L = list(self.block.structure.fishleg_aux.values())[:2]
-            self._pays = {positions: low_rank_pays(R, L, *self.block.shape, positions)}
+            self._pays = {positions: self.block.structure.low_rank_pays(positions)}
         return self._pays[positions]
 
     def on_gradient(self, x: Tensor, e: Tensor) -> None:
