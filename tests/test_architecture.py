@@ -24,21 +24,21 @@ MAY_IMPORT = {
     "algebra": ("", "matrices and factors of Q know neither models nor optimizers"),
     "model": ("algebra", "blocks and layers know what their λ is, not who steps or learns it"),
     "backends": (
-        "algebra model precision kernels native availability",
+        "algebra model precision native availability",
         "ops are given all that they work on: they know no passes, no Fisher matrix, no options and no optimizer",
     ),
     "backends.reference": (
-        "algebra model precision backends.protocol availability",
+        "algebra model precision backends.protocol",
         "the reference is plain torch: no other backend and no extension",
     ),
     "backends.registry": ("backends kernels", "it is the table of backends"),
-    "kernels": ("algebra model precision backends", "the Triton kernels are a backend like the others"),
+    "kernels": ("algebra model backends", "the Triton kernels are a backend like the others"),
     "kernels.device": ("", "Triton compiles these for a device: nothing of the host is there"),
     "passes": (
-        "algebra model precision likelihoods backends.cpu.agreement",
+        "algebra model likelihoods backends.cpu.agreement",
         "passes know a model and its loss, not what is made of them",
     ),
-    "fisher": ("algebra model likelihoods passes backends.protocol", "F v is made of passes, λ learned by ops given"),
+    "fisher": ("algebra model passes backends.protocol", "F v is made of passes, λ learned by ops given"),
     "options": (
         "model likelihoods precision fisher backends.protocol",
         "options are checked by what is known of their values, and not by who takes them",
@@ -46,8 +46,7 @@ MAY_IMPORT = {
     "checkpoint": ("model", "what is saved is of blocks"),
     "diagnostics": ("model", "what is told is of blocks"),
     "optimizer": (
-        "algebra model likelihoods precision backends.protocol backends.registry backends.arithmetic passes "
-        "fisher options checkpoint diagnostics",
+        "algebra model likelihoods backends.registry backends.arithmetic passes fisher options checkpoint diagnostics",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),

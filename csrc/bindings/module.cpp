@@ -1,4 +1,4 @@
-// Python module fishleg_fast._native, whose face is fishleg_fast/backends/native.py.
+// Python module fishleg_fast._native, whose face is fishleg_fast/native.py.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"

@@ -107,7 +107,7 @@ class Kronecker(Structure):
 
     @torch.no_grad()
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
-        """As above; of dense factors within the product that makes the new ones."""
+        """As any structure's; of dense factors within the product that makes the new ones."""
         rows, columns = moments["rows"], moments["columns"]
         if not isinstance(new, LayerStatistics) or rows.ndim != 2 or columns.ndim != 2:
             return super().average(moments, new, weight)

@@ -68,9 +68,7 @@ class Structure:
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(size("each size of shape", k) for k in shape)
         self.fishleg_aux: Aux = {}
-        self.operand_dtype: torch.dtype | None = (
-            None  # what operands of matrix products are rounded to; None: λ's dtype
-        )
+        self.operand_dtype: torch.dtype | None = None  # what products round their operands to; None: λ's dtype
         self.precision = "ieee"  # what GPU kernels multiply in: see ``precision.kernel_precision``
         self._cache: Aux = {}
         self._memory: Aux = {}  # that of earlier caches, for the next one
@@ -167,13 +165,13 @@ class Structure:
         return self.maths.qv(aux, cache, u.to(narrow or u.dtype)).to(u.dtype)
 
     def low_rank_product(self, u: LowRank) -> LowRankProduct:
-        """Q u for a low-rank u, as ``operand_dtype`` are."""
+        """Q u for a low-rank u, in ``operand_dtype``."""
         assert self.maths.low_rank_qv is not None
         cache, aux = self.cache, self._operands()
         return self.maths.low_rank_qv(aux, cache, u.to(self.operand_dtype))
 
     def gradients(self, u: Tensor, w: Tensor) -> Aux:
-        """∂⟨w, Q u⟩/∂λ, as ``operand_dtype`` are."""
+        """∂⟨w, Q u⟩/∂λ, in ``operand_dtype``."""
         cache, aux = self.cache, self._operands()
         narrow = self.operand_dtype if self.keeps_low_rank else None
         return self.maths.grads(aux, cache, u.to(narrow or u.dtype), w.to(narrow or w.dtype))
@@ -228,7 +226,7 @@ class Structure:
         self._start_sgd(scale)
 
     def _start_sgd(self, scale: float) -> None:
-        """Structures with a start of their own override this and the three below; others keep the λ they were given."""
+        """Structures with a start of their own override this and those below; others keep the λ they were given."""
 
     def new_moments(self) -> Aux:
         """Zeroed second moments of the gradient, as ``start_kfac`` reads them; empty if it reads none."""

@@ -16,10 +16,8 @@ from torch import Tensor
 from ..algebra.maths import Applications, Aux
 from ..algebra.matrix import Matrix
 from ..algebra.structure import LayerStatistics
-from ..availability import Availability
+from ..availability import Availability as Availability
 from ..model.block import Block
-
-__all__ = ["Availability", "Block", "LambdaOptions", "Matrix", "Ops", "ThetaOptions"]
 
 
 class AvailabilityCheck(Protocol):

@@ -57,13 +57,13 @@ def _layer_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inpu
 
     hooks = [watch(block) for block in blocks]
     try:
-        count, gradients = passes.run(inputs, passes.seed(), pass_)
+        count, output_gradients = passes.run(inputs, passes.seed(), pass_)
     finally:
         for handle in hooks:
             handle.remove()
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
     unseen: set[int] = set()
-    for (block, x, _), e in zip(seen, gradients, strict=True):
+    for (block, x, _), e in zip(seen, output_gradients, strict=True):
         assert block.layer is not None
         found = None if e is None else layer_of(block.layer).rows(block, x, e)
         if found is None:

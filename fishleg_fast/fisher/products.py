@@ -27,6 +27,7 @@ Product = Callable[[IsolatedPasses, Sequence[Tensor], Sequence[Tensor], Inputs],
 
 
 def gradients(outputs: Any, leaves: Sequence[Any], cotangents: Any = None, **options: Any) -> list[Tensor]:
+    """By ``torch.autograd.grad``; zeros where the outputs do not depend on a leaf."""
     return list(torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True, **options))
 
 

@@ -67,7 +67,7 @@ class Block:
     product: Tensor | None = None  # Q m, of the λ that product_version tells; kept for low-rank gradients only
     product_version: LambdaVersion | None = None  # None: m has moved on
     scratch_memory: Tensor | None = None  # (m, n)
-    backend_state: BackendState | None = None  # what the backend that steps the block keeps on it
+    backend_states: dict[type, BackendState] = field(default_factory=dict)  # what each backend keeps on it, by class
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
 
     @cached_property
@@ -142,10 +142,11 @@ class Block:
         return self.scratch_memory
 
     def kept(self, kind: type[State]) -> State:
-        """``backend_state`` of that kind, made at the first call; another backend's is given up."""
-        if type(self.backend_state) is not kind:
-            self.backend_state = kind()
-        return self.backend_state
+        """A backend's state, made at the first call; it lives as long as the block, whatever other backends keep."""
+        found = self.backend_states.get(kind)
+        if not isinstance(found, kind):
+            found = self.backend_states[kind] = kind()
+        return found
 
     def check_placement(self) -> None:
         """RuntimeError where the parameters have left λ's device or dtype."""

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..algebra.maths import Aux, Maths, no_cache
 from ..algebra.structure import Structure
-
-if TYPE_CHECKING:
-    from .block import Block
+from .block import Block
 
 
 class AuxView(Mapping[str, Tensor]):

@@ -1,7 +1,7 @@
 """Tile sizes, pinned: the choice fixes the order of summation, and so is part of reproducibility. No autotuning.
 
 Not yet measured on a GPU: chosen for registers and shared memory, which the tests check for every row on every
-architecture. ``benchmarks/pin_configurations.py`` derives the table anew on a given GPU.
+architecture. ``benchmarks/gpu/pin_configurations.py`` derives the table anew on a given GPU.
 """
 
 from __future__ import annotations

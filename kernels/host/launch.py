@@ -8,17 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 # What the kernels read and write, and are compiled for.
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 observers: list[Callable[[str], object]] = []  # called with the kernel's name at every launch: how tests count them
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 @cache

@@ -135,7 +135,7 @@ UNCHANGED: dict[str, Way] = {
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
-def test_gradients_that_are_thin_all_the_same(name: str) -> None:
+def test_gradients_that_are_low_rank_all_the_same(name: str) -> None:
     check(UNCHANGED[name], LOW_RANK)
 
 

@@ -38,7 +38,7 @@ def layer(device: torch.device, m: int, n: int, seed: int = 0, dtype: torch.dtyp
 
 
 def model(device: torch.device, dtype: torch.dtype = torch.float32, **group: object) -> list[Block]:
-    """Blocks of many shapes and layouts, transposed and channels-last among them; ours and outside."""
+    """Blocks of many shapes and layouts, transposed and channels-last among them; covered and uncovered."""
     options = {"dtype": torch.float32, "device": device}
 
     def new(structure, *params: Tensor, axis: int = 1, seed: int = 0) -> Block:

@@ -95,7 +95,7 @@ def directions(blocks: list[Block], rank: int, seed: int, low_rank: bool = True)
 
 def curved(blocks: list[Block], kind: str) -> list[LowRank | Tensor]:
     """What F v may be, whatever v is."""
-    return [t if kind == "thin F v" else dense(t) for t in directions(blocks, 40, seed=50)]
+    return [t if kind == "low-rank F v" else dense(t) for t in directions(blocks, 40, seed=50)]
 
 
 def whole(x: LowRank | Tensor) -> Tensor:

@@ -142,7 +142,7 @@ Plan::Plan(Op op, std::vector<BlockLayout> blocks, int device)
             parts.push_back(layout_of(b, part, ld));
             entries += parts.back().count;
         }
-        if (b.kind != Kind::outside && op_ != Op::refresh && entries != b.m * b.n) {
+        if (b.kind != Kind::uncovered && op_ != Op::refresh && entries != b.m * b.n) {
             throw wrong("its parts have " + std::to_string(entries) + " entries, not " + std::to_string(b.m * b.n));
         }
         templates_.push_back(std::move(parts));
@@ -153,13 +153,13 @@ Plan::Plan(Op op, std::vector<BlockLayout> blocks, int device)
 void Plan::lay_out() {
     OffsetAllocator workspace;
     const int64_t one = sizeof(Sums);
-    int64_t part_tiles = 0, product_tiles = 0, outside = 0;
+    int64_t part_tiles = 0, product_tiles = 0, uncovered = 0;
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
         BlockOffsets offsets{};
         offsets.ld = padded(b.n), offsets.ld_m = padded(b.m);
-        if (b.kind == Kind::outside) {
-            offsets.sums = outside++ * one;  // from the start of the external sums
+        if (b.kind == Kind::uncovered) {
+            offsets.sums = uncovered++ * one;  // from the start of the external sums
             offsets_.push_back(offsets);
             continue;
         }
@@ -173,15 +173,15 @@ void Plan::lay_out() {
         product_tiles += offsets.product_tiles;
         offsets_.push_back(offsets);
     }
-    sums_count_ = part_tiles + outside;
+    sums_count_ = part_tiles + uncovered;
     sums_ = workspace.take(sums_count_ * one);
     external = sums_ + part_tiles * one;
-    sums_2_count_ = part_tiles + product_tiles + outside;
+    sums_2_count_ = part_tiles + product_tiles + uncovered;
     sums_2_ = workspace.take(sums_2_count_ * one);
     external_2 = sums_2_ + (part_tiles + product_tiles) * one;
     for (size_t k = 0; k < blocks_.size(); ++k) {
         BlockOffsets& offsets = offsets_[k];
-        if (blocks_[k].kind == Kind::outside) {
+        if (blocks_[k].kind == Kind::uncovered) {
             offsets.sums += external;
             continue;
         }

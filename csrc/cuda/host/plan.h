@@ -13,8 +13,8 @@
 
 namespace fishleg::cuda {
 
-/// outside: torch computes it, and hands over its sums. A structure's name otherwise.
-enum class Kind : int { outside, kron, scaled_kron, diagonal };
+/// uncovered: torch computes it, and hands over its sums. A structure's name otherwise.
+enum class Kind : int { uncovered, kron, scaled_kron, diagonal };
 
 enum class Op : int { theta, lambda, qv, refresh };
 
@@ -48,19 +48,19 @@ class Plan {
 public:
     Plan(Op op, std::vector<BlockLayout> blocks, int device);
 
-    /// The workspace's size, and where in it the caller puts the sums of blocks outside (three doubles each, in the
+    /// The workspace's size, and where in it the caller puts the sums of uncovered blocks (three doubles each, in the
     /// order of the blocks) and finds the scales of all blocks (doubles); in bytes. ``external_2``: of the λ step's
     /// gradients.
     int64_t workspace_bytes = 0, external = 0, external_2 = 0, scales = 0;
 
     /// Pointers, each block: momentum, P or d, its leading dimension, S, its leading dimension, A, step on the device or
     /// 0; each part: g or 0, scale or 0, θ or 0, lr or 0.
-    /// Numbers: each block: β, lr₀, steps so far; each part: lr, decay. Blocks outside have step pointers alone.
+    /// Numbers: each block: β, lr₀, steps so far; each part: lr, decay. Uncovered blocks have step pointers alone.
     void theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbers numbers, bool after, int times,
                     Normalize normalize, double kappa, int64_t norms, int64_t wide_norms, int64_t ok);
 
     /// 𝒜 and α. Pointers, each block: P, S (as above); R and its two moments; L and its two moments (d's in R's place);
-    /// v, fv; aux_step on the device or 0; each part: u, scale or 0. Blocks outside: none.
+    /// v, fv; aux_step on the device or 0; each part: u, scale or 0. Uncovered blocks: none.
     void aux_loss(Stream stream, int64_t workspace, Pointers pointers, double damping, bool learn_scale, int64_t loss,
                   int64_t alpha);
 

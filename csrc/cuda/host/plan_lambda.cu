@@ -14,7 +14,7 @@ void Plan::aux_loss(Stream stream, int64_t workspace, Pointers pointers, double 
     parts_.clear(), factors_.clear();
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
-        if (b.kind == Kind::outside) {
+        if (b.kind == Kind::uncovered) {
             continue;
         }
         LambdaFactors f{};
@@ -98,7 +98,7 @@ void Plan::aux_update(Stream stream, int64_t workspace, Numbers steps, double da
     const LambdaFactors* next_factors = factors_.data();
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
-        if (b.kind == Kind::outside) {
+        if (b.kind == Kind::uncovered) {
             continue;
         }
         const LambdaFactors& f = *next_factors++;

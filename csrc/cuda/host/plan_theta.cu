@@ -23,7 +23,7 @@ void Plan::add_block(ThetaTables& tables, size_t k, int64_t workspace, Pointers&
     nat.statistics = at<NatStatistics>(workspace, statistics_) + k;
     nat.first = at<const Sums>(workspace, offsets.sums);
     nat.first_count = 1;
-    if (b.kind == Kind::outside) {
+    if (b.kind == Kind::uncovered) {
         nat.step_pointer = next<const float>(pointers);
         tables.nat_sums.push_back(nat);
         return;
@@ -92,7 +92,7 @@ void Plan::qv(Stream stream, int64_t workspace, Pointers pointers) {
     std::vector<Part> parts;
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
-        if (b.kind == Kind::outside) {
+        if (b.kind == Kind::uncovered) {
             continue;
         }
         const Operator q = operator_at(pointers, k);

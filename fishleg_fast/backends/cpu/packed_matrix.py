@@ -1,7 +1,7 @@
 """Products of packed matrices by the extension (csrc/cpu/gemm/products.h), in thin Python.
 
-A matrix is packed once, as a left or a right operand, and used often. What is to be done is collected in a ``Batch``,
-and done in one call, on torch's threads.
+A matrix is packed once, as a left or a right operand, and used often. What is to be done is collected in a
+``ProductBatch``, and done in one call, on torch's threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def engines() -> tuple[str, ...]:
 
 
 def padded(engine: str, depth: int) -> int:
-    """The depth that an operand takes up in panels."""
+    """The depth that a packed operand takes up, padding included."""
     step = native.extension().depth_step(engine)
     return -(-depth // step) * step
 
@@ -45,7 +45,7 @@ class PackedMatrix:
 
     @property
     def address(self) -> int:
-        """Where the first panel is."""
+        """Where the packed numbers begin."""
         return self.memory.data_ptr()
 
     def turned(self) -> PackedMatrix:
@@ -75,7 +75,7 @@ class ProductBatch:
         return key in self._then
 
     def pack(self, x: Tensor, to: PackedMatrix, after: int = 0) -> PackedMatrix:
-        """x (rows, columns) float32 into panels; ``after`` so many of the depth, a multiple of ``padded``'s, of others.
+        """x (rows, columns) float32 into ``to``; ``after`` so many of the depth, a multiple of ``padded``'s, of others.
 
         The depth are a left operand's columns, a right one's rows.
         """

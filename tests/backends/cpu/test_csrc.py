@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fishleg_fast import native
+from fishleg_fast.backends import registry
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -43,9 +46,6 @@ def test_ctest_with_sanitizers(tmp_path: Path) -> None:
 
 
 def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fishleg_fast import native
-    from fishleg_fast.backends import registry
-
     module = importlib.import_module("fishleg_fast._native")
     monkeypatch.setattr(module, "__version__", "0.0.1")
     ok, reason = native.available()

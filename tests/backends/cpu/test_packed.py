@@ -143,7 +143,7 @@ def test_a_missing_gradient_and_none_but_zeros(operands: torch.dtype) -> None:
             assert relative(theta(b), t) <= ERRORS[operands].step / 10
 
 
-KINDS = ["thin F v", "dense F v", "dense u"]
+KINDS = ["low-rank F v", "dense F v", "dense u"]
 BETAS = {"betas": (0.9, 0.99)}
 
 

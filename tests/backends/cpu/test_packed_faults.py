@@ -22,7 +22,7 @@ from support.packed_blocks import EACH, ERRORS, block_of, curved, directions, ex
 from support.training import make, state, train
 
 PRECISION = {torch.bfloat16: "medium", torch.float32: "highest"}
-KINDS = ["thin F v", "dense F v", "dense u"]
+KINDS = ["low-rank F v", "dense F v", "dense u"]
 poisoned = pytest.mark.usefixtures("poisoned")
 
 
@@ -102,7 +102,7 @@ def test_an_interrupted_op_leaves_no_stale_operand(
 
 @poisoned
 @pytest.mark.parametrize(("one", "other"), [*itertools.permutations(["amx", "amx split", "avx512"], 2)])
-def test_a_batch_refuses_panels_of_another_engine(one: str, other: str) -> None:
+def test_a_batch_refuses_operands_of_another_engine(one: str, other: str) -> None:
     """Their layouts differ: to write or read one as the other would leave its memory."""
     if not {one, other} <= set(packed_matrix.engines()):
         pytest.skip(f"this processor, or this build, has not both {one} and {other}")
@@ -156,7 +156,7 @@ def test_a_copy_has_operands_of_its_own(operands: torch.dtype, kind: str, first:
 
 
 def held() -> list[packed_matrix.PackedMatrix]:
-    """All panels that anything holds."""
+    """All packed matrices that anything holds."""
     gc.collect()
     return [x for x in gc.get_objects() if type(x) is packed_matrix.PackedMatrix]
 
@@ -179,7 +179,7 @@ def test_memory_held_between_steps_is_bounded(operands: torch.dtype, kind: str) 
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(not native.available()[0], reason="not built"))]
 
 
-@pytest.mark.parametrize("low_rank", [True, False], ids=["thin", "dense"])
+@pytest.mark.parametrize("low_rank", [True, False], ids=["low-rank", "dense"])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: str, low_rank: bool) -> None:
@@ -202,7 +202,7 @@ def test_a_forward_pass_under_autocast_before_a_step(backend: str, precision: st
     assert 0 < relative(*states) <= 0.1
 
 
-@pytest.mark.parametrize("low_rank", [True, False], ids=["thin", "dense"])
+@pytest.mark.parametrize("low_rank", [True, False], ids=["low-rank", "dense"])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("at", [1, 2, 3])

@@ -36,17 +36,17 @@ def threads() -> Callable[[int], None]:
 
 
 def spoilt(engine: str, side: int, rows: int, columns: int) -> PackedMatrix:
-    """Panels whose memory is NaN, whatever their elements are."""
-    panels = PackedMatrix(engine, side, rows, columns)
-    panels.memory.fill_(0xFF)
-    return panels
+    """A packed matrix whose memory is NaN, whatever its elements are."""
+    matrix = PackedMatrix(engine, side, rows, columns)
+    matrix.memory.fill_(0xFF)
+    return matrix
 
 
 def packed(engine: str, side: int, x: Tensor) -> PackedMatrix:
     batch = ProductBatch(engine)
-    panels = batch.pack(x, spoilt(engine, side, *x.shape))
+    matrix = batch.pack(x, spoilt(engine, side, *x.shape))
     batch.run()
-    return panels
+    return matrix
 
 
 def multiply(
@@ -133,10 +133,10 @@ def test_symmetric_products(engine: str, size: int) -> None:
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
 def test_rows_with_gaps_between(engine: str, n: int) -> None:
     torch.manual_seed(n)
-    x, y, room = torch.randn(70, 40), torch.randn(40, n), torch.full((72, n + 7), NAN)
-    multiply(engine, packed(engine, LEFT, x), packed(engine, RIGHT, y), room[1:71, 3 : n + 3])
-    assert right(engine, room[1:71, 3 : n + 3], x, y)
-    assert int(room.isnan().sum()) == room.numel() - 70 * n
+    x, y, out = torch.randn(70, 40), torch.randn(40, n), torch.full((72, n + 7), NAN)
+    multiply(engine, packed(engine, LEFT, x), packed(engine, RIGHT, y), out[1:71, 3 : n + 3])
+    assert right(engine, out[1:71, 3 : n + 3], x, y)
+    assert int(out.isnan().sum()) == out.numel() - 70 * n
 
 
 @pytest.mark.parametrize("m, k, n", [(3, 0, 40), (0, 5, 4), (4, 5, 0), (0, 0, 0)])

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def run(blocks: list[Block], what: str) -> list[Tensor]:
     """All that one op computes and writes."""
-    low_rank, kind = "thin" in what, "thin F v" if "thin" in what else "dense u"
+    low_rank, kind = "low-rank" in what, "low-rank F v" if "low-rank" in what else "dense u"
     us = directions(blocks, 33, seed=4, low_rank=low_rank)
     if what.startswith("qv"):
         return [whole(v) for v in cpu.qv(blocks, us)]
@@ -48,7 +48,7 @@ def run(blocks: list[Block], what: str) -> list[Tensor]:
 
 
 PRECISION = {torch.bfloat16: "medium", torch.float32: "highest"}
-OPS = ["qv thin", "qv dense", "theta thin", "theta dense", "lambda thin", "lambda dense"]
+OPS = ["qv low-rank", "qv dense", "theta low-rank", "theta dense", "lambda low-rank", "lambda dense"]
 
 
 @EACH
@@ -90,7 +90,7 @@ def test_threads_do_not_matter(operands: torch.dtype, what: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert sum(b.momentum.numel() for b in blocks) > 32768
-    if operands == torch.float32 and what == "lambda thin" and torch_sums_otherwise():
+    if operands == torch.float32 and what == "lambda low-rank" and torch_sums_otherwise():
         assert all(relative(x, y) <= 1e-4 for x, y in zip(*found, strict=True))
     else:
         assert all(map(torch.equal, *found))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fishleg_fast import CategoricalLikelihood, FishLeg
 from fishleg_fast.algebra.kron import Kron
 from fishleg_fast.backends import cuda, reference
 from fishleg_fast.backends.protocol import ThetaOptions
@@ -160,7 +161,7 @@ def test_a_zero_gradient_keeps_its_block_under_rms(device: torch.device) -> None
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("momentum", ["before", "after"])
-@pytest.mark.parametrize("k", [2, 3, 7, 8, 10])  # a small block, a larger one, a scaled one, a diagonal, one outside
+@pytest.mark.parametrize("k", [2, 3, 7, 8, 10])  # small, larger, scaled, diagonal, uncovered
 def test_where_nat_is_not_finite_nothing_is_written(
     device: torch.device, k: int, momentum: str, capturable: bool
 ) -> None:
@@ -219,10 +220,6 @@ def test_inner(device: torch.device) -> None:
 
 def trajectory(device: torch.device, steps: int, backend: Callable[[], object], **options: object) -> list[Tensor]:
     """Losses of a small convolutional model, and its parameters at the end."""
-    from torch import nn
-
-    from fishleg_fast import CategoricalLikelihood, FishLeg
-
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LayerNorm(36), nn.Linear(36, 40), nn.Tanh(),

@@ -118,7 +118,7 @@ def test_large_products_are_torchs(device: torch.device, monkeypatch: pytest.Mon
 
 
 def test_dimensions_that_do_not_run_on(device: torch.device) -> None:
-    """A 3-d convolution's weight: with any gradient while contiguous, outside where it is not."""
+    """A 3-d convolution's weight: with any gradient while contiguous, uncovered where it is not."""
     outcomes = []
     for op in (cuda, reference):
         weight = randn(4, 3, 2, 2, 3).float().to(device)
@@ -149,8 +149,8 @@ def test_an_empty_block_and_one_without_plans(device: torch.device) -> None:
     assert ok and norms[0] == 0 and not torch.equal(before, blocks[1].parts[0].param)
     loss, ok = cuda.lambda_step(blocks, *aux_inputs(blocks, cuda, 1), LambdaOptions(damping=0.1, lr=1e-2))
     assert ok and torch.isfinite(loss)
-    outside = [make_block(DiagKron(5, 3, **options), [randn(5, 3).float().to(device)])]
-    norms, ok = cuda.theta_step(outside, set_gradients(outside, 1), ThetaOptions())
+    uncovered = [make_block(DiagKron(5, 3, **options), [randn(5, 3).float().to(device)])]
+    norms, ok = cuda.theta_step(uncovered, set_gradients(uncovered, 1), ThetaOptions())
     assert ok and norms.shape == (1,)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,8 +80,6 @@ def test_the_extension_has_the_plan_and_needs_no_gpu_to_be_imported() -> None:
     with pytest.raises(ValueError, match="block 'layer': its parts have 8 entries, not 12"):
         extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 2), (2, 1), (2, 1), 0, 0, 0)])], 0)
     if not native.cuda_status()[0]:
-        from array import array
-
         with pytest.raises(RuntimeError, match="CUDA"):
             plan.qv(0, 0, array("q", [16, 4, 16, 3, 0, 16, 16, 0]))
 

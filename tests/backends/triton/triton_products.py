@@ -102,7 +102,7 @@ def test_gradients_are_read_where_they_are(dtype: torch.dtype) -> None:
         assert relative(v, dense_qv(b, 0.25 * b.matrix(b.grads))) <= CLOSE, b.shape
 
 
-def test_thin_and_uncovered_blocks_go_to_the_reference() -> None:
+def test_low_rank_and_uncovered_blocks_go_to_the_reference() -> None:
     blocks = [tamed(make_block(Kron(6, 5, dtype=torch.float32), [randn(6, 5).float()])), all_blocks(torch.float32)[-1]]
     low_rank = LowRank(randn(2, 6).float(), randn(2, 5).float())
     assert backend_kind(blocks[1]) is None
