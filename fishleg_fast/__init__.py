@@ -3,11 +3,11 @@ optimizer.
 """
 
 from ._version import __version__ as __version__
-from .algebra.diagkron import DiagKron as DiagKron
-from .algebra.diagonal import Diagonal as Diagonal
-from .algebra.kron import Kron as Kron
-from .algebra.structure import Structure as Structure
-from .algebra.sumkron import SumKron as SumKron
+from .algebra.structures.base import Structure as Structure
+from .algebra.structures.diagkron import DiagKron as DiagKron
+from .algebra.structures.diagonal import Diagonal as Diagonal
+from .algebra.structures.kron import Kron as Kron
+from .algebra.structures.sumkron import SumKron as SumKron
 from .likelihoods import BernoulliLikelihood as BernoulliLikelihood
 from .likelihoods import CategoricalLikelihood as CategoricalLikelihood
 from .likelihoods import GaussianLikelihood as GaussianLikelihood

@@ -100,15 +100,15 @@ def test_no_folder_holds_more_than_a_few_modules() -> None:
 @pytest.mark.parametrize(
     ("module", "other", "fault"),
     [
-        ("algebra.kron", "algebra.factors", None),
-        ("algebra.kron", "model.block", "algebra.kron imports model.block, but"),
+        ("algebra.structures.kron", "algebra.factors", None),
+        ("algebra.structures.kron", "model.block", "algebra.structures.kron imports model.block, but"),
         ("backends.cpu.ops", "backends.reference.products", None),
         ("backends.reference.products", "backends.protocol", None),
         ("backends.reference.products", "native", "backends.reference.products imports native, but"),
         ("kernels.device.rows", "kernels.host", "kernels.device.rows imports kernels.host, but"),
         ("kernels.host", "kernels.device.rows", None),
         ("likelihoods", "__init__", "likelihoods imports __init__, but"),
-        ("modelling", "algebra.kron", "modelling is in no component"),
+        ("modelling", "algebra.structures.kron", "modelling is in no component"),
     ],
 )
 def test_what_a_component_may_not_import_is_found(module: str, other: str, fault: str | None) -> None:

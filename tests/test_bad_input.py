@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood, FishLeg, FishModule, GaussianLikelihood, Likelihood
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.model.assemble import STRUCTURES
 
 LIKELIHOOD = CategoricalLikelihood()

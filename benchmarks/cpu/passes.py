@@ -34,7 +34,7 @@ from benchmarks.cpu.summary import cell, spread
 from fishleg_fast import BernoulliLikelihood, FishLeg, __version__
 from fishleg_fast.algebra.low_rank import LowRank
 from fishleg_fast.algebra.matrix import Matrix
-from fishleg_fast.algebra.structure import Structure
+from fishleg_fast.algebra.structures.base import Structure
 from fishleg_fast.backends import cpu, reference, registry
 from fishleg_fast.backends.arithmetic import own_arithmetic
 from fishleg_fast.backends.cpu import packed_products

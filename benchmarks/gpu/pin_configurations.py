@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import registry
 from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
 from fishleg_fast.kernels import backend

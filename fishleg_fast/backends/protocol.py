@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..algebra.maths import Applications, Aux
 from ..algebra.matrix import Matrix
-from ..algebra.structure import LayerStatistics
+from ..algebra.structures.base import LayerStatistics
 from ..availability import Availability as Availability
 from ..model.block import Block
 

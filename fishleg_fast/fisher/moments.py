@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..algebra.maths import Aux
-from ..algebra.structure import LayerStatistics
+from ..algebra.structures.base import LayerStatistics
 from ..model.block import Block
 from ..model.layers import layer_of
 from ..passes.inputs import Inputs

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algebra.diagkron import DiagKron
-from ..algebra.diagonal import Diagonal
-from ..algebra.kron import Kron
-from ..algebra.structure import Structure
-from ..algebra.sumkron import SumKron
+from ..algebra.structures.base import Structure
+from ..algebra.structures.diagkron import DiagKron
+from ..algebra.structures.diagonal import Diagonal
+from ..algebra.structures.kron import Kron
+from ..algebra.structures.sumkron import SumKron
 from .block import Block, Part
 from .layers import BlockSpec, layer_of
 from .modules import AuxView, FishModule, ModuleStructure, _FishLayer

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..algebra.structure import LambdaVersion, Structure
+from ..algebra.structures.base import LambdaVersion, Structure
 
 
 @dataclass

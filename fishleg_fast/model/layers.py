@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..algebra.factors import cross
 from ..algebra.maths import Aux
-from ..algebra.structure import LayerStatistics
+from ..algebra.structures.base import LayerStatistics
 from .block import Block
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.maths import Aux, Maths, no_cache
-from ..algebra.structure import Structure
+from ..algebra.structures.base import Structure
 from .block import Block
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...algebra.diagkron import DIAGKRON
-from ...algebra.diagonal import DIAGONAL
-from ...algebra.kron import KRON, KRON_SCALED
-from ...algebra.sumkron import SUMKRON
+from ...algebra.structures.diagkron import DIAGKRON
+from ...algebra.structures.diagonal import DIAGONAL
+from ...algebra.structures.kron import KRON, KRON_SCALED
+from ...algebra.structures.sumkron import SUMKRON
 from ...model.block import Block
 from .configurations import library_product
 from .launch import DTYPES

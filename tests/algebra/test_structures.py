@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fishleg_fast.algebra.diagkron import DiagKron
-from fishleg_fast.algebra.diagonal import Diagonal
-from fishleg_fast.algebra.kron import Kron
-from fishleg_fast.algebra.structure import Structure
-from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.algebra.structures.base import Structure
+from fishleg_fast.algebra.structures.diagkron import DiagKron
+from fishleg_fast.algebra.structures.diagonal import Diagonal
+from fishleg_fast.algebra.structures.kron import Kron
+from fishleg_fast.algebra.structures.sumkron import SumKron
 from support.dense import dense_q, full, laid_out, randn, randomise, relative
 
 MAKERS = {

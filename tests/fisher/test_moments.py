@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.algebra.structure import LayerStatistics
+from fishleg_fast.algebra.structures.base import LayerStatistics
 from fishleg_fast.fisher.moments import moments as statistics_of
 from fishleg_fast.likelihoods import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
 from fishleg_fast.model.assemble import build_blocks

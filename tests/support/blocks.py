@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.algebra.diagkron import DiagKron
-from fishleg_fast.algebra.diagonal import Diagonal
-from fishleg_fast.algebra.kron import Kron
-from fishleg_fast.algebra.structure import Structure
+from fishleg_fast.algebra.structures.base import Structure
+from fishleg_fast.algebra.structures.diagkron import DiagKron
+from fishleg_fast.algebra.structures.diagonal import Diagonal
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.model.block import Block, Part
 from support.dense import randn, randomise
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fishleg_fast.algebra.diagkron import DiagKron
-from fishleg_fast.algebra.diagonal import Diagonal
-from fishleg_fast.algebra.kron import Kron
-from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.algebra.structures.diagkron import DiagKron
+from fishleg_fast.algebra.structures.diagonal import Diagonal
+from fishleg_fast.algebra.structures.kron import Kron
+from fishleg_fast.algebra.structures.sumkron import SumKron
 from fishleg_fast.model.block import Block
 from fishleg_fast.model.gradients import GradientInPlace
 from support.blocks import everything, make_block

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.algebra.diagkron import DiagKron
-from fishleg_fast.algebra.diagonal import Diagonal
-from fishleg_fast.algebra.kron import Kron
-from fishleg_fast.algebra.structure import Structure
-from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.algebra.structures.base import Structure
+from fishleg_fast.algebra.structures.diagkron import DiagKron
+from fishleg_fast.algebra.structures.diagonal import Diagonal
+from fishleg_fast.algebra.structures.kron import Kron
+from fishleg_fast.algebra.structures.sumkron import SumKron
 
 
 def full(factor: Tensor, k: int) -> Tensor:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishleg_fast.algebra.diagkron import DiagKron
-from fishleg_fast.algebra.diagonal import Diagonal
-from fishleg_fast.algebra.kron import Kron
 from fishleg_fast.algebra.low_rank import LowRank
 from fishleg_fast.algebra.matrix import dense
-from fishleg_fast.algebra.sumkron import SumKron
+from fishleg_fast.algebra.structures.diagkron import DiagKron
+from fishleg_fast.algebra.structures.diagonal import Diagonal
+from fishleg_fast.algebra.structures.kron import Kron
+from fishleg_fast.algebra.structures.sumkron import SumKron
 from fishleg_fast.backends.cpu import packed_matrix, packed_products
 from fishleg_fast.model.block import Block
 from support.blocks import make_block, theta

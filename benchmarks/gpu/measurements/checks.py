@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.measurements.ops import DAMPING
 from fishleg_fast import FishLeg, GaussianLikelihood
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import reference
 from fishleg_fast.backends.arithmetic import own_arithmetic
 from fishleg_fast.backends.protocol import LambdaOptions, Ops, ThetaOptions

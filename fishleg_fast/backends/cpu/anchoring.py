@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...algebra.kron import Kron
 from ...algebra.maths import Aux
-from ...algebra.structure import LayerStatistics
+from ...algebra.structures.base import LayerStatistics
+from ...algebra.structures.kron import Kron
 from ...model.block import Block
 from ..reference import anchoring as reference
 from .packed_matrix import engines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...algebra.structure import LambdaVersion
+from ...algebra.structures.base import LambdaVersion
 from ...model.block import Block
 from .packed_matrix import LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, ProductBatch
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...algebra.kron import KRON, kron_low_rank_qv
 from ...algebra.low_rank import LowRank, LowRankProduct
 from ...algebra.matrix import Matrix, dense
+from ...algebra.structures.kron import KRON, kron_low_rank_qv
 from ...model.block import Block
 from .packed_matrix import ENGINES, LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, ProductBatch, engines
 from .state import packed_operator

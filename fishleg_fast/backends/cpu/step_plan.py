@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...algebra.diagonal import Diagonal
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix
+from ...algebra.structures.diagonal import Diagonal
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
 from ..reference.products import common_dtype

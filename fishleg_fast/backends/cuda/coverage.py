@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...algebra.diagonal import DIAGONAL
-from ...algebra.kron import KRON, KRON_SCALED
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix
+from ...algebra.structures.diagonal import DIAGONAL
+from ...algebra.structures.kron import KRON, KRON_SCALED
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
 from .runtime import runtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...algebra.maths import Aux
-from ...algebra.structure import LayerStatistics
+from ...algebra.structures.base import LayerStatistics
 from ...model.block import Block
 from ...precision import precision_scope
 

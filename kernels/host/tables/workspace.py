@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....algebra.sumkron import SUMKRON
+from ....algebra.structures.sumkron import SUMKRON
 from ....model.block import Block
 from .strides import padded
 

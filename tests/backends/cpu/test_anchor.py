@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_fast import native
-from fishleg_fast.algebra.kron import Kron
-from fishleg_fast.algebra.structure import LayerStatistics
+from fishleg_fast.algebra.structures.base import LayerStatistics
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import reference as steps
 from fishleg_fast.backends import registry
 from fishleg_fast.backends.cpu import anchoring

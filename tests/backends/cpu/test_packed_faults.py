@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fishleg_fast import native
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import cpu
 from fishleg_fast.backends.cpu import packed_matrix, packed_products
 from fishleg_fast.backends.cpu.state import packed_operator

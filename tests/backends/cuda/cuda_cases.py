@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_fast import CategoricalLikelihood, FishLeg
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import cuda, reference
 from fishleg_fast.backends.protocol import ThetaOptions
 from support.blocks import everything, make_block

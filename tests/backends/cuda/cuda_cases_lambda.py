@@ -9,9 +9,9 @@ from array import array
 import pytest
 import torch
 
-from fishleg_fast.algebra.diagkron import DiagKron
-from fishleg_fast.algebra.diagonal import Diagonal
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.diagkron import DiagKron
+from fishleg_fast.algebra.structures.diagonal import Diagonal
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import cuda, reference
 from fishleg_fast.backends.cuda import coverage, runtime, state
 from fishleg_fast.backends.cuda.plans import Op

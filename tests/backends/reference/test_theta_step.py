@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast.algebra.kron import Kron
+from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends import reference as steps  # or the ops of another backend, by each_backend
 from fishleg_fast.backends.protocol import ThetaOptions
 from fishleg_fast.model.block import Block, Part

@@ -14,7 +14,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.measurements import models, ops, plain_ops
 from benchmarks.gpu.report.lookup import floor
 from fishleg_fast import FishLeg
-from fishleg_fast.algebra.structure import Structure
+from fishleg_fast.algebra.structures.base import Structure
 from fishleg_fast.backends import reference
 from support.dense import relative
 

@@ -7,11 +7,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .costs import forming_pays, outer_products_pay
-from .factors import compose, cross, diagonal, mul, rmul, transpose, twice_symmetric
+from ..costs import forming_pays, outer_products_pay
+from ..factors import compose, cross, diagonal, mul, rmul, transpose, twice_symmetric
+from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
+from ..maths import Applications, Aux, Maths
 from .kronecker import Kronecker
-from .low_rank import DenseAndLowRank, LowRank, LowRankProduct
-from .maths import Applications, Aux, Maths
 
 
 def kron_refresh(aux: Aux, applications: Applications, known: Aux, memory: Aux) -> Aux:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .maths import Aux, Maths, no_cache
-from .structure import Structure, float_dtype, refuse_non_finite
+from ..maths import Aux, Maths, no_cache
+from .base import Structure, float_dtype, refuse_non_finite
 
 
 def diagonal_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .factors import trace
-from .low_rank import DenseAndLowRank, LowRank, LowRankProduct
-from .maths import Applications, Aux, Maths, no_cache
+from ..factors import trace
+from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
+from ..maths import Applications, Aux, Maths, no_cache
 
 LambdaVersion = tuple[tuple[int, int], ...]
 

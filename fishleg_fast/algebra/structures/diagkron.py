@@ -7,9 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .factors import cross, mul, rmul, transpose
+from ..factors import cross, mul, rmul, transpose
+from ..maths import Aux, Maths, no_cache
 from .kronecker import Kronecker
-from .maths import Aux, Maths, no_cache
 
 
 def diagkron_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:

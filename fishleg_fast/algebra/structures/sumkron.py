@@ -7,11 +7,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
+from ..maths import Applications, Aux, Maths
+from .base import size
 from .kron import kron_diag, kron_grads, kron_low_rank_grads, kron_low_rank_qv, kron_qv, kron_refresh
 from .kronecker import Kronecker
-from .low_rank import DenseAndLowRank, LowRank, LowRankProduct
-from .maths import Applications, Aux, Maths
-from .structure import size
 
 
 def _terms(tensors: Aux, names: str) -> list[Aux]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .costs import low_rank_pays
-from .factors import cross, diagonal, inverse_root, trace, transpose
-from .maths import Aux
-from .structure import LayerStatistics, Structure, float_dtype, refuse_non_finite, size
+from ..costs import low_rank_pays
+from ..factors import cross, diagonal, inverse_root, trace, transpose
+from ..maths import Aux
+from .base import LayerStatistics, Structure, float_dtype, refuse_non_finite, size
 
 
 def _new_factor(side: str, k: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
