@@ -120,7 +120,7 @@ def test_stiff_directions(operands: torch.dtype, smallest: float) -> None:
     block.moments_weight.fill_(0.5)
     damping = (smallest * 4) ** 2
     (_, inverting) = anchoring._engines(block, shown(m, n))
-    if anchoring._start(inverting, [block], damping):
+    if anchoring._start(inverting, [block], damping, False):
         assert smallest == 1e-8  # which the reference does in float64
         return
     roundoff = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-15}[operands]
@@ -188,11 +188,13 @@ def test_where_float32_fails_float64_follows(operands: torch.dtype, monkeypatch:
     blocks[0].moments_weight.fill_(1)
     (_, inverting) = anchoring._engines(blocks[0], shown(40, 30))
     before = state(blocks[0])
-    assert anchoring._start(inverting, blocks[:1], 1e-30) == blocks[:1]
+    assert anchoring._start(inverting, blocks[:1], 1e-30, False) == blocks[:1]
     assert all(map(torch.equal, state(blocks[0]), before))
     called = []
-    monkeypatch.setattr(anchoring, "_start", lambda engine, found, damping: found[:1])
-    monkeypatch.setattr(reference_anchoring, "start_kfac", lambda block, damping: called.append((block, damping)))
+    monkeypatch.setattr(anchoring, "_start", lambda engine, found, damping, relative: found[:1])
+    monkeypatch.setattr(
+        reference_anchoring, "start_kfac", lambda block, damping, relative: called.append((block, damping))
+    )
     ANCHOR(blocks, [shown(40, 30)] * 2, decay=0.5, damping=0.1)
     assert called == [(blocks[0], 0.1)]
 
