@@ -24,6 +24,7 @@ from .model.groups import GroupAssignment
 from .options import Settings, check_count, check_group, check_membership, check_sources, chosen_parameters
 from .passes.gradient_tap import GradientTap
 from .passes.isolated import Draw, IsolatedPasses, Nll
+from .passes.statistics_tap import StatisticsTap
 
 
 class FishLeg(Optimizer):
@@ -78,6 +79,8 @@ class FishLeg(Optimizer):
         scale: of "sgd".
         anchor_every: steps between estimates of Q anew from the Kronecker factors; 0: never, FishLeg pure.
         anchor_decay: of the factors' moving average over those estimates, in [0, 1).
+        anchor_from: "drawn", with labels drawn from the model, which takes a forward and a backward pass; "training",
+            from your own backward pass (forward hooks), with damping_scale="relative".
 
     Cost and backend:
         backend: None for the best available one; ``python -m fishleg_fast`` tells which there are.
@@ -122,6 +125,7 @@ class FishLeg(Optimizer):
         init: str = "kfac",
         anchor_every: int = 10,
         anchor_decay: float = 0.9,
+        anchor_from: str = "drawn",
         scale: float = 1.0,
         momentum: str = "before",
         nesterov: bool = True,
@@ -147,6 +151,7 @@ class FishLeg(Optimizer):
             aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux,
             learn_scale=learn_scale,
             init=init, scale=scale, anchor_every=anchor_every, anchor_decay=anchor_decay,
+            anchor_from=anchor_from,
             precision=precision, writer=writer, seed=seed,
         )  # fmt: skip
         self.model, self.likelihood = model, likelihood
@@ -155,6 +160,7 @@ class FishLeg(Optimizer):
             self._roots.append(("likelihood.", likelihood))
         watched = thin_gradients and not capturable  # whether a gradient is of low rank is decided on the host
         self._gradients = GradientTap(self) if watched else None
+        self._statistics = StatisticsTap(self) if anchor_from == "training" else None
         self._groups = GroupAssignment()
         self.blocks = []
         self._built = False
@@ -168,9 +174,19 @@ class FishLeg(Optimizer):
         self._take_up(everything)
         self._built = True
         self.backend, self._ops = registry.choose(backend, everything[0].device, everything[0].dtype)
-        self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._gradients)
+        self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
         self._diagnostics = Diagnostics(capturable, writer)
+        self._look_ahead()
+
+    @property
+    def _taps(self) -> list[GradientTap | StatisticsTap]:
+        return [tap for tap in (self._gradients, self._statistics) if tap is not None]
+
+    def _look_ahead(self) -> None:
+        """See what the next step will need of the user's passes."""
+        if self._statistics is not None:
+            self._statistics.open = bool(self._learner.anchor_due(self.blocks, self._diagnostics.steps))
 
     def _take_up(self, params: list[nn.Parameter]) -> None:
         """Blocks, λ and state for parameters that have none yet."""
@@ -185,8 +201,8 @@ class FishLeg(Optimizer):
             if s.init == "sgd":
                 block.structure.start_sgd(s.scale)
         self.blocks += fresh
-        if self._gradients is not None:
-            self._gradients.watch(fresh)
+        for tap in self._taps:
+            tap.watch(fresh)
         for _, root in self._roots:
             attach(root, self.blocks)
         checkpoint.publish(self.blocks, self.state)
@@ -205,6 +221,7 @@ class FishLeg(Optimizer):
         group.setdefault("base_lr", float(group["lr"]))  # before any schedule
         if self._built:
             self._take_up(group["params"])
+            self._look_ahead()
 
     @torch.inference_mode(False)  # in which F v would have no derivatives to come from
     @torch.no_grad()
@@ -224,8 +241,9 @@ class FishLeg(Optimizer):
                 if blocks:
                     self._step(blocks, gs)
         finally:
-            if self._gradients is not None:
-                self._gradients.clear()
+            for tap in self._taps:
+                tap.clear()
+            self._look_ahead()
         return loss
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
@@ -260,7 +278,7 @@ class FishLeg(Optimizer):
         if not self.settings.capturable and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return
-        moved, updates = self._anchor(self.blocks, count), learner.updates_due(count)
+        moved, updates = self._anchor(self.blocks, count, self._statistics), learner.updates_due(count)
         for _ in range(updates):
             used = learner.applications_in_update(blocks, gs) if moved else learner.applications_in_steps(blocks)
             self._ops.refresh(blocks, used)
@@ -280,11 +298,11 @@ class FishLeg(Optimizer):
         known = sum(square for square in squares if square is not None)
         return ((self._ops.inner(pieces, pieces) if pieces else torch.zeros(())) + known).sqrt()
 
-    def _anchor(self, blocks: list[Block], step: int) -> bool:
+    def _anchor(self, blocks: list[Block], step: int, tap: StatisticsTap | None = None) -> bool:
         """Anchor the blocks that are due; whether any was."""
         due = self._learner.anchor_due(blocks, step)
         if due:
-            self._learner.anchor(due)
+            self._learner.anchor(due, tap)
             self._diagnostics.note_anchor()
         return bool(due)
 
@@ -338,3 +356,4 @@ class FishLeg(Optimizer):
         checkpoint.publish(self.blocks, self.state)
         self._diagnostics.load(state_dict["fishleg"]["counts"])
         self._passes.load(state_dict["fishleg"])
+        self._look_ahead()

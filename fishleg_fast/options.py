@@ -27,6 +27,7 @@ _CHOICES = {
     "momentum": ("before", "after"),
     "normalize": ("rms", "spectral", "trust", None),
     "damping_scale": ("relative", "absolute"),
+    "anchor_from": ("drawn", "training"),
     "precision": (*PRECISIONS, None),
 }
 
@@ -63,6 +64,7 @@ class Settings:
     scale: float
     anchor_every: int
     anchor_decay: float
+    anchor_from: str
     # the rest
     precision: str | None
     writer: Any
@@ -105,6 +107,11 @@ class Settings:
                     "damping_scale='relative' is in units of the Fisher matrix's factors, and needs them estimated: "
                     "init='kfac', or anchor_every > 0"
                 )
+        if self.anchor_from == "training" and self.damping_scale != "relative":
+            raise ValueError(
+                "anchor_from='training' goes with damping_scale='relative', since the scale of the loss trained on is "
+                f"not known, but damping_scale is: {self.damping_scale!r}"
+            )
         if self.writer is not None and not callable(getattr(self.writer, "add_scalar", None)):
             raise TypeError(
                 f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {self.writer!r}"
@@ -131,6 +138,7 @@ class Settings:
             update=update, update_aux_every=self.update_aux_every, fisher=self.fisher, u_sampling=self.u_sampling,
             init=self.init, anchor_every=self.anchor_every, anchor_decay=self.anchor_decay,
             curvature_batch=self.curvature_batch, relative_damping=relative,
+            anchor_from=self.anchor_from,
         )  # fmt: skip
 
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..algebra.costs import count_applications
 from ..algebra.low_rank import LowRank
-from ..algebra.maths import Applications
-from ..algebra.matrix import Matrix, dense
+from ..algebra.maths import Applications, Aux
+from ..algebra.matrix import Matrix, dense, dot
+from ..algebra.structures.base import LayerStatistics
 from ..backends.protocol import LambdaOptions, Ops
 from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
+from ..passes.statistics_tap import StatisticsTap
 from .low_rank_products import low_rank_ggn
 from .moments import moments
 from .products import FISHER, drawn_gradient
@@ -33,6 +35,7 @@ class CurvatureOptions:
     anchor_every: int
     anchor_decay: float
     curvature_batch: int | None
+    anchor_from: str
     relative_damping: bool = (
         False  # λ is of F with eigenvalues of mean 1 in each block, and the damping δ² in those units
     )
@@ -73,6 +76,13 @@ def _expanded(block: Block, v: Matrix) -> Tensor:
     return block.scratch()
 
 
+def _of_gradient(block: Block) -> Aux:
+    """Moments from the block's gradient alone; none where it has none in this step."""
+    if all(g is None for g in block.grads):
+        return {}
+    return block.structure.gradient_moments([block.matrix(block.grads)])
+
+
 class CurvatureLearner:
     """Learns and anchors the λ of blocks, by the ops of a backend and passes through the user's model."""
 
@@ -98,13 +108,18 @@ class CurvatureLearner:
         start = self.options.init == "kfac" and not block.moments_weight
         return start or (every > 0 and step > 0 and step % every == 0)
 
-    def anchor(self, blocks: Sequence[Block]) -> None:
+    def anchor(self, blocks: Sequence[Block], tap: StatisticsTap | None = None) -> None:
         """Q from the moving average of the Fisher's Kronecker factors, to which this batch's are added.
 
-        Factors that are not finite are left out: Q stays what it is.
+        Factors that are not finite are left out: Q stays what it is. ``tap``: what saw them in the user's own backward
+        pass, whose gradients the blocks have; None: passes with labels drawn from the model.
         """
-        statistics = moments(self.passes, blocks, self.passes.inputs())
         options = self.options
+        statistics: Sequence[LayerStatistics | Aux]
+        if tap is None:
+            statistics = moments(self.passes, blocks, self.passes.inputs())
+        else:
+            statistics = [_of_gradient(b) if m is None else m for b, m in zip(blocks, tap.take(blocks), strict=True)]
         self.ops.anchor(
             blocks, statistics, decay=options.anchor_decay, damping=options.update.damping,
             relative=options.relative_damping,
@@ -155,7 +170,26 @@ class CurvatureLearner:
         us = self.directions(blocks, gs)
         vs = self.ops.qv(blocks, us)
         fvs = self._scaled(blocks, self._fisher_product(blocks, self._scaled(blocks, vs)))
+        if self.options.anchor_from == "training":
+            fvs = self._in_units_of_the_moments(blocks, vs, fvs)
         return self.ops.lambda_step(blocks, us, vs, fvs, self.options.update)
+
+    def _in_units_of_the_moments(
+        self, blocks: Sequence[Block], vs: Sequence[Matrix], fvs: Sequence[Matrix]
+    ) -> list[Matrix]:
+        """F v times what makes vᵀFv agree with the moments', whose scale is that of the user's loss and labels."""
+        told = [k for k, b in enumerate(blocks) if b.moments and b.moments_weight]
+        expected = [dot(vs[k], blocks[k].fisher_product(vs[k])) for k in told]
+        found = [dot(vs[k], fvs[k]) for k in told]
+        if not told:
+            return list(fvs)
+        ratio = torch.stack([x.double() for x in expected]).sum() / torch.stack([x.double() for x in found]).sum()
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1)
+        scaled = []
+        for block, x in zip(blocks, fvs, strict=True):
+            c = ratio.to(block.momentum)
+            scaled.append(x * c if isinstance(x, Tensor) else x.scaled(c))
+        return scaled
 
     def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Matrix]:
         """F v, low-rank where v is and the model's passes allow it."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..algebra.matrix import Matrix
 from ..algebra.structures.base import LambdaVersion, Structure
 
 
@@ -165,6 +166,11 @@ class Block:
             return torch.ones((), dtype=self.dtype, device=self.momentum.device)
         mean = self.structure.mean_eigenvalue(self.moments, weight)
         return torch.where(mean > 0, mean, 1)
+
+    def fisher_product(self, v: Matrix) -> Matrix:
+        """F v by the moving average, of eigenvalues of mean 1: of low rank where v is."""
+        weight = self.structure.unit_weight(self.moments, float(self.moments_weight))
+        return self.structure.fisher_product(self.moments, weight, v)
 
     @property
     def product_known(self) -> bool:

@@ -9,8 +9,7 @@ passes the counter by: ``.data``, an all-reduce, ``GradScaler``, hooks on the we
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,26 +20,9 @@ from ..algebra.low_rank import LowRank
 from ..backends.cpu.agreement import agreements
 from ..model.block import Block
 from ..model.layers import layer_of
-from .input_tap import Pausable, inside_functorch
+from .hooks import LayerHooks
 
 AGREEMENT = 32  # of .grad and EᵀH on a random vector, in units of rounding
-
-
-class _Hook:
-    """A forward hook that stays behind where its module is copied or pickled."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.call(module, args, output)
-
-    def __reduce__(self) -> tuple:
-        return _Hook, (_nothing,)
-
-
-def _nothing(*args: Any) -> None:
-    """What a copied hook does."""
 
 
 class LayerTap:
@@ -106,13 +88,12 @@ class LayerTap:
         return self.memory
 
 
-class GradientTap(Pausable):
-    """The taps of all layers whose gradients may be low-rank, for as long as ``user`` lives."""
+class GradientTap(LayerHooks):
+    """The taps of all layers whose gradients may be low-rank."""
 
     def __init__(self, user: object) -> None:
+        super().__init__(user)
         self._taps: dict[int, LayerTap] = {}  # by id of the block
-        self._handles: list[Any] = []
-        weakref.finalize(user, _remove, self._handles)
 
     def watch(self, blocks: Sequence[Block]) -> None:
         """See the gradients of those of the blocks that may be low-rank.
@@ -129,12 +110,10 @@ class GradientTap(Pausable):
                 and min(block.shape)
             ):
                 tap = self._taps[id(block)] = LayerTap(block)
-                self._handles.append(layer.register_forward_hook(_Hook(partial(self._on_forward, tap))))
+                self.hook(layer, partial(self._on_forward, tap))
 
     def _on_forward(self, tap: LayerTap, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch():
-            return
-        if self.paused or module is not tap.block.layer or not args:
+        if self.blind or module is not tap.block.layer or not args:
             return
         x = args[0]
         if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
@@ -170,8 +149,3 @@ class GradientTap(Pausable):
         """Free what was seen."""
         for tap in self._taps.values():
             tap.clear()
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()

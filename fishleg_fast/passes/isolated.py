@@ -6,7 +6,7 @@ Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
 from .generators import private_rng
-from .gradient_tap import GradientTap
-from .input_tap import InputTap
+from .input_tap import InputTap, Pausable
 from .inputs import Inputs, tree_map
 from .loader import AuxBatches
 
@@ -89,7 +88,7 @@ class IsolatedPasses:
         loader: Any,
         seed: int,
         user: object | None = None,
-        gradients: GradientTap | None = None,
+        taps: Sequence[Pausable] = (),
     ) -> None:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
@@ -104,7 +103,7 @@ class IsolatedPasses:
         self.generator = torch.Generator().manual_seed(seed)
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
-        self.gradients = gradients
+        self.taps = taps  # which see the user's passes alone
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""
@@ -175,8 +174,8 @@ class IsolatedPasses:
                 stack.enter_context(torch.autocast(self.device.type, inputs.autocast))
             if self.tap is not None:
                 stack.enter_context(self.tap.pause())
-            if self.gradients is not None:
-                stack.enter_context(self.gradients.pause())
+            for tap in self.taps:
+                stack.enter_context(tap.pause())
             for module in self._sparse:  # sparse gradients have no second derivative either
                 module.sparse = False
                 stack.callback(setattr, module, "sparse", True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..factors import trace
 from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
 from ..maths import Applications, Aux, Maths, no_cache
+from ..matrix import Matrix
 
 LambdaVersion = tuple[tuple[int, int], ...]
 
@@ -248,6 +249,10 @@ class Structure:
         """What to divide the moments by so that their Fisher matrix has eigenvalues of mean 1; all zero: ``weight``."""
         mean = float(self.mean_eigenvalue(moments, weight))
         return weight * mean ** (1 / max(len(self.moments), 1)) if 0 < mean < math.inf else weight
+
+    def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
+        """F v of the Fisher matrix that the moments tell, to be divided by ``weight``; those of low rank stay so."""
+        raise NotImplementedError(f"{type(self).__name__} has moments but no fisher_product")
 
     @torch.no_grad()
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:

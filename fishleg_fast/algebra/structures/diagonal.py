@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..maths import Aux, Maths, no_cache
+from ..matrix import Matrix, dense
 from .base import Structure, float_dtype, refuse_non_finite
 
 
@@ -67,6 +68,11 @@ class Diagonal(Structure):
     def mean_eigenvalue(self, moments: Aux, weight: float = 1.0) -> Tensor:
         """The mean of diag F."""
         return moments["diagonal"].sum() / weight / max(moments["diagonal"].numel(), 1)
+
+    @torch.no_grad()
+    def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
+        """diag F ∘ v."""
+        return moments["diagonal"] * dense(v) / weight
 
     @torch.no_grad()
     def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:

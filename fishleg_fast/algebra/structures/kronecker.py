@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..costs import low_rank_pays
-from ..factors import cross, diagonal, inverse_root, trace, transpose
+from ..factors import cross, diagonal, inverse_root, mul, rmul, trace, transpose
+from ..low_rank import LowRank
 from ..maths import Aux
+from ..matrix import Matrix, dense
 from .base import LayerStatistics, Structure, float_dtype, refuse_non_finite, size
 
 
@@ -104,6 +106,14 @@ class Kronecker(Structure):
         """(tr G/m)(tr Ā/n)."""
         means = [trace(moments[name]) / weight / max(k, 1) for name, k in zip(self.moments, self.shape, strict=True)]
         return means[0] * means[1]
+
+    @torch.no_grad()
+    def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
+        """G v Ā."""
+        G, A = moments["rows"], moments["columns"]
+        if isinstance(v, LowRank):
+            return LowRank(rmul(v.E, G) / weight, rmul(v.H, A) / weight)
+        return rmul(mul(G, dense(v)), A) / weight**2
 
     @torch.no_grad()
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:

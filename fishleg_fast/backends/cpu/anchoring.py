@@ -38,16 +38,18 @@ def anchor(
     relative: bool = False,
 ) -> None:
     """As the reference's."""
-    mine: dict[Pair, list[tuple[Block, LayerStatistics]]] = {}
+    mine: dict[Pair, list[tuple[Block, LayerStatistics | Aux]]] = {}
     others: list[tuple[Block, LayerStatistics | Aux]] = []
     for block, new in zip(blocks, statistics, strict=True):
         pair = _engines(block, new)
-        if pair is not None and isinstance(new, LayerStatistics):
-            mine.setdefault(pair, []).append((block, new))
-        else:
+        if pair is None:
             others.append((block, new))
+        else:
+            mine.setdefault(pair, []).append((block, new))
     for (averaging, inverting), found in mine.items():
-        for block in _start(inverting, _average(averaging, found, decay), damping, relative):
+        averaged = _average(averaging, [(b, s) for b, s in found if isinstance(s, LayerStatistics)], decay)
+        averaged += [b for b, s in found if not isinstance(s, LayerStatistics) and reference.average(b, s, decay)]
+        for block in _start(inverting, averaged, damping, relative):
             reference.start_kfac(block, damping, relative)  # which repeats it in float64 where float32 does not do
     reference.anchor(
         [b for b, _ in others], [new for _, new in others], decay=decay, damping=damping, relative=relative
@@ -57,12 +59,12 @@ def anchor(
 def _engines(block: Block, new: LayerStatistics | Aux) -> Pair | None:
     """What is to multiply for the block; None where that is torch."""
     s = block.structure
-    if type(s) is not Kron or "A" in s.fishleg_aux or not isinstance(new, LayerStatistics):
+    if type(s) is not Kron or "A" in s.fishleg_aux or not new:
         return None
     matrices = [*s.fishleg_aux.values(), *block.moments.values()]
     if not all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in matrices):
         return None
-    if not new.a.dtype == new.e.dtype == torch.float32:
+    if isinstance(new, LayerStatistics) and not new.a.dtype == new.e.dtype == torch.float32:
         return None
     here = engines()
     return next((pair for pair in ENGINES.get(s.operand_dtype or torch.float32, ()) if {*pair} <= {*here}), None)

@@ -20,9 +20,16 @@ def anchor(
 ) -> None:
     """Q from the moving average of the Kronecker factors, with the new ones in it: see ``protocol.Ops``."""
     for block, new in zip(blocks, statistics, strict=True):
-        if new and block.structure.average(block.moments, new, 1 - decay):
-            block.moments_weight.mul_(decay).add_(1 - decay)
+        if new and average(block, new, decay):
             start_kfac(block, damping, relative)
+
+
+def average(block: Block, new: LayerStatistics | Aux, decay: float) -> bool:
+    """Average new moments into the block's; whether they were finite."""
+    done = block.structure.average(block.moments, new, 1 - decay)
+    if done:
+        block.moments_weight.mul_(decay).add_(1 - decay)
+    return done
 
 
 def start_kfac(block: Block, damping: float, relative: bool = False) -> None:
