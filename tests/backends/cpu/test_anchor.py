@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -217,12 +218,29 @@ def test_others_go_to_the_reference(operands: torch.dtype) -> None:
     wide = LayerStatistics(shown(m, n).a.double(), shown(m, n).e.double(), 40.0)
     news = [shown(m, n)] * 4 + [wide]
     assert [anchoring._engines(b, new) is None for b, new in zip(blocks, news, strict=True)] == [False] + [True] * 4
-    assert anchoring._engines(blocks[0], blocks[0].structure.new_moments()) is None
-    assert anchoring._engines(blocks[0], wide) is None
+    assert anchoring._engines(blocks[0], {}) is None and anchoring._engines(blocks[0], wide) is None
     ANCHOR([*blocks, blocks[0]], [*news, {}], decay=0.5, damping=0.1)
     steps.anchor(others, news, decay=0.5, damping=0.1)
     for b, o in zip(blocks[1:], others[1:], strict=True):
         assert all(map(torch.equal, state(b), state(o)))
+
+
+def test_moments_that_come_as_such_are_started_from_here(
+    operands: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs, twice = (block_of(40, 30, operands) for _ in range(3))
+    for step in range(2):
+        new = shown(40, 30, seed=step)
+        moments = ours.structure.layer_moments(*new)
+        steps.anchor([theirs], [{name: t.clone() for name, t in moments.items()}], decay=0.8, damping=0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(Kron, "start_kfac", refuse)
+            ANCHOR([ours, twice], [moments, {**moments, "rows": moments["rows"] * math.nan}], decay=0.8, damping=0.01)
+    assert ours.moments_weight == theirs.moments_weight and twice.moments_weight == 0
+    assert all(torch.equal(t, theirs.moments[name]) for name, t in ours.moments.items())
+    pairs = zip(factors(ours), factors(theirs), strict=True)
+    (P, P2), (S, S2) = pairs
+    assert relative(torch.kron(P[:9, :9], S[:9, :9]), torch.kron(P2[:9, :9], S2[:9, :9])) < CLOSE[operands][1]
 
 
 def test_layers_below_zero(operands: torch.dtype) -> None:
