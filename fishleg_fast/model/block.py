@@ -86,7 +86,7 @@ class Block:
         """Momentum: that of the first part's group."""
         return self.groups[0]["beta"]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(m, n)"""
         views = [part.of(part.param) for part in self.parts]
@@ -144,10 +144,10 @@ class Block:
 
     def kept(self, kind: type[State]) -> State:
         """A backend's state, made at the first call; it lives as long as the block, whatever other backends keep."""
-        found = self.backend_states.get(kind)
-        if not isinstance(found, kind):
-            found = self.backend_states[kind] = kind()
-        return found
+        try:
+            return self.backend_states[kind]  # type: ignore[return-value]
+        except KeyError:
+            return self.backend_states.setdefault(kind, kind())  # type: ignore[return-value]
 
     def check_placement(self) -> None:
         """RuntimeError where the parameters have left λ's device or dtype."""
