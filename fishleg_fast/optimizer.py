@@ -17,7 +17,7 @@ from .backends.arithmetic import own_arithmetic
 from .diagnostics import Diagnostics
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
-from .model.assemble import StructureChoice, attach, build_blocks
+from .model.assemble import StructureChoice, attach, build_blocks, by_pattern
 from .model.block import Block
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment
@@ -51,6 +51,7 @@ class FishLeg(Optimizer):
         nesterov: average the gradient into the momentum once more for the step, as Muon and NAdam do.
         normalize: "rms": each block's update gets root-mean-square 0.2, as Muon's users scale it to AdamW's lr;
             "spectral": each block's natural gradient is replaced by its polar factor, times 0.2·√max(m, n);
+            a dict of layer-name patterns (fnmatch's) to those two, of which the first match counts, "rms" elsewhere;
             "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
         maximize: ascend.
@@ -129,7 +130,7 @@ class FishLeg(Optimizer):
         scale: float = 1.0,
         momentum: str = "before",
         nesterov: bool = True,
-        normalize: str | None = "rms",
+        normalize: str | Mapping[str, str] | None = "rms",
         kappa: float = 1e-3,
         curvature_batch: int | None = 32,
         max_factor_size: int | None = 8192,
@@ -198,6 +199,7 @@ class FishLeg(Optimizer):
         ]
         for block in fresh:
             block.allocate(s.capturable)
+            block.spectral = by_pattern(s.normalize, block.name, "rms") == "spectral"
             if s.init == "sgd":
                 block.structure.start_sgd(s.scale)
         self.blocks += fresh

@@ -42,7 +42,7 @@ class Settings:
     # the step
     momentum: str
     nesterov: bool
-    normalize: str | None
+    normalize: str | Mapping[str, str] | None
     kappa: float
     capturable: bool
     # λ and its learning
@@ -71,7 +71,13 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
+        if isinstance(self.normalize, Mapping):
+            for choice in self.normalize.values():
+                if choice not in ("rms", "spectral"):
+                    raise ValueError(f"normalize should map patterns to 'rms' or 'spectral' but has: {choice!r}")
         for name, choices in _CHOICES.items():
+            if name == "normalize" and isinstance(self.normalize, Mapping):
+                continue
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} should be one of {choices} but is: {getattr(self, name)!r}")
         for name in ("aux_lr", "damping", "scale", "kappa", "aux_eps"):
@@ -97,7 +103,7 @@ class Settings:
                 "momentum='before'"
             )
         if self.damping_scale == "relative":
-            if self.normalize not in ("rms", "spectral"):
+            if not isinstance(self.normalize, Mapping) and self.normalize not in ("rms", "spectral"):
                 raise ValueError(
                     "normalize should be 'rms' or 'spectral' with damping_scale='relative', where Q has no scale, "
                     f"but is: {self.normalize!r}"
@@ -121,8 +127,8 @@ class Settings:
     def theta(self) -> ThetaOptions:
         """Those of the θ step."""
         return ThetaOptions(
-            momentum=self.momentum, nesterov=self.nesterov, normalize=self.normalize, kappa=self.kappa,
-            capturable=self.capturable,
+            momentum=self.momentum, nesterov=self.nesterov, kappa=self.kappa, capturable=self.capturable,
+            normalize="spectral" if isinstance(self.normalize, Mapping) else self.normalize,
         )  # fmt: skip
 
     @cached_property

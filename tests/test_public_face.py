@@ -224,3 +224,23 @@ def test_every_structure_trains_from_both_starts(structure, init: str) -> None:
 def test_public_names_are_importable() -> None:
     for name in ("FishModule", "FishConv2d", "FishEmbedding", "FishLayerNorm", "FishBatchNorm3d", "FishRMSNorm"):
         assert hasattr(fishleg_fast, name)
+
+
+@pytest.mark.parametrize("anchor_from", ["drawn", "training"])
+def test_normalisation_by_layer(anchor_from: str) -> None:
+    """Patterns choose, as they do of structures; the rest is "rms"."""
+    x, y = blobs()
+    net, likelihood = mlp(), CategoricalLikelihood()
+    options = {"damping": 0.3, "damping_scale": "relative", "anchor_from": anchor_from}
+    optimizer = FishLeg(net, likelihood=likelihood, normalize={"0": "spectral", "*": "rms"}, **options)
+    assert [b.flattened for b in optimizer.blocks] == [True, *[False] * (len(optimizer.blocks) - 1)]
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = likelihood.nll(y, net(x))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    with pytest.raises(ValueError, match="normalize should map patterns to 'rms' or 'spectral' but has: 'trust'"):
+        FishLeg(net, likelihood=likelihood, normalize={"*": "trust"})

@@ -43,10 +43,11 @@ def check_choice(structure: object) -> None:
         )
 
 
-def _chosen(structure: StructureChoice | Mapping[str, StructureChoice], name: str) -> StructureChoice:
-    if isinstance(structure, Mapping):
-        return next((choice for pattern, choice in structure.items() if fnmatchcase(name, pattern)), "kron")
-    return structure
+def by_pattern(choice: Any, name: str, otherwise: Any) -> Any:
+    """A choice for a layer of that name: of a mapping that of the first pattern that matches, or ``otherwise``."""
+    if isinstance(choice, Mapping):
+        return next((chosen for pattern, chosen in choice.items() if fnmatchcase(name, pattern)), otherwise)
+    return choice
 
 
 def _make_structure(choice: StructureChoice, block: Block, spec: BlockSpec, max_factor_size: int | None) -> Structure:
@@ -108,7 +109,13 @@ def build_blocks(
             for spec, parts in claims:
                 name = ".".join(filter(None, [path, spec.suffix])) or "model"
                 choice = getattr(module, "structure", None) if isinstance(module, _FishLayer) else None
-                add(name, parts, spec, module if not spec.suffix else None, choice or _chosen(structure, name))
+                add(
+                    name,
+                    parts,
+                    spec,
+                    module if not spec.suffix else None,
+                    choice or by_pattern(structure, name, "kron"),
+                )
             own = [part.param for _, parts in claims for part in parts]
         for p in own:
             free.pop(id(p), None)

@@ -69,6 +69,7 @@ class Block:
     product_version: LambdaVersion | None = None  # None: m has moved on
     scratch_memory: Tensor | None = None  # (m, n)
     backend_states: dict[type, BackendState] = field(default_factory=dict)  # what each backend keeps on it, by class
+    spectral: bool = True  # whether normalize="spectral" is for this block too: else it is "rms"
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
 
     @cached_property
@@ -94,6 +95,11 @@ class Block:
             return sum(v.numel() for v in views), 1
         m = views[0].shape[0]
         return m, sum(v.numel() for v in views) // m
+
+    @property
+    def flattened(self) -> bool:
+        """Whether normalize="spectral" takes the polar factor of its update: a vector has but one singular value."""
+        return self.spectral and min(self.shape) > 1
 
     def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One tensor a part, None for zeros -> (m, n) in λ's dtype."""

@@ -27,7 +27,7 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
     if spectral and not options.before:
         return reference.theta_step(blocks, gs, options)
     plan = step_plan(blocks)
-    flat = [k for k, b in enumerate(blocks) if spectral and reference.is_flattened(b.shape)]
+    flat = [k for k, b in enumerate(blocks) if spectral and b.flattened]
     if flat:  # polar factors are of dense matrices
         gs = list(gs)
         for k in flat:

@@ -37,8 +37,9 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
     if options.normalize == "rms":
         scales = rms_scales(gs, nats, norms)
     elif options.normalize == "spectral":
-        nats = flattened(nats)
-        scales = spectral_scales(gs, nats, norms) * corrected
+        flat = [b.flattened for b in blocks]
+        scales = spectral_scales(flat, gs, nats, norms, corrected)
+        nats = flattened(flat, nats)
     elif options.normalize == "trust":
         lengths = [trust_length(b, g, nat, options) for b, g, nat in zip(blocks, gs, nats, strict=True)]
         total = (stacked(lengths) / (corrected**2 if options.before else corrected)).sum()
@@ -141,27 +142,23 @@ def rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> T
     return torch.where(_still(gs, norms), 0, sizes / norms)
 
 
-def is_flattened(shape: Sequence[int]) -> bool:
-    """Whether normalize="spectral" takes the polar factor of such a nat: a vector has but one singular value."""
-    return min(shape) > 1
-
-
-def flattened(nats: Sequence[Tensor]) -> list[Tensor]:
-    """The polar factor of each nat that has one to speak of; vectors at length 1."""
+def flattened(flat: Sequence[bool], nats: Sequence[Tensor]) -> list[Tensor]:
+    """The polar factor of each nat that is to give way to it."""
     found = list(nats)
-    chosen = [k for k, nat in enumerate(nats) if is_flattened(nat.shape)]
+    chosen = [k for k, mine in enumerate(flat) if mine]
     for k, factor in zip(chosen, polar_factors([nats[k] for k in chosen]), strict=True):
         found[k] = factor
-    for k in set(range(len(nats))).difference(chosen):
-        size = torch.linalg.vector_norm(nats[k])
-        found[k] = nats[k] / torch.where(size > 0, size, 1)
     return found
 
 
-def spectral_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
-    """c of each block's polar factor, (len(blocks),): under which a full one has the root-mean-square of "rms"."""
-    sizes = _constants([RMS * max(nat.shape) ** 0.5 if nat.numel() else 0.0 for nat in nats], norms)
-    return torch.where(_still(gs, norms), 0, sizes)
+def spectral_scales(
+    flat: Sequence[bool], gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor, corrected: Tensor
+) -> Tensor:
+    """c of each block, (len(blocks),): a full polar factor, or a nat left as it is, gets the size of "rms"."""
+    entries = [max(nat.shape) if mine else nat.numel() for mine, nat in zip(flat, nats, strict=True)]
+    sizes = _constants([RMS * count**0.5 for count in entries], norms)
+    factor = torch.where(_constants(flat, norms) != 0, corrected, 1 / norms)
+    return torch.where(_still(gs, norms), 0, sizes * factor)
 
 
 def trust_length(block: Block, g: Matrix, nat: Tensor, options: ThetaOptions) -> Tensor:

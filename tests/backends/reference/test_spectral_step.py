@@ -89,6 +89,20 @@ def test_steps(dtype: torch.dtype, nesterov: bool, momentum: str) -> None:
 
 
 @pytest.mark.parametrize("momentum", ["before", "after"])
+def test_blocks_that_are_not_for_it_are_rms(momentum: str) -> None:
+    mixed, flat, plain = (blocks_of_all_kinds() for _ in range(3))
+    for b in mixed[::2]:
+        b.spectral = False
+    for step in (1, 2, 3):
+        for blocks, normalize in ((mixed, "spectral"), (flat, "spectral"), (plain, "rms")):
+            assert steps.theta_step(
+                blocks, gradients(blocks, step), ThetaOptions(momentum=momentum, normalize=normalize)
+            )[1]
+    for k, (m, f, p) in enumerate(zip(mixed, flat, plain, strict=True)):
+        assert relative(theta(m), theta(f if k % 2 else p)) <= 1e-9
+
+
+@pytest.mark.parametrize("momentum", ["before", "after"])
 def test_capturable_is_the_same(momentum: str) -> None:
     pair = []
     for capturable in (False, True):
