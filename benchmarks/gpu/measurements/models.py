@@ -13,32 +13,19 @@ from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood
 from fishleg_fast.likelihoods import Likelihood
 
 
-class TransformerLayer(nn.Module):
-    """A transformer's layer with pre-normalisation: (batch, positions, width) -> the same.
+class TransformerBlock(models.TransformerBlock):
+    """Its attention in plain products, since torch's fused kernels have no forward derivative on a GPU."""
 
-    Attention in plain products, since torch's fused kernels have no forward derivative.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        attended = scores.masked_fill(future, -1e9).softmax(-1) @ v
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(future, -1e9).softmax(-1) @ v
 
 
 def transformer(width: int, layers: int, heads: int, classes: int) -> nn.Sequential:
     """(batch, positions, width) -> logits (batch, positions, classes). Its inputs are embedded already."""
     return nn.Sequential(
-        *(TransformerLayer(width, heads) for _ in range(layers)), nn.LayerNorm(width), nn.Linear(width, classes)
+        *(TransformerBlock(width, heads) for _ in range(layers)), nn.LayerNorm(width), nn.Linear(width, classes)
     )
 
 
