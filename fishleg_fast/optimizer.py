@@ -17,7 +17,7 @@ from .backends.arithmetic import own_arithmetic
 from .diagnostics import Diagnostics
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
-from .model.assemble import StructureChoice, attach, build_blocks, by_pattern
+from .model.assemble import StructureChoice, attach, build_blocks, by_pattern, check_patterns
 from .model.block import Block
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment
@@ -174,6 +174,8 @@ class FishLeg(Optimizer):
             )
         self._take_up(everything)
         self._built = True
+        for argument in ("structure", "normalize"):
+            check_patterns(argument, getattr(self.settings, argument), self.blocks)
         self.backend, self._ops = registry.choose(backend, everything[0].device, everything[0].dtype)
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)

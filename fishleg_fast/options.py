@@ -71,6 +71,11 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
+        for name in ("structure", "normalize"):
+            choice = getattr(self, name)
+            for pattern in choice if isinstance(choice, Mapping) else ():
+                if not isinstance(pattern, str):
+                    raise TypeError(f"{name} should have name patterns, strings, for its keys but has: {pattern!r}")
         if isinstance(self.normalize, Mapping):
             for choice in self.normalize.values():
                 if choice not in ("rms", "spectral"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -244,3 +245,15 @@ def test_normalisation_by_layer(anchor_from: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
     with pytest.raises(ValueError, match="normalize should map patterns to 'rms' or 'spectral' but has: 'trust'"):
         FishLeg(net, likelihood=likelihood, normalize={"*": "trust"})
+
+
+@pytest.mark.parametrize("argument,choice", [("structure", "diagonal"), ("normalize", "spectral")])
+def test_patterns_that_match_nothing_are_told(argument: str, choice: str) -> None:
+    told = f"{argument} has a pattern that no trained layer's name matches: 'fc\\*'.*'0'"
+    with pytest.warns(UserWarning, match=told):
+        FishLeg(mlp(), likelihood=CategoricalLikelihood(), **{argument: {"fc*": choice}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FishLeg(mlp(), likelihood=CategoricalLikelihood(), **{argument: {"0": choice, "*": choice}})
+    with pytest.raises(TypeError, match=f"{argument} should have name patterns, strings, for its keys but has: 0"):
+        FishLeg(mlp(), likelihood=CategoricalLikelihood(), **{argument: {0: choice}})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -48,6 +49,17 @@ def by_pattern(choice: Any, name: str, otherwise: Any) -> Any:
     if isinstance(choice, Mapping):
         return next((chosen for pattern, chosen in choice.items() if fnmatchcase(name, pattern)), otherwise)
     return choice
+
+
+def check_patterns(argument: str, choice: object, blocks: Sequence[Block]) -> None:
+    """Warn of a pattern of ``argument`` that no layer's name matches."""
+    for pattern in choice if isinstance(choice, Mapping) else ():
+        if not any(fnmatchcase(block.name, pattern) for block in blocks):
+            warnings.warn(
+                f"{argument} has a pattern that no trained layer's name matches: {pattern!r}; the names are "
+                f"{', '.join(repr(block.name) for block in blocks)}",
+                stacklevel=3,
+            )
 
 
 def _make_structure(choice: StructureChoice, block: Block, spec: BlockSpec, max_factor_size: int | None) -> Structure:
@@ -114,7 +126,7 @@ def build_blocks(
                     parts,
                     spec,
                     module if not spec.suffix else None,
-                    choice or by_pattern(structure, name, "kron"),
+                    choice or by_pattern(structure, prefix + name, "kron"),
                 )
             own = [part.param for _, parts in claims for part in parts]
         for p in own:
