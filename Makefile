@@ -61,7 +61,7 @@ train-resnet: setup  ## train a ResNet18, FishLeg beside AdamW; ARGS='--help' fo
 train-gpt: setup  ## train a small GPT on Python's help texts, FishLeg beside AdamW; ARGS='--help' for its options
 	$(BIN)/python -m benchmarks.train.train_gpt $(ARGS)
 
-convergence: setup  ## the study behind the defaults: optimizers, learning rates and seeds (long)
+convergence: setup  ## the study behind the defaults: optimizers, problems, learning rates, seeds (hours)
 	$(BIN)/python -m benchmarks.study.convergence $(ARGS)
 
 bench: setup  ## what a step costs beside AdamW and the published way (minutes); ARGS='--help' for its options
@@ -73,7 +73,7 @@ bench-passes: setup  ## what the C++ backend for CPUs does, beside the reference
 bench-gpu:  ## on a GPU: check and time every kernel and whole steps, results to OUT; PYTHON is used as it is (9 minutes)
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
-wallclock: setup  ## seconds until the other optimizers' training NLL on CURVES (long)
+wallclock: setup  ## seconds until the other optimizers' training NLL (long)
 	$(BIN)/python -m benchmarks.study.wallclock $(ARGS)
 
 clean:  ## remove builds and caches; rm -r .venv starts from nothing

@@ -96,6 +96,11 @@ FISHLEG_INLINE double rms_scale(double norm, int64_t count, bool gradient_is_zer
     return gradient_is_zero || norm == 0 ? 0.0 : rms * sqrt(static_cast<double>(count)) / norm;
 }
 
+/// What multiplies a full polar factor, whose root-mean-square it makes 0.2: 0 where its gradient, or nat, is all zero.
+FISHLEG_INLINE double polar_scale(double norm, int64_t longest, bool gradient_is_zero) {
+    return gradient_is_zero || norm == 0 ? 0.0 : rms * sqrt(static_cast<double>(longest));
+}
+
 /// c of normalize="trust", one for all blocks: ``power`` is Σ lr₀² m̂ᵀ nat.
 FISHLEG_INLINE double trust_scale(double power, double kappa) {
     constexpr double tiny = 1.17549435e-38;  // float32's, as the reference has it

@@ -6,6 +6,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .model.block import Block
@@ -49,6 +50,8 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
         if isinstance(saved, dict):
             if "product" in saved:
                 live["product"] = block.buffers()[0]
+            if "moments_weight" in saved:
+                saved = {"unit": torch.ones(()), **saved}  # states of before there were units
             if not block.key:
                 saved = {name: value for name, value in saved.items() if name in live} or saved
         pairs += list(_leaves(live, saved, f"the state of {block.name!r}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,30 @@ from .backends.arithmetic import own_arithmetic
 from .diagnostics import Diagnostics
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
-from .model.assemble import StructureChoice, attach, build_blocks, by_pattern, check_patterns
+from .model.assemble import (
+    StructureChoice,
+    attach,
+    build_blocks,
+    by_pattern,
+    check_patterns,
+    normalization_of,
+)
 from .model.block import Block
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment
-from .options import Settings, check_count, check_group, check_membership, check_sources, chosen_parameters
+from .options import (
+    DAMPING,
+    Settings,
+    check_count,
+    check_group,
+    check_membership,
+    check_sources,
+    chosen_parameters,
+    default_damping_scale,
+)
 from .passes.gradient_tap import GradientTap
 from .passes.isolated import Draw, IsolatedPasses, Nll
+from .passes.position_tap import PositionTap
 from .passes.statistics_tap import StatisticsTap
 
 
@@ -51,7 +69,10 @@ class FishLeg(Optimizer):
         nesterov: average the gradient into the momentum once more for the step, as Muon and NAdam do.
         normalize: "rms": each block's update gets root-mean-square 0.2, as Muon's users scale it to AdamW's lr;
             "spectral": each block's natural gradient is replaced by its polar factor, times 0.2·√max(m, n);
-            a dict of layer-name patterns (fnmatch's) to those two, of which the first match counts, "rms" elsewhere;
+            "auto": "spectral" if a sample uses at least half of all matrices' entries at several positions (tokens,
+            pixels), as in transformers and convolutional nets, else "rms", where gradients are of low rank and cheap;
+            a dict of layer-name patterns (fnmatch's) to those three, of which the first match counts, "auto" elsewhere.
+            A parameter group may have a "normalize" of its own, which comes before; diagnostics() tells what is used.
             "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
         maximize: ascend.
@@ -61,18 +82,22 @@ class FishLeg(Optimizer):
             ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (fnmatch's) to those, of which
             the first match counts, "kron" elsewhere.
         max_factor_size: larger Kronecker factors become block-diagonal.
-        damping: γ > 0, in units of the Fisher matrix; with damping_scale="relative" δ, of which γ is δ² times each
-            block's mean eigenvalue of the Fisher matrix, so that neither the loss's scale nor a layer's matters.
-        damping_scale: "absolute" or "relative".
+        damping: with damping_scale="relative" δ > 0, of which a block's γ is δ²·√(f·F̄)/T: f is the mean eigenvalue of
+            the block's Fisher matrix, F̄ that over all blocks, T how many terms the loss of a batch is the mean of. The
+            loss's scale does not matter then, and γ follows the noise in a gradient, whose variance is f/T on average.
+            "absolute": γ itself, in units of the Fisher matrix. None: 10, or 0.1 where it is absolute.
+        damping_scale: None: "relative", but "absolute" where the Fisher matrix is not estimated (init="sgd" and
+            anchor_every=0) or Q's own scale counts (normalize "trust" or None).
         fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
             None: "ggn" with a likelihood, "hessian" without.
-        curvature_batch: at most so many samples in a Fisher-vector product; None: the whole batch.
+        curvature_batch: at most so many samples in a Fisher-vector product; "auto": 32, and of a batch trained on a
+            quarter, but 4; None: the whole batch.
         update_aux_every: steps between updates of λ; negative: that many updates a step; 0: λ is not learned.
         aux_lr, aux_betas, aux_eps: of Adam on λ.
         u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".
         precondition_aux: multiply the auxiliary loss's gradient by Q.
         learn_scale: False: the auxiliary loss is taken at Q's best multiple, so that it teaches Q's shape alone; its
-            scale is without effect under normalize="rms".
+            scale is without effect but under normalize "trust" and None.
         seed: of the labels drawn for the curvature, which leave torch's generators alone.
 
     The start of Q, and anchoring:
@@ -115,8 +140,8 @@ class FishLeg(Optimizer):
         aux_eps: float = 1e-7,
         beta: float = 0.9,
         weight_decay: float = 0.0,
-        damping: float = 0.1,
-        damping_scale: str = "absolute",
+        damping: float | None = None,
+        damping_scale: str | None = None,
         update_aux_every: int = 10,
         fisher: str | None = None,
         precondition_aux: bool = False,
@@ -130,9 +155,9 @@ class FishLeg(Optimizer):
         scale: float = 1.0,
         momentum: str = "before",
         nesterov: bool = True,
-        normalize: str | Mapping[str, str] | None = "rms",
+        normalize: str | Mapping[str, str] | None = "auto",
         kappa: float = 1e-3,
-        curvature_batch: int | None = 32,
+        curvature_batch: int | str | None = "auto",
         max_factor_size: int | None = 8192,
         thin_gradients: bool = True,
         precision: str | None = None,
@@ -145,6 +170,8 @@ class FishLeg(Optimizer):
         default_fisher = "hessian" if likelihood is None else "ggn"
         fisher = default_fisher if fisher is None else fisher
         check_sources(model, draw, nll, likelihood, aux_loader, fisher)
+        damping_scale = damping_scale or default_damping_scale(normalize, init, anchor_every)
+        damping = DAMPING.get(damping_scale, 1.0) if damping is None else damping
         self.settings = Settings(
             momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable,
             structure=structure, max_factor_size=max_factor_size, damping=damping, damping_scale=damping_scale,
@@ -162,6 +189,7 @@ class FishLeg(Optimizer):
         watched = thin_gradients and not capturable  # whether a gradient is of low rank is decided on the host
         self._gradients = GradientTap(self) if watched else None
         self._statistics = StatisticsTap(self) if anchor_from == "training" else None
+        self._positions, self._auto = PositionTap(self), "rms"
         self._groups = GroupAssignment()
         self.blocks = []
         self._built = False
@@ -201,11 +229,10 @@ class FishLeg(Optimizer):
         ]
         for block in fresh:
             block.allocate(s.capturable)
-            block.spectral = by_pattern(s.normalize, block.name, "rms") == "spectral"
             if s.init == "sgd":
                 block.structure.start_sgd(s.scale)
         self.blocks += fresh
-        for tap in self._taps:
+        for tap in (*self._taps, self._positions):
             tap.watch(fresh)
         for _, root in self._roots:
             attach(root, self.blocks)
@@ -217,6 +244,11 @@ class FishLeg(Optimizer):
         ValueError if they are not the model's.
         """
         check_group({**self.defaults, **param_group})
+        if param_group.get("normalize") and not self.settings.by_block:
+            raise ValueError(
+                "normalize of a group goes with 'auto', 'rms' or 'spectral' for the optimizer's, but that is: "
+                f"{self.settings.normalize!r}"
+            )
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         check_membership(self._roots, [p[1] if isinstance(p, tuple) else p for p in given])
@@ -253,6 +285,8 @@ class FishLeg(Optimizer):
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
         self._groups.update(self.blocks, self.param_groups)
+        if self._positions.news:
+            self._auto, self._positions.news = normalization_of(self.blocks), False
         blocks: list[Block] = []
         seen: list[Block] = []
         for block in self.blocks:
@@ -260,6 +294,7 @@ class FishLeg(Optimizer):
             if not block.groups or all(g is None for g in grads):
                 continue
             block.check_placement()
+            block.spectral = self._normalization(block) == "spectral"
             block.grads = [
                 None if g is None else part.of(g if g.layout is torch.strided else g.to_dense())
                 for part, g in zip(block.parts, grads, strict=True)
@@ -289,10 +324,19 @@ class FishLeg(Optimizer):
             self._diagnostics.note_update(self.blocks, *learner.update(blocks, gs))
             moved = True
         self._ops.refresh(blocks, learner.applications_in_steps(blocks))
-        norms, ok = self._ops.theta_step(blocks, gs, self.settings.theta)
+        theta = self.settings.theta
+        if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
+            theta = replace(theta, normalize="rms")
+        norms, ok = self._ops.theta_step(blocks, gs, theta)
         self._diagnostics.note_step(self.blocks, blocks, norms, ok)
         if updates:
             self._diagnostics.write()
+
+    def _normalization(self, block: Block) -> str | None:
+        """How the block's update is scaled."""
+        chosen = block.groups[0].get("normalize") if block.groups else None
+        chosen = chosen or by_pattern(self.settings.normalize, block.name, "auto")
+        return self._auto if chosen == "auto" else chosen
 
     def _norm(self, blocks: list[Block], gs: list[Matrix]) -> Tensor:
         """‖g‖ over all blocks together."""
@@ -306,7 +350,7 @@ class FishLeg(Optimizer):
         """Anchor the blocks that are due; whether any was."""
         due = self._learner.anchor_due(blocks, step)
         if due:
-            self._learner.anchor(due, tap)
+            self._learner.anchor(self.blocks, due, tap)
             self._diagnostics.note_anchor()
         return bool(due)
 
@@ -335,7 +379,7 @@ class FishLeg(Optimizer):
         aux_loss: 𝒜 at the latest update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name.
         aux_loss and grad_norm are None until there is one.
         """
-        return self._diagnostics.report()
+        return {**self._diagnostics.report(), "normalize": {b.name: self._normalization(b) for b in self.blocks}}
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("FishLeg cannot be copied or pickled, since it is bound to its model; use state_dict()")
@@ -347,7 +391,9 @@ class FishLeg(Optimizer):
         """
         checkpoint.publish(self.blocks, self.state)
         state = super().state_dict()
-        state["fishleg"] = {"counts": self._diagnostics.counts(), **self._passes.state()}
+        state["fishleg"] = {
+            "counts": self._diagnostics.counts(), "terms": self._learner.terms, **self._passes.state()
+        }  # fmt: skip
         return state
 
     @torch.no_grad()
@@ -360,4 +406,5 @@ class FishLeg(Optimizer):
         checkpoint.publish(self.blocks, self.state)
         self._diagnostics.load(state_dict["fishleg"]["counts"])
         self._passes.load(state_dict["fishleg"])
+        self._learner.terms = state_dict["fishleg"].get("terms", 1.0)
         self._look_ahead()

@@ -20,12 +20,14 @@ from .likelihoods import Likelihood
 from .model.assemble import StructureChoice, check_choice
 from .precision import PRECISIONS
 
+NORMALIZATIONS = ("auto", "rms", "spectral")  # of each block by itself
+DAMPING = {"relative": 10.0, "absolute": 0.1}  # the defaults
 _CHOICES = {
     "fisher": tuple(FISHER),
     "u_sampling": ("gradient", "momentum", "gaussian"),
     "init": ("kfac", "sgd"),
     "momentum": ("before", "after"),
-    "normalize": ("rms", "spectral", "trust", None),
+    "normalize": ("auto", "rms", "spectral", "trust", None),
     "damping_scale": ("relative", "absolute"),
     "anchor_from": ("drawn", "training"),
     "precision": (*PRECISIONS, None),
@@ -51,7 +53,7 @@ class Settings:
     damping: float
     damping_scale: str
     fisher: str
-    curvature_batch: int | None
+    curvature_batch: int | str | None
     update_aux_every: int
     aux_lr: float
     aux_betas: tuple[float, float]
@@ -78,8 +80,8 @@ class Settings:
                     raise TypeError(f"{name} should have name patterns, strings, for its keys but has: {pattern!r}")
         if isinstance(self.normalize, Mapping):
             for choice in self.normalize.values():
-                if choice not in ("rms", "spectral"):
-                    raise ValueError(f"normalize should map patterns to 'rms' or 'spectral' but has: {choice!r}")
+                if choice not in NORMALIZATIONS:
+                    raise ValueError(f"normalize should map patterns to one of {NORMALIZATIONS} but has: {choice!r}")
         for name, choices in _CHOICES.items():
             if name == "normalize" and isinstance(self.normalize, Mapping):
                 continue
@@ -95,9 +97,10 @@ class Settings:
         check_count("update_aux_every", self.update_aux_every, least=-1_000_000)
         check_count("anchor_every", self.anchor_every)
         check_count("seed", self.seed)
-        for name in ("curvature_batch", "max_factor_size"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), least=1)
+        if self.max_factor_size is not None:
+            check_count("max_factor_size", self.max_factor_size, least=1)
+        if self.curvature_batch not in (None, "auto"):
+            check_count("curvature_batch", self.curvature_batch, least=1)
         for name in ("precondition_aux", "learn_scale", "nesterov"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} should be a bool but is: {getattr(self, name)!r}")
@@ -108,9 +111,9 @@ class Settings:
                 "momentum='before'"
             )
         if self.damping_scale == "relative":
-            if not isinstance(self.normalize, Mapping) and self.normalize not in ("rms", "spectral"):
+            if not self.by_block:
                 raise ValueError(
-                    "normalize should be 'rms' or 'spectral' with damping_scale='relative', where Q has no scale, "
+                    f"normalize should be one of {NORMALIZATIONS} with damping_scale='relative', where Q has no scale, "
                     f"but is: {self.normalize!r}"
                 )
             if self.init != "kfac" and not self.anchor_every:
@@ -128,12 +131,17 @@ class Settings:
                 f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {self.writer!r}"
             )
 
+    @property
+    def by_block(self) -> bool:
+        """Whether each block is scaled by itself, so that its parameter group may say how."""
+        return isinstance(self.normalize, Mapping) or self.normalize in NORMALIZATIONS
+
     @cached_property
     def theta(self) -> ThetaOptions:
         """Those of the θ step."""
         return ThetaOptions(
             momentum=self.momentum, nesterov=self.nesterov, kappa=self.kappa, capturable=self.capturable,
-            normalize="spectral" if isinstance(self.normalize, Mapping) else self.normalize,
+            normalize=None if self.normalize is None else "trust" if self.normalize == "trust" else "spectral",
         )  # fmt: skip
 
     @cached_property
@@ -141,7 +149,7 @@ class Settings:
         """Those of λ."""
         relative = self.damping_scale == "relative"
         update = LambdaOptions(
-            damping=self.damping**2 if relative else self.damping, lr=self.aux_lr, betas=self.aux_betas,
+            damping=self.damping, lr=self.aux_lr, betas=self.aux_betas,
             eps=self.aux_eps,
             precondition=self.precondition_aux, learn_scale=self.learn_scale, capturable=self.capturable,
         )  # fmt: skip
@@ -151,6 +159,12 @@ class Settings:
             curvature_batch=self.curvature_batch, relative_damping=relative,
             anchor_from=self.anchor_from,
         )  # fmt: skip
+
+
+def default_damping_scale(normalize: str | Mapping[str, str] | None, init: str, anchor_every: int) -> str:
+    """"relative" where Q's own scale does not matter and the Fisher matrix's is estimated."""
+    estimated = init == "kfac" or bool(anchor_every)
+    return "relative" if estimated and normalize not in ("trust", None) else "absolute"
 
 
 def _check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, strict: bool = False) -> None:
@@ -221,6 +235,8 @@ def check_group(options: dict[str, Any]) -> None:
     _check_number("lr", options["lr"])
     _check_number("weight_decay", options["weight_decay"])
     _check_number("beta", options["beta"], below=1)
+    if options.get("normalize") not in (*NORMALIZATIONS, None):
+        raise ValueError(f"normalize of a group should be one of {NORMALIZATIONS} but is: {options['normalize']!r}")
     if not isinstance(options["maximize"], bool):
         raise TypeError(f"maximize should be a bool but is: {options['maximize']!r}")
 

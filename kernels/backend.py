@@ -3,7 +3,7 @@
 Launches for all blocks together, whatever their number (each dtype of parameters and precision apart):
 
     θ step   Kron, Kron(scale=True), SumKron: 3; 2 with normalize=None and nothing else. DiagKron: 5; among those
-             2 more. Diagonal: 1 more
+             2 more. Diagonal: 1 more. normalize="spectral": 19 more
     Q u      Kron, Kron(scale=True), SumKron: 2. DiagKron: 4; among those 2 more. Diagonal: 1
     λ step   Kron, SumKron: 4 (5 without learn_scale), 2 more with precondition. Diagonal: 2 more
     refresh  Kron, Kron(scale=True), SumKron: 1 (P and S). DiagKron: 1 (padded copies of its factors)
@@ -12,7 +12,8 @@ Launches for all blocks together, whatever their number (each dtype of parameter
 The reference's functions do the work, within the same step and its one decision, of: blocks so large that torch.mm is
 faster (``host.configurations.library_product``), but for their P and S; λ of Kron(scale=True) and DiagKron;
 diagonal and block-diagonal factors; structures of custom layers; float64; low-rank gradients in Q u and λ steps;
-parameters whose columns two strides do not find. Theirs are all of a θ step with normalize="spectral", for now.
+parameters whose columns two strides do not find. Polar factors of those blocks are the kernels' all the same, but of
+float64's.
 
 CUDA graphs: with ``capturable``, after a step or two outside. Host work per block is about 10 µs in a θ step whose
 tensors are where they were, and several times that in an update of λ.
@@ -20,10 +21,11 @@ tensors are where they were, and several times that in an update of λ.
 Importing this module imports Triton; ``availability`` says first whether it is there.
 """
 
-from ..backends.reference import anchor as anchor
+from ..backends.reference import average_moments as average_moments
+from ..backends.reference import start_kfac as start_kfac
 from .availability import available as available
 from .host.inner import inner as inner
 from .host.lambda_step import lambda_step as lambda_step
 from .host.qv import qv as qv
 from .host.refresh import refresh as refresh
-from .host.theta_step import theta_step as theta_step
+from .host.theta.step import theta_step as theta_step

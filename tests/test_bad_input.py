@@ -57,7 +57,7 @@ def test_values_out_of_range_are_named(name: str, value: object) -> None:
 TYPES = {
     "lr": "fast",
     "beta": True,
-    "damping": None,
+    "damping": "high",
     "update_aux_every": 2.5,
     "anchor_every": "often",
     "precondition_aux": 1,

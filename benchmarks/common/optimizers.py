@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.common.muon import Muon
+
 Make = Callable[[nn.Module, Any, float], list[torch.optim.Optimizer]]
 
 
@@ -24,19 +26,42 @@ class Choice:
     make: Make
 
 
-def adamw(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
-    """torch's AdamW, fused."""
-    return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)]
+def adamw(betas: tuple[float, float] = (0.9, 0.999)) -> Make:
+    """torch's AdamW, fused; betas are torch's unless named."""
+
+    def make(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)]
+
+    return make
 
 
-def muon(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
-    """torch's Muon for matrices, AdamW for the rest as its documentation asks; lr by `match_rms_adamw`."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True),
-    ]
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: the weights of linear layers and convolutions, without embeddings and the model's `head`.
+
+    The autoencoder has no head: all its weights are Muon's.
+    """
+    others: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    others += [head] if isinstance(head := getattr(model, "head", None), nn.Module) else []
+    excluded = {id(p) for m in others for p in m.parameters()}
+    return [p for p in model.parameters() if p.ndim >= 2 and id(p) not in excluded]
+
+
+def muon(rest: float = 1.0) -> Make:
+    """Muon for hidden matrices, its steps of the size of AdamW's; AdamW at `rest` times lr for what is left."""
+
+    def make(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
+        matrices = hidden_matrices(model)
+        taken = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in taken]
+        return [
+            Muon(matrices, lr=lr),
+            torch.optim.AdamW(others, lr=rest * lr, weight_decay=0.0, fused=True),
+        ]
+
+    return make
+
+
+FROM_PYTORCH_OPTIMIZER = ("soap", "psgd")  # rows whose first use imports a large package
 
 
 def soap(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
@@ -44,6 +69,18 @@ def soap(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optim
     from pytorch_optimizer import SOAP
 
     return [SOAP(model.parameters(), lr=lr, weight_decay=0.0)]
+
+
+def psgd(model: nn.Module, likelihood: Any, lr: float) -> list[torch.optim.Optimizer]:
+    """PSGD of pytorch_optimizer with Kronecker factors, renewed at each step at first, as its authors have it.
+
+    It needs opt_einsum beside torch, without which its products are formed in an order that takes seconds a step.
+    """
+    import numpy
+    from pytorch_optimizer import Kron
+
+    numpy.random.seed(torch.initial_seed() % 2**32)  # it draws from numpy's generator when to balance its factors
+    return [Kron(model.parameters(), lr=lr, weight_decay=0.0)]
 
 
 def fishleg(**settings: Any) -> Make:
@@ -68,29 +105,33 @@ VARIATIONS = {
     "fishleg-u-momentum": fishleg(u_sampling="momentum"),
     "fishleg-aux-lr-1e-4": fishleg(aux_lr=1e-4),
     "fishleg-aux-lr-2e-3": fishleg(aux_lr=2e-3),
-    "fishleg-damping-0.03": fishleg(damping=0.03),
-    "fishleg-damping-0.3": fishleg(damping=0.3),
+    "fishleg-damping-5": fishleg(damping=5.0),
+    "fishleg-damping-20": fishleg(damping=20.0),
+    "fishleg-absolute": fishleg(damping_scale="absolute", normalize="rms"),
+    "fishleg-rms": fishleg(normalize="rms"),
+    "fishleg-spectral": fishleg(normalize="spectral"),
+    "fishleg-training-labels": fishleg(anchor_from="training"),
     "fishleg-anchor-50": fishleg(anchor_every=50, anchor_decay=0.5),
     "fishleg-diagkron": fishleg(structure="diagkron"),
     "fishleg-sumkron": fishleg(structure="sumkron"),
 }
 
-# What wins on transformers and convolutional nets; not yet the default.
-VARIATIONS["fishleg-relative"] = fishleg(damping_scale="relative", damping=0.3)
-VARIATIONS["fishleg-spectral"] = fishleg(damping_scale="relative", damping=0.3, normalize="spectral")
-
 LABELS = {
-    "fishleg-spectral": "FishLeg, spectral",
+    "fishleg-absolute": 'FishLeg, absolute damping and "rms"',
     "fishleg-medium": 'FishLeg, "medium"',
     "fishleg-dense": "FishLeg, thin_gradients=False",
 }
 
 OPTIMIZERS = {
-    "adamw": Choice("AdamW", adamw),
-    "muon": Choice("Muon", muon),
+    "adamw": Choice("AdamW", adamw()),
+    "muon": Choice("Muon", muon()),
     "soap": Choice("SOAP", soap),
+    "psgd": Choice("PSGD Kron", psgd),
     "fishleg": Choice("FishLeg", fishleg()),
     "fishleg-anchored": Choice("FishLeg, λ only anchored", fishleg(update_aux_every=0)),
     "fishleg-pure": Choice("FishLeg, pure (anchor_every=0)", fishleg(anchor_every=0)),
+    "adamw-0.95": Choice("AdamW, β₂ = 0.95", adamw((0.9, 0.95))),
+    "muon-rest-x0.3": Choice("Muon, AdamW's lr x 0.3", muon(0.3)),
+    "muon-rest-x3": Choice("Muon, AdamW's lr x 3", muon(3.0)),
     **{name: Choice(LABELS.get(name, name), make) for name, make in VARIATIONS.items()},
 }

@@ -8,14 +8,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
-Key = tuple[str, int, int, float, int]  # optimizer, batch, steps, lr, seed
+from benchmarks.common.optimizers import FROM_PYTORCH_OPTIMIZER
+
+Key = tuple[str, str, int, float, int]  # problem, optimizer, steps, lr, seed
 
 
 def key(record: dict[str, Any]) -> Key:
     """What makes two records the same run; lr to six digits, so that 0.015/3 is 0.005."""
-    return (
-        record["optimizer"], record["batch"], record["steps"], float(f"{record['lr']:.6g}"), record["seed"]
-    )  # fmt: skip
+    return record["problem"], record["optimizer"], record["steps"], float(f"{record['lr']:.6g}"), record["seed"]
 
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
@@ -32,6 +32,13 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
     return records
 
 
+def append(record: dict[str, Any], path: Path) -> None:
+    """One more record, in one write in append mode: several processes may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record, default=str, ensure_ascii=False) + "\n")
+
+
 def finite(value: float) -> float | None:
     """A number that JSON can hold: six digits, and None for what is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -42,7 +49,7 @@ def versions(optimizer: str) -> dict[str, str]:
     from importlib.metadata import version
 
     found = {"python": platform.python_version()}
-    for name in ["torch", "numpy"] + ["pytorch_optimizer"] * (optimizer == "soap"):
+    for name in ["torch", "numpy"] + ["pytorch_optimizer"] * (optimizer in FROM_PYTORCH_OPTIMIZER):
         found[name] = version(name)
     if optimizer.startswith("fishleg"):  # from the code that ran: a checkout need not be the installed one
         from fishleg_fast import __version__

@@ -26,7 +26,6 @@ class Defaults:
     lr_adamw: float
     warmup: int = 0  # steps
     adamw_ratio: int = STEPS_ADAMW
-    fishleg: str = "fishleg"  # a row of OPTIMIZERS
 
 
 def flags(description: str, data: bool = True) -> argparse.ArgumentParser:
@@ -68,7 +67,7 @@ def compare(
         print(f"batch size: {batch}, the whole training set")
     to_train = [
         ("adamw", args.lr_adamw or defaults.lr_adamw, args.steps_adamw or defaults.adamw_ratio * steps),
-        (defaults.fishleg, args.lr_fishleg or defaults.lr_fishleg, steps),
+        ("fishleg", args.lr_fishleg or defaults.lr_fishleg, steps),
     ]
     runs: list[Run] = []
     for optimizer, lr, count in to_train:

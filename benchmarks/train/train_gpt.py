@@ -18,9 +18,7 @@ from benchmarks.train.compare import Defaults, compare, flags, setup
 from benchmarks.train.training import Problem
 from fishleg_fast import CategoricalLikelihood
 
-DEFAULTS = Defaults(
-    steps=300, batch_size=16, lr_fishleg=2e-2, lr_adamw=3e-3, warmup=20, adamw_ratio=1, fishleg="fishleg-spectral"
-)
+DEFAULTS = Defaults(steps=300, batch_size=16, lr_fishleg=2e-2, lr_adamw=1e-3, warmup=20, adamw_ratio=1)
 
 
 def gpt_problem(layers: int = 4, width: int = 128, device: str = "cpu") -> Problem:
@@ -32,7 +30,7 @@ def gpt_problem(layers: int = 4, width: int = 128, device: str = "cpu") -> Probl
 
     return Problem(
         data, lambda: models.GPT(layers, width), CategoricalLikelihood(class_dim=-1), prepare, labelled=True,
-        device=device,
+        device=device, evaluated=512, evaluation_batch=32,
     )  # fmt: skip
 
 

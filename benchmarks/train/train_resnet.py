@@ -23,7 +23,7 @@ from benchmarks.train.training import Problem, accuracy
 from fishleg_fast import CategoricalLikelihood
 
 DEFAULTS = {
-    "digits": Defaults(steps=100, batch_size=128, lr_fishleg=1e-2, lr_adamw=2e-3),
+    "digits": Defaults(steps=100, batch_size=128, lr_fishleg=2e-2, lr_adamw=4e-3),
     "cifar10": Defaults(steps=2000, batch_size=256, lr_fishleg=5e-3, lr_adamw=2e-3),
 }
 WIDTH = {"digits": 16, "cifar10": 64}  # channels of the first stage

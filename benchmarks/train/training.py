@@ -15,15 +15,14 @@ from tqdm import tqdm
 from benchmarks.common.optimizers import OPTIMIZERS
 from benchmarks.train.datasets import Dataset, pixels
 
-EVALUATION_BATCH = 1000
-
 
 @dataclass(frozen=True)
 class Problem:
     """A data set, a model and a likelihood. `likelihood.nll(targets, outputs)` is what is minimised.
 
     `prepare` maps stored images to the model's inputs; without labels it is an autoencoder: its targets
-    are its inputs. `metrics` names further figures: (targets, outputs) -> one value per example.
+    are its inputs. `metrics` names further figures: (targets, outputs) -> one value per example. Evaluations
+    are of the whole split, or of `evaluated` examples spread evenly over it, `evaluation_batch` at a time.
     """
 
     data: Dataset
@@ -33,6 +32,8 @@ class Problem:
     labelled: bool = False
     metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     device: str = "cpu"
+    evaluated: int | None = None
+    evaluation_batch: int = 1000
 
     def batch(self, index: Tensor, split: str = "train") -> tuple[Tensor, Tensor]:
         """Inputs and targets of the examples named."""
@@ -42,12 +43,13 @@ class Problem:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Means over a whole split, in eval mode; keys such as "train nll"."""
+        """Means over a split, in eval mode; keys such as "train nll"."""
         was_training = model.training
         model.eval()
-        count = len(getattr(self.data, split))
+        size = len(getattr(self.data, split))
+        count = min(size, self.evaluated or size)
         sums = dict.fromkeys(["nll", *self.metrics], 0.0)
-        for index in torch.arange(count).split(EVALUATION_BATCH):
+        for index in (torch.arange(count) * size // count).split(self.evaluation_batch):
             inputs, targets = self.batch(index, split)
             outputs = model(inputs)
             sums["nll"] += float(self.likelihood.nll(targets, outputs)) * len(index)

@@ -27,12 +27,12 @@ std::span<const T> list_of(const py::buffer_info& info) {
 }
 
 using PartTuple = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int, int, int64_t>;
-using BlockTuple = std::tuple<std::string, int, int, int64_t, int64_t, int, std::vector<PartTuple>>;
+using BlockTuple = std::tuple<std::string, int, int, int64_t, int64_t, int, std::vector<PartTuple>, bool>;
 
 Plan make_plan(int op, const std::vector<BlockTuple>& tuples, int device) {
     std::vector<BlockLayout> blocks;
-    for (const auto& [name, kind, precision, m, n, axis, parts] : tuples) {
-        BlockLayout b{name, static_cast<Kind>(kind), static_cast<Precision>(precision), m, n, axis, {}};
+    for (const auto& [name, kind, precision, m, n, axis, parts, flat] : tuples) {
+        BlockLayout b{name, static_cast<Kind>(kind), static_cast<Precision>(precision), m, n, axis, {}, flat};
         for (const auto& [shape, theta_strides, g_strides, theta_type, g_type, offset] : parts) {
             b.parts.push_back({shape, theta_strides, g_strides, static_cast<Type>(theta_type),
                                static_cast<Type>(g_type), offset});
@@ -53,6 +53,7 @@ void bind_cuda(py::module_& m) {
         .def_readonly("external", &Plan::external)
         .def_readonly("external_2", &Plan::external_2)
         .def_readonly("scales", &Plan::scales)
+        .def("polar", &Plan::polar)
         .def("theta_step",
              [](Plan& plan, int64_t stream, int64_t workspace, const py::buffer& pointers, const py::buffer& numbers,
                 bool after, int times, int normalize, double kappa, int64_t norms, int64_t wide_norms, int64_t ok) {

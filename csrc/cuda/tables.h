@@ -20,17 +20,21 @@ enum class Precision : int32_t { ieee, tf32x3, tf32, bf16 };  // what float32 is
 /// Which operands of C = A B are stored transposed.
 enum class Layout : int32_t { nn, tn, nt };
 
-/// One product C (M, N) = A (M, K) B (K, N), row-major with leading dimensions.
+/// One product C (M, N) = A (M, K) B (K, N), row-major with leading dimensions; or with ``add``,
+/// C = times·A B + add_times·add, add_times times ``*add_scale`` where there is one.
 struct Product {
     const float* A;
     const float* B;
     float* C;
     const float* outer;  // (M, N) dense or null: C ← outer∘(A B)
     const float* pair;   // as C's layout or null: Σ pair∘(A B) is wanted
-    Sums* sums;          // of each tile: (Σ C², Σ pair∘(A B), 0); or null
+    const float* add;    // as C's layout or null
+    const float* add_scale;
+    Sums* sums;          // of each tile: (Σ C², Σ pair∘(A B), 0), of a symmetric one with its mirror image; or null
     int32_t lda, ldb, ldc;
     int32_t M, N, K;
     Layout layout;
+    float times, add_times;
     int32_t symmetric;  // M = N: C is, and half its tiles are computed
     int32_t aligned_a, aligned_b;  // whether rows start at multiples of 16 bytes
     int32_t tiles_n;
@@ -50,6 +54,19 @@ struct Chain {
     int32_t first_tile;
 };
 
+/// The first step towards a polar factor, of which A = X Xᵀ (n, n) and B = A² are known. With ℓ = √‖A²‖, which is at
+/// least the largest eigenvalue of A, X and A are to be divided by √ℓ and ℓ: B ← (linear A/ℓ + quadratic B/ℓ²)/√ℓ.
+struct FirstStep {
+    const float* A;
+    float* B;
+    const Sums* sums;  // of the tiles of A²
+    float* scale;      // 1/√ℓ
+    float linear, quadratic;
+    int32_t count;  // of sums
+    int32_t n, ld;
+    int32_t first_tile;
+};
+
 /// M ← M + Mᵀ in place, for M (n, n).
 struct Square {
     float* M;
@@ -61,6 +78,7 @@ enum class Type : int32_t { f32, bf16, f16 };
 
 constexpr int most_dims = 4;
 struct AuxLoss;
+struct NatStatistics;
 
 /// A parameter, or some of its rows, beside the block's matrices. Dimensions are outermost first; unused ones are 1.
 struct Part {
@@ -80,7 +98,9 @@ struct Part {
     float* grad;  // (m, n) dense: of d
     const AuxLoss* aux;
     Sums* sums;   // of each tile
-    const double* step_scale;  // c over the bias correction of the block
+    float* polar;  // padded: nat/‖nat‖, then its polar factor; null: nat is left as it is
+    const NatStatistics* statistics;  // the block's
+    const double* step_scale;  // c over the bias correction of the block, or of a polar factor
     const float* lr_pointer;   // null: lr
     const uint8_t* ok;         // whether the step is taken
     float lr, decay;            // decay: of the λ step's residual γ
@@ -121,8 +141,9 @@ struct NatStatistics {
     double norm;   // ‖nat‖, corrected
     double power;  // lr₀² m̂ᵀnat, corrected
     double correction;
-    int64_t entries;  // m n
+    int64_t entries;  // m n; max(m, n) where nat gives way to its polar factor
     int32_t gradient_is_zero;
+    int32_t flat;  // whether it does
 };
 
 /// Where one block's sums are: (Σ nat², Σ m̂∘nat, entries of g that are not zero).
@@ -130,7 +151,8 @@ struct NatSums {
     const Sums* first;  // of the pass over the parameters
     const Sums* second;  // of the products
     int32_t first_count, second_count;
-    int64_t entries;
+    int64_t entries;  // these are the statistics'
+    int32_t flat;
     const float* step_pointer;  // steps so far, on the device; null: ``step``
     double step, beta, base_lr;
     int32_t times;              // how often g is averaged into m̂
@@ -139,7 +161,7 @@ struct NatSums {
     int32_t first_tile;
 };
 
-enum class Normalize : int32_t { none, rms, trust };
+enum class Normalize : int32_t { none, rms, trust, spectral };
 
 /// The decision about a θ step.
 struct ThetaDecision {

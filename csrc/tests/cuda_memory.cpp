@@ -1,5 +1,6 @@
 // Runs every kernel of the CUDA plan on the CPU with buffers of exactly the size they need, for AddressSanitizer and
 // UndefinedBehaviorSanitizer; products are compared with loops in double. Exits with 1 where something is wrong.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -108,10 +109,11 @@ struct Layers {
     }
 
     /// Of the first ``count`` layers.
-    Plan plan(Op op, size_t count) const {
+    Plan plan(Op op, size_t count, bool spectral = false) const {
         std::vector<BlockLayout> blocks;
         for (size_t k = 0; k < count; ++k) {
             blocks.push_back(all[k].layout);
+            blocks.back().flat = spectral && std::min(all[k].layout.m, all[k].layout.n) > 1;
         }
         return Plan(op, blocks, 0);
     }
@@ -192,9 +194,11 @@ void qv(Layers& layers) {
     }
 }
 
-void theta_step(Layers& layers, bool after) {
+/// The ``count``th step.
+void theta_step(Layers& layers, int count, bool after, Normalize normalize) {
     const size_t all = layers.all.size();
-    Plan step = layers.plan(Op::theta, all);
+    const bool spectral = normalize == Normalize::spectral;
+    Plan step = layers.plan(Op::theta, all, spectral);
     std::vector<int64_t> pointers;
     std::vector<double> numbers;
     for (const Layer& l : layers.all) {
@@ -208,11 +212,14 @@ void theta_step(Layers& layers, bool after) {
             numbers.insert(numbers.end(), {0.1, 0.01});
         }
     }
+    if (spectral) {
+        numbers.insert(numbers.end(), {8, -24, 17, 4, -3, 0.5});
+    }
     float* const norms = layers.memory.floats(static_cast<int64_t>(all));
     char* const ok = layers.memory.bytes(1);
     step.theta_step(nullptr, number(layers.memory.bytes(step.workspace_bytes)), pointers, numbers, after, 1 + after,
-                    after ? Normalize::trust : Normalize::rms, 1e-3, number(norms), 0, number(ok));
-    expect(*ok == 1 && *layers.all[0].step == 1 + after, "θ step", "all");
+                    normalize, 1e-3, number(norms), 0, number(ok));
+    expect(*ok == 1 && *layers.all[0].step == count, "θ step", "all");
 }
 
 void lambda_steps(Layers& layers) {
@@ -253,9 +260,11 @@ void run(Precision precision) {
     Layers layers(precision);
     refresh(layers);
     qv(layers);
-    theta_step(layers, false);
+    theta_step(layers, 1, false, Normalize::rms);
+    theta_step(layers, 2, false, Normalize::spectral);
     if (precision == Precision::ieee) {
-        theta_step(layers, true);
+        theta_step(layers, 3, true, Normalize::trust);
+        theta_step(layers, 4, true, Normalize::spectral);
     }
     lambda_steps(layers);
     inner_product(layers);

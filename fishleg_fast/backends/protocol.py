@@ -122,19 +122,17 @@ class Ops(Protocol):
         Returns (𝒜 of Q as it is, whether the step was taken), scalars.
         """
 
-    def anchor(
-        self,
-        blocks: Sequence[Block],
-        statistics: Sequence[LayerStatistics | Aux],
-        *,
-        decay: float,
-        damping: float,
-        relative: bool = False,
-    ) -> None:
-        """Q from the moving average of the Fisher's Kronecker factors, ``statistics`` added with weight 1−decay.
+    def average_moments(
+        self, blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float
+    ) -> list[Block]:
+        """Add ``statistics`` to the moving averages of the Fisher's Kronecker factors, with weight 1−decay.
 
-        ``relative``: Q is the inverse of F with eigenvalues of mean 1, to which the damping is added then.
-        Moments that are not finite are left out, and empty ones: Q and the average stay what they are.
+        Returns the blocks whose average moved: not those whose statistics are empty or not finite.
+        """
+
+    def start_kfac(self, blocks: Sequence[Block], damping: float) -> None:
+        """Q = (F/unit + damping·I)⁻¹ of each block, F by its moving average.
+
         Raises torch.linalg.LinAlgError where an average is not positive semi-definite; that block's λ is then
         unchanged.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,9 @@ class CurvatureOptions:
     init: str
     anchor_every: int
     anchor_decay: float
-    curvature_batch: int | None
+    curvature_batch: int | str | None
     anchor_from: str
-    relative_damping: bool = (
-        False  # λ is of F with eigenvalues of mean 1 in each block, and the damping δ² in those units
-    )
+    relative_damping: bool = False  # γ is in units of F's own eigenvalues, and of the noise in a gradient
 
 
 def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
@@ -83,11 +81,33 @@ def _of_gradient(block: Block) -> Aux:
     return block.structure.gradient_moments([block.matrix(block.grads)])
 
 
+def set_units(blocks: Sequence[Block], moved: Sequence[Block]) -> None:
+    """The unit of those that moved: the geometric mean of two mean eigenvalues of F, the block's own and that over all
+    parameters of the blocks. Where the block's is zero, or never estimated, the latter.
+    """
+    known = [b for b in blocks if b.estimated]
+    if not known:
+        return
+    device = known[0].momentum.device
+    means = torch.stack([b.mean_eigenvalue().double().to(device) for b in known])
+    sizes = means.new_tensor([b.momentum.numel() for b in known])
+    mean = (means * sizes).sum() / sizes.sum()
+    units = (torch.where(means > 0, means, mean) * mean).sqrt()
+    chosen = {id(b) for b in moved}
+    for block, unit in zip(known, torch.where(units > 0, units, 1), strict=True):
+        if id(block) in chosen:
+            block.unit.copy_(unit)
+    for block in blocks:
+        if not block.moments:  # a structure or layer of the user's own
+            block.unit.copy_(torch.where(mean > 0, mean, 1))
+
+
 class CurvatureLearner:
     """Learns and anchors the λ of blocks, by the ops of a backend and passes through the user's model."""
 
     def __init__(self, passes: IsolatedPasses, options: CurvatureOptions, ops: Ops) -> None:
         self.passes, self.options, self.ops = passes, options, ops
+        self.terms = 1.0  # over which the loss of a batch is the mean
 
     def _curvature_batch(self) -> Inputs:
         return self.passes.inputs(self.options.curvature_batch)
@@ -108,22 +128,30 @@ class CurvatureLearner:
         start = self.options.init == "kfac" and not block.moments_weight
         return start or (every > 0 and step > 0 and step % every == 0)
 
-    def anchor(self, blocks: Sequence[Block], tap: StatisticsTap | None = None) -> None:
-        """Q from the moving average of the Fisher's Kronecker factors, to which this batch's are added.
+    def anchor(self, blocks: Sequence[Block], due: Sequence[Block], tap: StatisticsTap | None = None) -> None:
+        """Q of the blocks that are due from the moving average of the Fisher's Kronecker factors, to which this batch's
+        are added.
 
         Factors that are not finite are left out: Q stays what it is. ``tap``: what saw them in the user's own backward
         pass, whose gradients the blocks have; None: passes with labels drawn from the model.
         """
-        options = self.options
         statistics: Sequence[LayerStatistics | Aux]
         if tap is None:
-            statistics = moments(self.passes, blocks, self.passes.inputs())
+            statistics, terms = moments(self.passes, due, self.passes.inputs())
         else:
-            statistics = [_of_gradient(b) if m is None else m for b, m in zip(blocks, tap.take(blocks), strict=True)]
-        self.ops.anchor(
-            blocks, statistics, decay=options.anchor_decay, damping=options.update.damping,
-            relative=options.relative_damping,
-        )  # fmt: skip
+            found, terms = tap.take(due)
+            statistics = [_of_gradient(b) if m is None else m for b, m in zip(due, found, strict=True)]
+        self.terms = terms or self.terms
+        moved = self.ops.average_moments(due, statistics, self.options.anchor_decay)
+        if self.options.relative_damping:
+            set_units(blocks, moved)
+        self.ops.start_kfac(moved, self.damping)
+
+    @property
+    def damping(self) -> float:
+        """γ in each block's unit."""
+        given = self.options.update.damping
+        return given**2 / self.terms if self.options.relative_damping else given
 
     def applications_in_update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Applications]:
         """How often P and S of each block are used in an update of λ."""
@@ -138,14 +166,12 @@ class CurvatureLearner:
         return [(times * n, times * m) for m, n in (b.shape for b in blocks)] if times else None
 
     def _scaled(self, blocks: Sequence[Block], xs: Sequence[Matrix]) -> list[Matrix]:
-        """D^½ x, D one over each block's mean eigenvalue of F: D^½FD^½ has eigenvalues of mean 1 in each block.
-
-        On it λ is learned then, so that neither the likelihood's scale nor a layer's matters: with D^½u in the place of
-        u and δ² in that of γ, 𝒜 is the same.
+        """D^½ x, D one over each block's unit: λ is of D^½FD^½, and with D^½u in the place of u, and γ in the unit, 𝒜
+        is the same.
         """
         if not self.options.relative_damping:
             return list(xs)
-        scales = [b.mean_eigenvalue().rsqrt() for b in blocks]
+        scales = [b.unit.rsqrt() for b in blocks]
         return [x * c if isinstance(x, Tensor) else x.scaled(c) for x, c in zip(xs, scales, strict=True)]
 
     def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
@@ -172,13 +198,13 @@ class CurvatureLearner:
         fvs = self._scaled(blocks, self._fisher_product(blocks, self._scaled(blocks, vs)))
         if self.options.anchor_from == "training":
             fvs = self._in_units_of_the_moments(blocks, vs, fvs)
-        return self.ops.lambda_step(blocks, us, vs, fvs, self.options.update)
+        return self.ops.lambda_step(blocks, us, vs, fvs, replace(self.options.update, damping=self.damping))
 
     def _in_units_of_the_moments(
         self, blocks: Sequence[Block], vs: Sequence[Matrix], fvs: Sequence[Matrix]
     ) -> list[Matrix]:
         """F v times what makes vᵀFv agree with the moments', whose scale is that of the user's loss and labels."""
-        told = [k for k, b in enumerate(blocks) if b.moments and b.moments_weight]
+        told = [k for k, b in enumerate(blocks) if b.estimated]
         expected = [dot(vs[k], blocks[k].fisher_product(vs[k])) for k in told]
         found = [dot(vs[k], fvs[k]) for k in told]
         if not told:

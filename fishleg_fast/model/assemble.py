@@ -62,6 +62,15 @@ def check_patterns(argument: str, choice: object, blocks: Sequence[Block]) -> No
             )
 
 
+def normalization_of(blocks: Sequence[Block]) -> str:
+    """What normalize="auto" is: "spectral" if at least half of the matrices' entries of which that is known are used at
+    several positions.
+    """
+    known = [b for b in blocks if b.repeated is not None and min(b.shape) > 1]
+    sizes = [block.momentum.numel() * (1 if block.repeated else -1) for block in known]
+    return "spectral" if sizes and sum(sizes) >= 0 else "rms"
+
+
 def _make_structure(choice: StructureChoice, block: Block, spec: BlockSpec, max_factor_size: int | None) -> Structure:
     options: dict[str, Any] = {"dtype": block.dtype, "device": block.parts[0].param.device}
     make = STRUCTURES[choice] if isinstance(choice, str) else choice
@@ -102,10 +111,10 @@ def build_blocks(
     blocks: list[Block] = []
 
     def add(name: str, parts: list[Part], spec: BlockSpec, module: nn.Module | None, choice: StructureChoice) -> None:
-        shared = any(
-            uses[id(part.param)] > 1 for part in parts
-        )  # then one layer's inputs do not tell the whole gradient
-        block = Block(prefix + name, parts, spec.axis, Structure(()), spec.suffix, None if shared else module)
+        # A tied weight's layer does not tell the whole gradient, nor at how many positions it is used.
+        tied = any(uses[id(part.param)] > 1 for part in parts)
+        block = Block(prefix + name, parts, spec.axis, Structure(()), spec.suffix, None if tied else module)
+        block.repeated = spec.repeated
         block.structure = _make_structure(choice, block, spec, max_factor_size)
         blocks.append(block)
 

@@ -64,12 +64,14 @@ class Block:
     aux_step: Tensor = field(default_factory=_empty)  # scalar float32: Adam's steps
     moments: dict[str, Tensor] = field(default_factory=dict)  # moving average of the Kronecker factors of the Fisher
     moments_weight: Tensor = field(default_factory=_empty)  # scalar float32: its total weight, 0 before the first
+    unit: Tensor = field(default_factory=_empty)  # scalar of λ's dtype: the eigenvalue of F that is 1 in what λ inverts
     grads: list[Tensor | None] = field(default_factory=list)  # this step's, one a part; negated where it maximizes
     product: Tensor | None = None  # Q m, of the λ that product_version tells; kept for low-rank gradients only
     product_version: LambdaVersion | None = None  # None: m has moved on
     scratch_memory: Tensor | None = None  # (m, n)
     backend_states: dict[type, BackendState] = field(default_factory=dict)  # what each backend keeps on it, by class
-    spectral: bool = True  # whether normalize="spectral" is for this block too: else it is "rms"
+    repeated: bool | None = None  # whether a sample uses the weights at several positions, tokens or pixels; if known
+    spectral: bool = True  # whether the update gives way to its polar factor under normalize="spectral"
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
 
     @cached_property
@@ -135,6 +137,7 @@ class Block:
         self.exp_avg_sq = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
         self.moments = self.structure.new_moments()
         self.moments_weight = _empty()
+        self.unit = torch.ones((), dtype=self.dtype, device=device)
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """``product`` and scratch memory, of the momentum's shape, made at the first call."""
@@ -165,18 +168,23 @@ class Block:
                 f"{param.device}: move or convert the model before making the optimizer"
             )
 
+    @property
+    def estimated(self) -> bool:
+        """Whether there is a moving average of the Fisher matrix's factors."""
+        return bool(self.moments) and bool(self.moments_weight)
+
     def mean_eigenvalue(self) -> Tensor:
-        """Of the block's Fisher matrix, by its moving average: a scalar; 1 where there is none, or that is zero."""
-        weight = float(self.moments_weight)
-        if not self.moments or not weight:
-            return torch.ones((), dtype=self.dtype, device=self.momentum.device)
-        mean = self.structure.mean_eigenvalue(self.moments, weight)
-        return torch.where(mean > 0, mean, 1)
+        """Of the block's Fisher matrix, by its moving average: a scalar."""
+        return self.structure.mean_eigenvalue(self.moments, float(self.moments_weight))
+
+    def moments_divisor(self) -> float:
+        """What to divide each moment by for those of F/unit."""
+        unit = float(self.unit)
+        return float(self.moments_weight) * (1.0 if unit == 1 else unit ** (1 / len(self.moments)))
 
     def fisher_product(self, v: Matrix) -> Matrix:
-        """F v by the moving average, of eigenvalues of mean 1: of low rank where v is."""
-        weight = self.structure.unit_weight(self.moments, float(self.moments_weight))
-        return self.structure.fisher_product(self.moments, weight, v)
+        """F v/unit by the moving average: of low rank where v is."""
+        return self.structure.fisher_product(self.moments, self.moments_divisor(), v)
 
     @property
     def product_known(self) -> bool:
@@ -196,4 +204,5 @@ class Block:
             "exp_avg_sq": self.exp_avg_sq,
             "moments": self.moments,
             "moments_weight": self.moments_weight,
+            "unit": self.unit,
         }

@@ -28,6 +28,7 @@ class BlockSpec:
     axis: int = 1
     diagonal: tuple[str, ...] = ()  # factors to keep diagonal
     elementwise: bool = False  # always a Diagonal structure
+    repeated: bool | None = None  # True: a sample uses the weights at several positions, whatever its shape
 
 
 class Layer:
@@ -41,6 +42,10 @@ class Layer:
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """The layer's input as (positions, inputs), without the bias's column of ones; None if it cannot be told."""
         return None
+
+    def repeated(self, x: Tensor) -> bool:
+        """Whether a sample of the layer's input uses the weights at several positions."""
+        return False
 
     def output_gradients(self, module: nn.Module, e: Tensor) -> Tensor:
         """The output's gradient as (positions, m)."""
@@ -84,6 +89,9 @@ class Linear(Layer):
     def specs(self, module: nn.Module) -> list[BlockSpec]:
         return [BlockSpec("", [("weight", None), ("bias", None)])]
 
+    def repeated(self, x: Tensor) -> bool:
+        return x.ndim > 2
+
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
         return x.reshape(-1, x.shape[-1])
 
@@ -95,7 +103,7 @@ class Conv(Layer):
     """
 
     def specs(self, module: nn.Module) -> list[BlockSpec]:
-        return [BlockSpec("", [("weight", None), ("bias", None)])]
+        return [BlockSpec("", [("weight", None), ("bias", None)], repeated=True)]
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -123,6 +131,9 @@ class Embedding(Layer):
     def specs(self, module: nn.Module) -> list[BlockSpec]:
         return [BlockSpec("", [("weight", None)], diagonal=("R",))]
 
+    def repeated(self, x: Tensor) -> bool:
+        return x.ndim > 1
+
     def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The words (positions,) and e (positions, dim), without padding."""
         assert isinstance(block.layer, nn.Embedding)
@@ -149,6 +160,68 @@ class Norm(Layer):
     def specs(self, module: nn.Module) -> list[BlockSpec]:
         return [BlockSpec("", [("weight", None), ("bias", None)], axis=0, elementwise=True)]
 
+    def batched(self, module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]] | None:
+        """x with its samples in the first dimension, and the dimensions that have no weights of their own, but that."""
+        return None
+
+    def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the layer multiplies by its weight, of the batched x."""
+        raise NotImplementedError
+
+    def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Ones (samples, 1) and the gradient of each sample (samples, m), the normalized input taken as it is."""
+        module = block.layer
+        assert module is not None
+        found = self.batched(module, x) if type(module) in LAYERS else None  # a subclass may normalize otherwise
+        if found is None or e.shape != x.shape:
+            return None
+        x, others = found
+        e = e.reshape(x.shape)
+        columns = []
+        for part in block.parts:
+            if part.param is module.weight:
+                g = e * self.normalized(module, x)
+            elif part.param is getattr(module, "bias", None):
+                g = e
+            else:  # the parameters were replaced
+                return None
+            columns.append((g.sum(others) if others else g).reshape(x.shape[0], -1).to(block.dtype))
+        return columns[0].new_ones(x.shape[0], 1), torch.cat(columns, dim=1)
+
+
+class LastDimensionsNorm(Norm):
+    """LayerNorm and RMSNorm: weights for each entry of the last dimensions, over which they normalize."""
+
+    def batched(self, module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]] | None:
+        assert isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        own = len(module.normalized_shape)
+        x = x if x.ndim > own else x[None]
+        return x, list(range(1, x.ndim - own))
+
+    def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, None, module.eps)
+        assert isinstance(module, nn.LayerNorm)
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+
+
+class ChannelNorm(Norm):
+    """BatchNorm, InstanceNorm and GroupNorm: a weight for each channel, the second dimension of a batch."""
+
+    def batched(self, module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]] | None:
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.ndim == module._get_no_batch_dim():
+            x = x[None]
+        return x, list(range(2, x.ndim))
+
+    def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, eps=module.eps)
+        assert isinstance(module, nn.modules.batchnorm._NormBase)
+        by_batch = module.training or module.running_mean is None
+        statistics = (None, None) if by_batch else (module.running_mean, module.running_var)
+        normalize = F.instance_norm if isinstance(module, nn.modules.instancenorm._InstanceNorm) else F.batch_norm
+        return normalize(x, *statistics, None, None, by_batch, 0.0, module.eps)
+
 
 class Attention(Layer):
     """The packed in-projection as three blocks q, k, v. The out-projection is a child layer and claims itself."""
@@ -161,7 +234,7 @@ class Attention(Layer):
         for i, name in enumerate("qkv"):
             rows = slice(i * d, (i + 1) * d)
             weight = ("in_proj_weight", rows) if packed else (f"{name}_proj_weight", None)
-            specs.append(BlockSpec(name, [weight, ("in_proj_bias", rows)]))
+            specs.append(BlockSpec(name, [weight, ("in_proj_bias", rows)], repeated=True))
         return specs
 
 
@@ -171,16 +244,16 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.Conv2d: Conv(),
     nn.Conv3d: Conv(),
     nn.Embedding: Embedding(),
-    nn.LayerNorm: Norm(),
-    nn.RMSNorm: Norm(),
-    nn.GroupNorm: Norm(),
-    nn.BatchNorm1d: Norm(),
-    nn.BatchNorm2d: Norm(),
-    nn.BatchNorm3d: Norm(),
-    nn.SyncBatchNorm: Norm(),
-    nn.InstanceNorm1d: Norm(),
-    nn.InstanceNorm2d: Norm(),
-    nn.InstanceNorm3d: Norm(),
+    nn.LayerNorm: LastDimensionsNorm(),
+    nn.RMSNorm: LastDimensionsNorm(),
+    nn.GroupNorm: ChannelNorm(),
+    nn.BatchNorm1d: ChannelNorm(),
+    nn.BatchNorm2d: ChannelNorm(),
+    nn.BatchNorm3d: ChannelNorm(),
+    nn.SyncBatchNorm: Norm(),  # whose statistics are not this process's alone
+    nn.InstanceNorm1d: ChannelNorm(),
+    nn.InstanceNorm2d: ChannelNorm(),
+    nn.InstanceNorm3d: ChannelNorm(),
     nn.MultiheadAttention: Attention(),
 }
 

@@ -72,6 +72,9 @@ class _Recorder:
         return self.forward(*args, **kwargs)
 
 
+LEAST, MOST = 4, 32  # samples in a batch whose size is "auto"
+
+
 class IsolatedPasses:
     """Batches, drawn labels and losses of one model.
 
@@ -120,8 +123,8 @@ class IsolatedPasses:
         if self.loader is not None and state["aux_loader"] is not None:
             self.loader.load(state["aux_loader"])
 
-    def inputs(self, size: int | None = None) -> Inputs:
-        """The next batch, of at most ``size`` samples.
+    def inputs(self, size: int | str | None = None) -> Inputs:
+        """The next batch, of at most ``size`` samples; "auto": 32, and of a batch trained on a quarter, but 4.
 
         RuntimeError before the model was given any input, ValueError where the loader is empty.
         """
@@ -131,11 +134,14 @@ class IsolatedPasses:
             inputs = Inputs.of(tree_map(lambda t: t.to(self.device, non_blocking=True), x))
         elif self.tap is not None and self.tap.last is not None:
             inputs = self.tap.last
+            if size == "auto":
+                size = min(MOST, max(LEAST, inputs.size() // 4))
         else:
             raise RuntimeError(
                 "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was "
                 "made. Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
             )
+        size = MOST if isinstance(size, str) else size
         inputs = (inputs if size is None else inputs.rows(0, size)).copied()
         if self._own is not None and self.likelihood is not None and self.loader is not None:
             self._record_call(inputs)

@@ -30,6 +30,8 @@ class StatisticsTap(LayerHooks):
         self._moments: dict[int, Aux] = {}  # by id of the block: sums over calls of its layer
         self._calls: dict[int, int] = {}
         self._hidden: set[int] = set()  # blocks of whose layers a call was not seen as it is
+        self._backward = -1  # the latest backward pass
+        self.terms = 0
 
     def watch(self, blocks: Sequence[Block]) -> None:
         """See the layers of those of the blocks that have moments."""
@@ -55,6 +57,10 @@ class StatisticsTap(LayerHooks):
         if rows is None:
             self._hidden.add(id(block))
             return
+        number = torch._C._current_graph_task_id()
+        if number != self._backward:  # the first to see a backward pass is the nearest to the loss
+            self._backward = number
+            self.terms += rows[1].shape[0]
         found = layer.statistics(block, *rows, 1.0)
         moments = block.structure.layer_moments(*found) if isinstance(found, LayerStatistics) else found
         known = self._moments.get(id(block))
@@ -65,16 +71,19 @@ class StatisticsTap(LayerHooks):
                 known[name].add_(moment)
         self._calls[id(block)] = self._calls.get(id(block), 0) + 1
 
-    def take(self, blocks: Sequence[Block]) -> list[Aux | None]:
-        """The moments of each block seen since the last call, a mean over its layer's calls; None where it hides."""
+    def take(self, blocks: Sequence[Block]) -> tuple[list[Aux | None], int]:
+        """The moments of each block seen since the last call, a mean over its layer's calls, None where it hides; and
+        over how many terms a loss is the mean, 0 where that is not seen: the rows of the layer next to it.
+        """
         found: list[Aux | None] = []
         for block in blocks:
             moments = None if id(block) in self._hidden else self._moments.get(id(block))
             count = self._calls.get(id(block), 1)
             found.append(None if moments is None else {name: t / count for name, t in moments.items()})
+        terms = self.terms
         self.clear()
-        return found
+        return found, terms
 
     def clear(self) -> None:
         """Free what was seen."""
-        self._moments, self._calls, self._hidden = {}, {}, set()
+        self._moments, self._calls, self._hidden, self.terms = {}, {}, set(), 0

@@ -1,7 +1,7 @@
 """What a row of a table holds: one list of fields each, for the kernels' offsets and for the host, which packs by name.
 
-A row describes a block (F), its hyperparameters (H), one of λ's factors (K), or two tensors (PAIR) to the kernels. They
-read a field as ``tl.load(row + F.M)``.
+A row describes a block (F), its hyperparameters (H), one of λ's factors (K), a matrix whose polar factor is computed
+(POLAR), or two tensors (PAIR) to the kernels. They read a field as ``tl.load(row + F.M)``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class BlockFields(Fields):
     P: int  # (m, terms·mp)
     XT: int  # (n, terms·mp): (Q's first product)ᵀ
     OUT: int  # (m, np): Q's second product
+    POLAR: int  # (m, np): nat's polar factor; 0: nat is left as it is
+    POLAR_T: int  # (n, mp): its transpose
     # matrices that others laid out, each with its leading dimension
     A: int  # outer diagonal A, or d of a Diagonal
     LDA: int
@@ -116,7 +118,7 @@ class HyperFields(Fields):
     BIAS_LR: int
     BIAS_DECAY: int
     BASE_LR_SQUARED: int  # lr₀²
-    RMS_NORM: int  # 0.2·√(mn): ‖step‖/lr with normalize="rms"
+    LENGTH_OF_STEP: int  # ‖step‖/lr with normalize="rms", 0.2·√(mn); what multiplies a polar factor, 0.2·√max(m, n)
 
 
 class FactorFields(Fields):
@@ -146,6 +148,22 @@ class FactorFields(Fields):
     LD_RIGHT: int
 
 
+class PolarFields(Fields):
+    """A matrix X (short, long) on its way to its polar factor, int64: nat/‖nat‖, or its transpose where nat is tall."""
+
+    SHORT: int
+    LONG: int
+    SHORT_PADDED: int  # rounded up to 16: leading dimensions
+    LONG_PADDED: int
+    X: int  # (short, long padded)
+    XT: int  # (long, short padded): its transpose
+    NEXT_XT: int  # where the transpose of the next X goes
+    A: int  # (short, short padded): X Xᵀ
+    B: int  # as A: A², or bA + cA²
+    SLOT: int  # partial sums of ‖A²‖²: the first, and how many
+    SLOTS: int
+
+
 class PairFields(Fields):
     """Two tensors whose inner product is computed, int64."""
 
@@ -157,4 +175,5 @@ class PairFields(Fields):
 F = BlockFields()
 H = HyperFields()
 K = FactorFields()
+POLAR = PolarFields()
 PAIR = PairFields()

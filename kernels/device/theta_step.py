@@ -58,12 +58,41 @@ def diagonal_kernel(
 
 
 @triton.jit
+def stored_product(
+    row, hyper, r, c, inside, AFTER: tl.constexpr, DIAGONAL: tl.constexpr,
+    G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Q m̂, or Q g with momentum AFTER, where earlier launches put it; DIAGONAL: some rows compute it here."""
+    if DIAGONAL:
+        if field(row, F.DIAGONAL) != 0:
+            q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
+        else:
+            np = field(row, F.NP)
+            q = tl.load(address(row, F.OUT, tl.float32, 1) + r * np + c, mask=inside & (c < np), other=0)
+    else:
+        np = leading(row, F.NP, 16)
+        q = tl.load(address(row, F.OUT, tl.float32, 16) + r * np + c, mask=inside & (c < np), other=0)
+    return q
+
+
+@triton.jit
+def polar_or(row, r, c, inside, nat):
+    """A tile of the polar factor where the row has one, else of nat."""
+    there, np = field(row, F.POLAR) != 0, leading(row, F.NP, 16)
+    at = address(row, F.POLAR, tl.float32, 16) + r * np + c
+    return tl.where(there, tl.load(at, mask=inside & (c < np) & there, other=0), nat)
+
+
+@triton.jit
 def update_tile(
     row, hyper, r, c, inside, q, factor, ok,
-    AFTER: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
+    AFTER: tl.constexpr, POLAR: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
 ):  # fmt: skip
-    """Write m and θ at a tile, from q = Q m̂ (Q g with momentum AFTER) and factor = c/correction, where ``ok``."""
+    """Write m and θ at a tile, from q = Q m̂ (Q g with momentum AFTER) and what multiplies nat, where ``ok``.
+
+    POLAR: the polar factors of some rows take nat's place.
+    """
     m_at = address(row, F.X, tl.float32, ALIGN_X) + r * leading(row, F.LDX, ALIGN_X) + c
     limit = leading(row, F.X_COLS, ALIGN_X)
     m = tl.load(m_at, mask=inside & (c < limit), other=0)
@@ -71,6 +100,8 @@ def update_tile(
         x, nat = q, tl.load(hyper + H.KEEP) * m + tl.load(hyper + H.TAKE) * q
     else:
         x, nat = gradient(row, r, c, inside, G, GENERAL, ALIGN), q
+    if POLAR:
+        nat = polar_or(row, r, c, inside, nat)
     tl.store(m_at, m + tl.load(hyper + H.RATE) * (x - m), mask=inside & (c < limit) & ok)
     nat = nat * factor
     cols = field(row, F.COLS)
@@ -89,7 +120,7 @@ def update_tile(
 @triton.jit(do_not_specialize=["tiles", "slots"])
 def update_kernel(
     rows, hyperparameters, schedule, corrections, partials, slots, kappa, norms, taken, tiles,
-    RULE: tl.constexpr,  # "rms", "trust" or "none"
+    RULE: tl.constexpr,  # "rms", "spectral", "trust" or "none"
     AFTER: tl.constexpr, DIAGONAL: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -112,22 +143,19 @@ def update_kernel(
         count, slot = field(row, F.SLOTS), field(row, F.SLOT)
         norm = tl.sqrt(total(partials + slot, count, 256)) / correction
         factor = trust / correction
-        if RULE == "rms":
+        if RULE == "rms" or RULE == "spectral":
             moving = (norm > 0) & (total(partials + slots + slot, count, 256) > 0)
-            factor = tl.where(moving, tl.load(hyper + H.RMS_NORM) / tl.where(moving, norm, 1.0), 0.0) / correction
+            length = tl.where(moving, tl.load(hyper + H.LENGTH_OF_STEP), 0.0)
+            factor = length / tl.where(moving, norm, 1.0) / correction
+            if RULE == "spectral":
+                factor = tl.where(field(row, F.POLAR) != 0, length, factor)
         if (i == 0) & (j == 0) & (field(row, F.FIRST) != 0):
             tl.store(norms + field(row, F.INDEX), norm)
             increment(row, F.STEP, ok)
-        if DIAGONAL:
-            if field(row, F.DIAGONAL) != 0:
-                q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
-            else:
-                np = field(row, F.NP)
-                q = tl.load(address(row, F.OUT, tl.float32, 1) + r * np + c, mask=inside & (c < np), other=0)
-        else:
-            np = leading(row, F.NP, 16)
-            q = tl.load(address(row, F.OUT, tl.float32, 16) + r * np + c, mask=inside & (c < np), other=0)
-        update_tile(row, hyper, r, c, inside, q, factor, ok, AFTER, G, W, GENERAL, ALIGN, ALIGN_X)
+        q = stored_product(row, hyper, r, c, inside, AFTER, DIAGONAL, G, GENERAL, ALIGN)
+        update_tile(
+            row, hyper, r, c, inside, q, factor, ok, AFTER, RULE == "spectral", G, W, GENERAL, ALIGN, ALIGN_X
+        )  # fmt: skip
 
 
 @triton.jit
@@ -170,7 +198,9 @@ def fused_kernel(
         correction = tl.load(corrections + field(row, F.INDEX))
         slot = partials + field(row, F.SLOT) + last_number(entry)
         store_sums(row, hyper, r, c, inside, q, correction, slot, slots, "norm", AFTER, G, GENERAL, ALIGN, ALIGN_X)
-        update_tile(row, hyper, r, c, inside & finite(q), q, 1 / correction, ok, AFTER, G, W, GENERAL, ALIGN, ALIGN_X)
+        update_tile(
+            row, hyper, r, c, inside & finite(q), q, 1 / correction, ok, AFTER, False, G, W, GENERAL, ALIGN, ALIGN_X
+        )  # fmt: skip
         if (i == 0) & (j == 0):
             increment(row, F.STEP, ok)
     tl.debug_barrier()  # all of this program's sums are written before it counts as arrived

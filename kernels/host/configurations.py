@@ -82,6 +82,11 @@ def tile(shape: str, precision: str, capability: int) -> Tile:
     return tiles[max((arch for arch in tiles if arch <= capability), default=min(tiles))]
 
 
+def stored_twice(t: Tile) -> Tile:
+    """Of products that are stored as their transposes too, which takes registers: fewer columns, more threads."""
+    return t._replace(BN=min(t.BN, 64), num_warps=8) if t.BM > 64 else t
+
+
 def shape_class(
     shapes: list[tuple[int, int]], precision: str, capability: int, processors: int, demanding: bool = False
 ) -> str:

@@ -9,7 +9,7 @@ import torch
 from ...algebra.maths import Applications
 from ...model.block import Block
 from ..device.factors import refresh_kernel
-from .configurations import shape_class, tile
+from .configurations import shape_class, stored_twice, tile
 from .coverage import covered_kind, kind
 from .diagkron import copy_factors
 from .launch import capability, launch, processors
@@ -18,12 +18,15 @@ from .tables.factor_rows import FactorRows, factors_of
 from .tables.uploads import schedule, tiles
 
 
-def square_tile(precision: str, sizes: Sequence[int], device: torch.device, epilogue: bool = False) -> dict:
-    """Square tiles, since each is also stored transposed; ``epilogue``: it needs the registers."""
+def square_tile(
+    precision: str, sizes: Sequence[int], device: torch.device, epilogue: bool = False, narrow: bool = False
+) -> dict:
+    """Square tiles, since each is also stored transposed; ``epilogue``, ``narrow``: it needs the registers, or some."""
     arch = capability(device)
     halves = [(k, k // 2) for k in sizes]
     found = "epilogue" if epilogue else shape_class(halves, precision, arch, processors(device))
     chosen = tile(found, precision, arch)
+    chosen = stored_twice(chosen) if narrow else chosen
     side = min(chosen.BM, chosen.BN)
     return {**chosen._asdict(), "BM": side, "BN": side}
 

@@ -1,4 +1,4 @@
-"""What the Triton backend keeps on a block: its workspace, and the plans of lists of blocks that start with it."""
+"""What the Triton backend keeps on a block: its memory, and the plans of lists of blocks that start with it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...model.block import BackendState, Block
-from .tables.workspace import Workspace
+from .tables.workspace import Scratch, Workspace
 
 
 @dataclass
 class TritonState(BackendState):
-    """Both are filled as they are needed."""
+    """All are filled as they are needed."""
 
     workspace: Workspace | None = None
-    theta_plans: OrderedDict[tuple, Any] = field(default_factory=OrderedDict)  # by what ``theta_plan`` tells them apart
+    polar: Scratch | None = None
+    theta_plans: OrderedDict[tuple, Any] = field(default_factory=OrderedDict)  # by what ``theta.plan`` tells them apart
 
 
 def workspace_of(block: Block) -> Workspace:
@@ -24,3 +25,11 @@ def workspace_of(block: Block) -> Workspace:
     if state.workspace is None or state.workspace.device != block.momentum.device:
         state.workspace = Workspace(block)
     return state.workspace
+
+
+def polar_scratch_of(block: Block) -> Scratch:
+    """Memory for the block's polar factor, which blocks that the kernels do not cover have too."""
+    state = block.kept(TritonState)
+    if state.polar is None or state.polar.device != block.momentum.device:
+        state.polar = Scratch(block.momentum.device)
+    return state.polar

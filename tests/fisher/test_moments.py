@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def blocks_of(model: nn.Module, structure: str = "kron") -> list[Block]:
 
 def second_moments(passes: IsolatedPasses, blocks: list[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
     """What a pass shows of each block, as moments."""
-    shown = statistics_of(passes, blocks, inputs)
+    shown, _ = statistics_of(passes, blocks, inputs)
     return [
         b.structure.layer_moments(*s) if isinstance(s, LayerStatistics) else s
         for b, s in zip(blocks, shown, strict=True)
@@ -188,6 +189,70 @@ def test_small_batches_of_a_model_with_batchnorm(batch: int) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
     for found in moments(model, GaussianLikelihood(), randn(batch, 3)):
         assert found and all(torch.isfinite(t).all() for t in found.values())
+
+
+NORMS = {
+    "LayerNorm": (lambda: nn.LayerNorm(5), (4, 3, 5)),
+    "LayerNorm over two": (lambda: nn.LayerNorm((3, 5)), (4, 2, 3, 5)),
+    "LayerNorm without a bias": (lambda: nn.LayerNorm(5, bias=False), (4, 5)),
+    "LayerNorm on one sample": (lambda: nn.LayerNorm(5), (5,)),
+    "RMSNorm": (lambda: nn.RMSNorm(5), (4, 3, 5)),
+    "RMSNorm with an eps": (lambda: nn.RMSNorm(5, eps=0.5), (4, 5)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 6), (4, 6, 3, 2)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6), (4, 6)),
+    "BatchNorm1d on sequences": (lambda: nn.BatchNorm1d(6), (4, 6, 3)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(6), (4, 6, 3, 2)),
+    "BatchNorm2d in eval mode": (lambda: nn.BatchNorm2d(6).eval(), (4, 6, 3, 2)),
+    "BatchNorm2d without running statistics": (lambda: nn.BatchNorm2d(6, track_running_stats=False), (4, 6, 3, 2)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(2), (4, 2, 3, 2, 2)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(6, affine=True), (4, 6, 7)),
+    "InstanceNorm2d on one sample": (lambda: nn.InstanceNorm2d(6, affine=True), (6, 7, 3)),
+    "InstanceNorm2d in eval mode": (
+        lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(), (4, 6, 7, 3)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_show_the_gradient_of_each_sample(name: str) -> None:
+    make, shape = NORMS[name]
+    layer = make().double()
+    for p in [*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())]:
+        p.data.uniform_(0.5, 2)
+    block, x = blocks_of(nn.Sequential(layer))[0], randn(*shape).requires_grad_()
+    before = copy.deepcopy(layer.state_dict())
+    y = copy.deepcopy(layer)(x)
+    e = randn(*y.shape, seed=1)
+    rows = layer_of(layer).rows(block, x.detach(), e)
+    assert rows is not None and all(torch.equal(t, before[k]) for k, t in layer.state_dict().items())
+    a, g = rows
+    samples = shape[0] if len(a) > 1 else 1
+    assert a.shape == (samples, 1) and g.shape == (samples, block.shape[0])
+    for k in range(samples):  # y keeps the whole batch's statistics, and only one sample's output counts
+        mask = torch.zeros_like(e)
+        mask[k if samples > 1 else ...] = 1
+        twin = copy.deepcopy(layer)
+        want = torch.autograd.grad((twin(x) * e * mask).sum(), list(twin.parameters()))
+        assert relative(g[k], torch.cat([w.reshape(-1) for w in want])) <= 1e-12
+
+
+def test_a_norm_of_ones_own_is_left_to_gradients() -> None:
+    class Own(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) ** 3
+
+    layer = Own(5).double()
+    block = blocks_of(nn.Sequential(layer))[0]
+    assert layer_of(layer).rows(block, randn(4, 5), randn(4, 5)) is None
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(20, 1), (64, 1)])
+def test_one_pass_shows_all_layers_with_norms(batch: int, passes: int) -> None:
+    calls = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    found = moments(model, GaussianLikelihood(), randn(batch, 3))
+    assert len(calls) == passes and all(found)
 
 
 def test_layer_used_twice_adds_up_and_tied_weights_are_left_to_gradients() -> None:

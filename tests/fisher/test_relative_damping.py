@@ -1,6 +1,8 @@
-"""Damping in units of each block's mean eigenvalue of the Fisher matrix: no scale of the loss matters."""
+"""Damping in units of the Fisher matrix's mean eigenvalues and of the batch's noise: no scale of the loss matters."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from fishleg_fast import CategoricalLikelihood, FishLeg, GaussianLikelihood
 from support.dense import dense_q, explicit_fisher, randn, relative
 
-DELTA = 0.3
+DELTA = 2.0
 
 
 class Net(nn.Module):
@@ -66,7 +68,7 @@ def test_neither_do_other_ways_of_learning(u_sampling: str, precondition_aux: bo
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_q_is_the_damped_inverse_of_the_scaled_factors(dtype: torch.dtype, backend: str) -> None:
-    """(G/g + δ)⁻¹ ⊗ (Ā/a + δ)⁻¹ with g and a their mean eigenvalues; of a diagonal block 1/(F/f + δ²)."""
+    """(G + √γ/π)⁻¹ ⊗ (Ā + π√γ)⁻¹, of a diagonal block 1/(F + γ), with γ = δ²√(f F̄)/T; up to the block's unit."""
     net = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)).to(dtype)
     likelihood = GaussianLikelihood(sigma=0.01)
     settings = {"damping": DELTA, "damping_scale": "relative", "update_aux_every": 0, "backend": backend}
@@ -76,19 +78,25 @@ def test_q_is_the_damped_inverse_of_the_scaled_factors(dtype: torch.dtype, backe
         likelihood.nll(randn(30, 4, seed=50 + step).to(dtype), net(randn(30, 5, seed=step).to(dtype))).backward()
         optimizer.step()
     linear, norm = optimizer.blocks
-    G, A = (linear.moments[name].double() for name in ("rows", "columns"))
-    factors = [F / (F.trace() / len(F)) + DELTA * torch.eye(len(F), dtype=torch.float64) for F in (G, A)]
-    want = torch.kron(*map(torch.linalg.inv, factors))
-    exact = 1e-9 if dtype == torch.float64 else 1e-4
-    assert relative(dense_q(linear.structure, linear.structure.fishleg_aux).double(), want) <= exact
-    F = norm.moments["diagonal"].double()
-    assert relative(norm.structure.fishleg_aux["d"].double() ** 2, 1 / (F / F.mean() + DELTA**2)) <= exact
     weight = linear.moments_weight.item()
-    assert linear.mean_eigenvalue() == pytest.approx((G.trace() / 4 * A.trace() / 6).item() / weight**2, rel=exact)
+    G, A = (linear.moments[name].double() / weight for name in ("rows", "columns"))
+    d = norm.moments["diagonal"].double() / weight
+    means = [G.trace() / 4 * A.trace() / 6, d.mean()]
+    mean = (means[0] * 24 + means[1] * 8) / 32  # over all parameters
+    gamma = [DELTA**2 * (f * mean).sqrt() / 30 for f in means]
+    pi = (A.trace() / 6 / (G.trace() / 4)).sqrt()
+    eye = partial(torch.eye, dtype=torch.float64)
+    damped = [G + gamma[0].sqrt() / pi * eye(4), A + gamma[0].sqrt() * pi * eye(6)]
+    want = torch.kron(*map(torch.linalg.inv, damped))
+    exact = 1e-9 if dtype == torch.float64 else 1e-4
+    Q = dense_q(linear.structure, linear.structure.fishleg_aux).double()
+    assert relative(Q, want * (means[0] * mean).sqrt()) <= exact
+    want = (means[1] * mean).sqrt() / (d + gamma[1])
+    assert relative(norm.structure.fishleg_aux["d"].double() ** 2, want) <= exact
 
 
 def test_the_auxiliary_loss_is_that_of_a_damping_for_each_block() -> None:
-    """½ vᵀ(F+Γ)v − uᵀv in the model's own coordinates, Γ = δ² times the block's mean eigenvalue, F explicit."""
+    """½ vᵀ(F+Γ)v − uᵀv in the model's own coordinates, Γ = δ² times the block's unit over T, F explicit."""
     net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
     likelihood = CategoricalLikelihood()
     optimizer = FishLeg(
@@ -100,12 +108,12 @@ def test_the_auxiliary_loss_is_that_of_a_damping_for_each_block() -> None:
     optimizer.step()  # starts Q
     blocks = optimizer.blocks
     F = explicit_fisher(net, x, "categorical")
-    scales = torch.cat([b.mean_eigenvalue().expand(b.momentum.numel()) for b in blocks])
+    scales = torch.cat([b.unit.expand(b.momentum.numel()) for b in blocks])
     Q = torch.block_diag(*[dense_q(b.structure, b.structure.fishleg_aux) for b in blocks]) / scales  # of the model's F
     g = torch.cat([p.grad.reshape(-1) for p in net.parameters()])
     u = g / (g / scales.sqrt()).norm()
     v = Q @ u
-    want = 0.5 * v @ (F + DELTA**2 * torch.diag(scales)) @ v - u @ v
+    want = 0.5 * v @ (F + DELTA**2 / 20 * torch.diag(scales)) @ v - u @ v
     with torch.no_grad():
         got, ok = optimizer._learner.update(blocks, [p.grad for p in net.parameters()])
     assert ok and relative(got, want) <= 1e-10
@@ -133,7 +141,7 @@ def test_blocks_whose_fisher_matrix_is_zero_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"normalize": None}, "normalize should be 'rms' or 'spectral'"),
+        ({"normalize": None}, "normalize should be one of"),
         ({"normalize": "trust"}, "but is: 'trust'"),
         ({"init": "sgd", "anchor_every": 0}, "init='kfac', or anchor_every > 0"),
         ({"damping_scale": "mean"}, "damping_scale should be one of"),

@@ -92,7 +92,7 @@ def make_passes(model: nn.Module, loader: object = None) -> IsolatedPasses:
 def run(name: str, model: nn.Module, passes: IsolatedPasses) -> list[Tensor]:
     if name == "moments":
         blocks = build_blocks(model, list(model.parameters()), "kron", None)
-        shown = moments.moments(passes, blocks, passes.inputs())
+        shown, _ = moments.moments(passes, blocks, passes.inputs())
         return [t for found in shown for t in (found[:2] if isinstance(found, LayerStatistics) else found.values())]
     params = trainable(model)
     vs = [torch.ones_like(p) for p in params]

@@ -38,7 +38,8 @@ class Training:
     def __init__(self, net: nn.Module, low_rank: bool = True, dtype: torch.dtype = torch.float64, **options) -> None:
         self.net, self.dtype, self.batch, self.step = net.to(dtype), dtype, 3, 0
         # A large aux_eps: Adam on λ would blow up gradients that are nothing but rounding.
-        options = {"update_aux_every": 2, "anchor_every": 3, "aux_eps": 1e-3, "aux_lr": 1e-2, **options}
+        rates = {"aux_eps": 1e-3, "aux_lr": 1e-2}
+        options = {"update_aux_every": 2, "anchor_every": 3, "normalize": "rms", **rates, **options}
         self.optimizer = FishLeg(self.net, likelihood=LIKELIHOOD, thin_gradients=low_rank, **options)
 
     def data(self, part: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from fishleg_fast.backends import reference as steps
 from fishleg_fast.kernels.host.diagkron import core_buffers
 from fishleg_fast.kernels.host.state import workspace_of
 from fishleg_fast.kernels.host.tables.strides import padded
+from fishleg_fast.kernels.host.theta.polar import polar_buffers
 from fishleg_fast.model.block import Block
 from support.blocks import make_block
 from support.dense import randn, relative
@@ -26,6 +27,10 @@ NAN = float("nan")
 def poison(blocks: list[Block]) -> None:
     """NaN wherever kernels have to write before they read."""
     for b in blocks:
+        if b.flattened and b.dtype == torch.float32:
+            for after in (False, True):
+                for t in polar_buffers(b, backend_kind(b), after):
+                    t.fill_(NAN)
         if backend_kind(b) not in ("kron", "diagkron"):
             continue
         own, (m, n) = workspace_of(b), b.shape

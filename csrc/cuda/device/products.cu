@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
     }
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     row += 32 * (warp / 2), column += 32 * (warp % 2);
+    const float scale = p.add_scale ? *p.add_scale : 1;
     Sums sums{};
     for_each_entry(acc, [&](int i, int j, float value) {
         i += row, j += column;
@@ -90,7 +91,10 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
         if (p.outer) {
             value *= p.outer[static_cast<int64_t>(i) * p.N + j];
         }
-        sums.a += static_cast<double>(value) * value;
+        if (p.add) {
+            value = p.times * value + p.add_times * scale * p.add[at];
+        }
+        sums.a += static_cast<double>(value) * value * (p.symmetric && j > i ? 2 : 1);
         p.C[at] = value;
         if (p.symmetric) {
             p.C[static_cast<int64_t>(j) * p.ldc + i] = value;

@@ -1,5 +1,5 @@
-// Grouped matrix products (products.cu), P X S at once (chain.cu) and M + Mᵀ (symmetrise.cu). Host functions; each is one
-// launch (one for every few hundred products).
+// Grouped matrix products (products.cu), P X S at once (chain.cu), M + Mᵀ (symmetrise.cu) and the start of polar factors
+// (polar.cu). Host functions; each is one launch (one for every few hundred products).
 #pragma once
 
 #include <vector>
@@ -20,6 +20,9 @@ int64_t tiles(Chain& c);
 
 /// C = outer∘(P X S) for all of them; n at most ``chain_width``.
 void chain_all(std::vector<Chain>& chains, Precision precision, Stream stream);
+
+/// B and the scale of all of them.
+void first_step_all(std::vector<FirstStep>& steps, Stream stream);
 
 int64_t tiles(Square& s);
 

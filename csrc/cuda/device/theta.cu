@@ -11,7 +11,7 @@ constexpr size_t shared_bytes = entry_threads / warp_size * sizeof(Sums);
 
 /// What is read of one entry.
 struct Entry {
-    float g, momentum, factor, y, theta;
+    float g, momentum, factor, y, theta, polar;
 };
 
 __device__ __forceinline__ float scaled(const Part& p, float g) { return p.scale ? g * *p.scale : g; }
@@ -101,6 +101,29 @@ __global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_
     write_sum(sums, shared, p.sums + work.tile);
 }
 
+/// nat/‖nat‖ of blocks whose polar factors are computed.
+template <bool after>
+__global__ void __launch_bounds__(entry_threads, 3) unit_kernel(const __grid_constant__ Table<Part> table) {
+    const Work<Part> work = work_of(table);
+    const Part& p = work.item;
+    const double norm = p.statistics->norm * p.statistics->correction;
+    const float scale = static_cast<float>(norm > 0 ? 1 / norm : 1);
+    for_entries<Entry>(
+        p, work.tile,
+        [&](const Place& at) {
+            Entry e{};
+            e.g = p.diagonal ? gradient(p, at) : 0;
+            e.momentum = after || p.diagonal ? p.momentum[at.matrix] : 0;
+            e.factor = p.diagonal ? p.factor[at.matrix] : 1;
+            e.y = p.diagonal ? 0 : p.y[at.padded];
+            return e;
+        },
+        [&](const Place& at, const Entry& e) {
+            const float ahead = lerp(e.momentum, averaged<after>(p, e), p.lead_weight);
+            p.polar[at.padded] = scale * (after ? ahead : p.diagonal ? e.factor * e.factor * ahead : e.y);
+        });
+}
+
 /// m ← βm + (1−β)g and θ ← θ − lr·(c·nat + wd·θ), where the step is taken.
 template <bool after>
 __global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_constant__ Table<Part> table) {
@@ -119,12 +142,13 @@ __global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_c
             e.momentum = p.momentum[at.matrix];
             e.factor = p.diagonal ? p.factor[at.matrix] : 1;
             e.y = p.diagonal ? 0 : p.y[at.padded];
+            e.polar = p.polar ? p.polar[at.padded] : 0;
             e.theta = p.theta ? read(p.theta, p.theta_type, at.theta) : 0;
             return e;
         },
         [&](const Place& at, const Entry& e) {
             const float x = averaged<after>(p, e), ahead = lerp(e.momentum, x, p.lead_weight);
-            const float nat = after ? ahead : p.diagonal ? e.factor * e.factor * ahead : e.y;
+            const float nat = p.polar ? e.polar : after ? ahead : p.diagonal ? e.factor * e.factor * ahead : e.y;
             p.momentum[at.matrix] = lerp(e.momentum, x, p.weight);
             if (p.theta) {
                 write(p.theta, p.theta_type, at.theta, moved(e.theta, nat, move, decay));
@@ -151,7 +175,7 @@ __global__ void __launch_bounds__(sum_threads) nat_statistics_kernel(const __gri
         const double correction = 1 - pow(nat.beta, step + nat.times);
         const double powers = nat.squared ? correction * correction : correction;
         *nat.statistics = {sqrt(sums.a) / correction, sums.b / powers * nat.base_lr * nat.base_lr, correction,
-                           nat.entries, sums.c == 0};
+                           nat.entries, sums.c == 0, nat.flat};
     }
 }
 
@@ -180,7 +204,11 @@ __global__ void __launch_bounds__(sum_threads) theta_decision_kernel(const __gri
     for (int k = t; k < decision.count; k += sum_threads) {
         const NatStatistics& statistics = decision.statistics[k];
         double c = 1;
-        if (decision.normalize == Normalize::rms) {
+        if (statistics.flat) {
+            decision.scales[k] = polar_scale(statistics.norm, statistics.entries, statistics.gradient_is_zero);
+            continue;
+        }
+        if (decision.normalize == Normalize::rms || decision.normalize == Normalize::spectral) {
             c = rms_scale(statistics.norm, statistics.entries, statistics.gradient_is_zero);
         } else if (decision.normalize == Normalize::trust) {
             c = trust_scale(*power, decision.kappa);
@@ -212,6 +240,11 @@ void gather_all(std::vector<Part>& parts, Stream stream) {
 void measure_all(std::vector<Part>& parts, Stream stream) {
     launch_all("measure", measure_kernel, parts, [](const Part& p) { return p.diagonal ? 0 : tiles(p); },
                entry_threads, shared_bytes, stream);
+}
+
+void unit_all(std::vector<Part>& parts, bool after, Stream stream) {
+    launch_all("unit", after ? unit_kernel<true> : unit_kernel<false>, parts,
+               [](const Part& p) { return p.polar ? tiles(p) : 0; }, entry_threads, 0, stream);
 }
 
 void update_all(std::vector<Part>& parts, bool after, Stream stream) {

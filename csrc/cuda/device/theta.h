@@ -19,6 +19,9 @@ void gather_all(std::vector<Part>& parts, Stream stream);
 /// The sums of nat = m̂ of Kronecker blocks, where momentum averages Q g; over ``prepare_all``'s.
 void measure_all(std::vector<Part>& parts, Stream stream);
 
+/// nat/‖nat‖ into ``polar``, where there is that.
+void unit_all(std::vector<Part>& parts, bool after, Stream stream);
+
 /// m and θ, where the step is taken.
 void update_all(std::vector<Part>& parts, bool after, Stream stream);
 

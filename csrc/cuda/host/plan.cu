@@ -94,6 +94,20 @@ private:
     int64_t end_ = 0;
 };
 
+/// The matrices on the way to a block's polar factor. One of them is x, where there is that: it has been used by then.
+void lay_out_polar(const BlockLayout& b, OffsetAllocator& workspace, BlockOffsets& offsets) {
+    const int64_t shorter = b.m < b.n ? b.m : b.n;
+    Product square{};
+    square.M = square.N = static_cast<int32_t>(shorter), square.symmetric = 1;
+    offsets.polar_tiles = tiles(square);
+    offsets.polar = workspace.floats(b.m * offsets.ld);
+    offsets.turn = kronecker(b) ? offsets.x : workspace.floats(b.m * offsets.ld);
+    offsets.polar_A = workspace.floats(shorter * padded(shorter));
+    offsets.polar_B = workspace.floats(shorter * padded(shorter));
+    offsets.polar_sums = workspace.take(offsets.polar_tiles * static_cast<int64_t>(sizeof(Sums)));
+    offsets.polar_scale = workspace.floats(1);
+}
+
 /// The matrices of one block, and how many tiles its products with sums have.
 void lay_out_matrices(Op op, const BlockLayout& b, OffsetAllocator& workspace, BlockOffsets& offsets) {
     const bool lambda = op == Op::lambda;
@@ -132,6 +146,9 @@ Plan::Plan(Op op, std::vector<BlockLayout> blocks, int device)
         if (op_ == Op::lambda && b.kind == Kind::scaled_kron) {
             throw wrong("an outer diagonal's gradient is not computed by this plan");
         }
+        if (b.flat && (op_ != Op::theta || b.axis != 1 || b.m < 1 || b.n < 1)) {
+            throw wrong("polar factors are of matrices, in a θ step");
+        }
         if (b.axis != 0 && b.axis != 1) {
             throw wrong("axis should be 0 or 1 but is " + std::to_string(b.axis));
         }
@@ -160,6 +177,9 @@ void Plan::lay_out() {
         offsets.ld = padded(b.n), offsets.ld_m = padded(b.m);
         if (b.kind == Kind::uncovered) {
             offsets.sums = uncovered++ * one;  // from the start of the external sums
+            if (b.flat) {
+                lay_out_polar(b, workspace, offsets);
+            }
             offsets_.push_back(offsets);
             continue;
         }
@@ -170,6 +190,9 @@ void Plan::lay_out() {
         part_tiles += offsets.part_tiles;
         offsets.product_sums = product_tiles * one;
         lay_out_matrices(op_, b, workspace, offsets);
+        if (b.flat) {
+            lay_out_polar(b, workspace, offsets);
+        }
         product_tiles += offsets.product_tiles;
         offsets_.push_back(offsets);
     }

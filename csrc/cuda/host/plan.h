@@ -32,15 +32,18 @@ struct BlockLayout {
     int64_t m, n;
     int axis;  // see fishleg_fast/model/block.py
     std::vector<PartLayout> parts;
+    bool flat = false;  // whether its θ steps take the polar factor of nat
 };
 
 using Pointers = std::span<const int64_t>;
 using Numbers = std::span<const double>;
 
-/// Where a block's matrices and sums are in the workspace: byte offsets. ``t2`` … ``dR``: of a λ step.
+/// Where a block's matrices and sums are in the workspace: byte offsets. ``t2`` … ``dR``: of a λ step. ``polar`` …
+/// ``polar_scale``: of a polar factor; every other step towards it goes to ``turn``.
 struct BlockOffsets {
     int64_t x, y, t, t2, M, N, dL, dR, sums, sums_2, product_sums;
-    int64_t part_tiles, product_tiles;
+    int64_t polar, turn, polar_A, polar_B, polar_sums, polar_scale;
+    int64_t part_tiles, product_tiles, polar_tiles;
     int64_t ld, ld_m;  // leading dimensions of matrices with n and with m columns
 };
 
@@ -53,9 +56,14 @@ public:
     /// gradients.
     int64_t workspace_bytes = 0, external = 0, external_2 = 0, scales = 0;
 
+    /// Where (m, n) with rows that start at multiples of four entries is of block ``k``, whose nat gives way to its polar
+    /// factor: of an uncovered block the caller puts nat/‖nat‖ there before a θ step, and finds the factor after it.
+    int64_t polar(size_t k) const { return offsets_.at(k).polar; }
+
     /// Pointers, each block: momentum, P or d, its leading dimension, S, its leading dimension, A, step on the device or
     /// 0; each part: g or 0, scale or 0, θ or 0, lr or 0.
     /// Numbers: each block: β, lr₀, steps so far; each part: lr, decay. Uncovered blocks have step pointers alone.
+    /// Then (a, b, c) of each step towards polar factors, X ← aX + (bA + cA²)X with A = XXᵀ: an even number of them.
     void theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbers numbers, bool after, int times,
                     Normalize normalize, double kappa, int64_t norms, int64_t wide_norms, int64_t ok);
 
@@ -100,6 +108,7 @@ private:
     void products_of(int64_t workspace, size_t k, const Operator& q, const float* outer, const float* x, float* out,
                      int64_t out_ld, Sums* sums);
     void run_products(Stream stream);
+    void polar_factors(Stream stream, int64_t workspace, Numbers coefficients);
     void add_block(ThetaTables& tables, size_t k, int64_t workspace, Pointers& pointers, Numbers& numbers, bool after,
                    int times, int64_t ok);
     void add_block(GradientProducts& products, size_t k, int64_t workspace, const LambdaFactors& f,

@@ -19,7 +19,8 @@ void Plan::add_block(ThetaTables& tables, size_t k, int64_t workspace, Pointers&
     NatSums nat{};
     nat.beta = next(numbers), nat.base_lr = next(numbers), nat.step = next(numbers);
     nat.times = times, nat.squared = !after;
-    nat.entries = b.m * b.n;
+    nat.entries = b.flat ? (b.m > b.n ? b.m : b.n) : b.m * b.n;
+    nat.flat = b.flat;
     nat.statistics = at<NatStatistics>(workspace, statistics_) + k;
     nat.first = at<const Sums>(workspace, offsets.sums);
     nat.first_count = 1;
@@ -52,6 +53,8 @@ void Plan::add_block(ThetaTables& tables, size_t k, int64_t workspace, Pointers&
         p.lead_weight = static_cast<float>(times == 2 ? 1 - nat.beta * nat.beta : 1 - nat.beta);
         p.momentum = momentum + p.offset;
         p.factor = factor_at(b, q, A, p);
+        p.statistics = nat.statistics;
+        p.polar = b.flat ? at<float>(workspace, offsets.polar) + p.offset : nullptr;
         p.step_scale = at<const double>(workspace, scales) + k;
         p.ok = at<const uint8_t>(ok, 0);
         tables.parts.push_back(p);
@@ -69,7 +72,11 @@ void Plan::theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbe
     for (size_t k = 0; k < blocks_.size(); ++k) {
         add_block(tables, k, workspace, pointers, numbers, after, times, ok);
     }
-    all_used(pointers, numbers);
+    const Numbers coefficients = normalize == Normalize::spectral ? numbers : Numbers{};
+    if (coefficients.size() % 6 != 0) {
+        throw std::invalid_argument("three numbers are needed for each of an even number of steps to a polar factor");
+    }
+    all_used(pointers, normalize == Normalize::spectral ? Numbers{} : numbers);
     prepare_all(tables.parts, after, stream);
     run_products(stream);
     if (after) {
@@ -83,6 +90,8 @@ void Plan::theta_step(Stream stream, int64_t workspace, Pointers pointers, Numbe
     decision.norms = at<float>(norms, 0), decision.wide_norms = at<double>(wide_norms, 0);
     decision.ok = at<uint8_t>(ok, 0);
     decide_theta(tables.nat_sums, decision, stream);
+    unit_all(tables.parts, after, stream);
+    polar_factors(stream, workspace, coefficients);
     update_all(tables.parts, after, stream);
     count_all(tables.counters, stream);
 }

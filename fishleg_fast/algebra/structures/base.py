@@ -245,11 +245,6 @@ class Structure:
         """Of the Fisher matrix that the moments tell, to be divided by ``weight``: a scalar; 1 where they tell none."""
         return torch.ones(())
 
-    def unit_weight(self, moments: Aux, weight: float) -> float:
-        """What to divide the moments by so that their Fisher matrix has eigenvalues of mean 1; all zero: ``weight``."""
-        mean = float(self.mean_eigenvalue(moments, weight))
-        return weight * mean ** (1 / max(len(self.moments), 1)) if 0 < mean < math.inf else weight
-
     def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
         """F v of the Fisher matrix that the moments tell, to be divided by ``weight``; those of low rank stay so."""
         raise NotImplementedError(f"{type(self).__name__} has moments but no fisher_product")

@@ -144,7 +144,7 @@ class Kronecker(Structure):
             return
         tiny = torch.finfo(G.dtype).tiny
         mean_g, mean_a = (trace(G) / weight / m).clamp_min(tiny), (trace(A) / weight / n).clamp_min(tiny)
-        pi = (mean_a / mean_g).sqrt()
+        pi = mean_a.sqrt() / mean_g.sqrt()  # the quotient may overflow
         R = inverse_root(G, damping**0.5 / pi, weight)
         L = transpose(inverse_root(A, damping**0.5 * pi, weight))
         # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a

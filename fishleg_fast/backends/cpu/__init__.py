@@ -13,7 +13,8 @@ import torch
 
 from ... import native
 from ..protocol import Availability
-from .anchoring import anchor as anchor
+from .anchoring import average_moments as average_moments
+from .anchoring import start_kfac as start_kfac
 from .lambda_update import lambda_step as lambda_step
 from .products import inner as inner
 from .products import qv as qv

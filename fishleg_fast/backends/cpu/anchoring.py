@@ -29,37 +29,44 @@ ENGINES: dict[torch.dtype, tuple[Pair, ...]] = {
 
 
 @torch.no_grad()
-def anchor(
-    blocks: Sequence[Block],
-    statistics: Sequence[LayerStatistics | Aux],
-    *,
-    decay: float,
-    damping: float,
-    relative: bool = False,
-) -> None:
+def average_moments(
+    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float
+) -> list[Block]:
     """As the reference's."""
-    mine: dict[Pair, list[tuple[Block, LayerStatistics | Aux]]] = {}
+    mine: dict[str, list[tuple[Block, LayerStatistics]]] = {}
     others: list[tuple[Block, LayerStatistics | Aux]] = []
     for block, new in zip(blocks, statistics, strict=True):
         pair = _engines(block, new)
-        if pair is None:
+        if pair is None or not isinstance(new, LayerStatistics):
             others.append((block, new))
         else:
-            mine.setdefault(pair, []).append((block, new))
-    for (averaging, inverting), found in mine.items():
-        averaged = _average(averaging, [(b, s) for b, s in found if isinstance(s, LayerStatistics)], decay)
-        averaged += [b for b, s in found if not isinstance(s, LayerStatistics) and reference.average(b, s, decay)]
-        for block in _start(inverting, averaged, damping, relative):
-            reference.start_kfac(block, damping, relative)  # which repeats it in float64 where float32 does not do
-    reference.anchor(
-        [b for b, _ in others], [new for _, new in others], decay=decay, damping=damping, relative=relative
-    )
+            mine.setdefault(pair[0], []).append((block, new))
+    done = reference.average_moments([b for b, _ in others], [new for _, new in others], decay)
+    for engine, found in mine.items():
+        done += _average(engine, found, decay)
+    return done
 
 
-def _engines(block: Block, new: LayerStatistics | Aux) -> Pair | None:
+@torch.no_grad()
+def start_kfac(blocks: Sequence[Block], damping: float) -> None:
+    """As the reference's."""
+    mine: dict[str, list[Block]] = {}
+    others: list[Block] = []
+    for block in blocks:
+        pair = _engines(block, None)
+        if pair is None:
+            others.append(block)
+        else:
+            mine.setdefault(pair[1], []).append(block)
+    for engine, found in mine.items():
+        others += _start(engine, found, damping)  # where float32 does not do the reference repeats it in float64
+    reference.start_kfac(others, damping)
+
+
+def _engines(block: Block, new: LayerStatistics | Aux | None) -> Pair | None:
     """What is to multiply for the block; None where that is torch."""
     s = block.structure
-    if type(s) is not Kron or "A" in s.fishleg_aux or not new:
+    if type(s) is not Kron or "A" in s.fishleg_aux:
         return None
     matrices = [*s.fishleg_aux.values(), *block.moments.values()]
     if not all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in matrices):
@@ -91,15 +98,13 @@ def _moment(x: Tensor, out: Tensor, alpha: float) -> tuple[int, int, int, int, i
     return x.data_ptr(), positions, size, x.stride(0) if positions > 1 else size, out.data_ptr(), alpha
 
 
-def _start(engine: str, blocks: Sequence[Block], damping: float, relative: bool) -> list[Block]:
+def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
     """R and L from the moments; the blocks for which that failed, whose λ is unchanged."""
     rows = []
     for block in blocks:
         aux, m = block.structure.fishleg_aux, block.moments
         matrices = (m["rows"], m["columns"], aux["R"], aux["L"])
-        rows.append(
-            (*map(Tensor.data_ptr, matrices), *block.structure.shape, reference.moments_divisor(block, relative))
-        )
+        rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, block.moments_divisor()))
     done = native.extension().start_kfac(engine, rows, damping, torch.get_num_threads())
     for block, ok in zip(blocks, done, strict=True):
         if ok:

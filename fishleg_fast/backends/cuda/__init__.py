@@ -16,7 +16,8 @@ import torch
 
 from ... import native
 from ..protocol import Availability
-from ..reference import anchor as anchor
+from ..reference import average_moments as average_moments
+from ..reference import start_kfac as start_kfac
 from .coverage import TYPES
 from .lambda_update import lambda_step as lambda_step
 from .products import inner as inner

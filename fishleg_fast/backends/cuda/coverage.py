@@ -18,6 +18,7 @@ from .runtime import runtime
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cuda numbers them
 PRECISIONS = {"ieee": 0, "tf32x3": 1, "tf32": 2, "bf16": 3}
 MOST_DIMS = 4
+ALIGNED = 4  # entries: rows of our matrices start at multiples of 16 bytes, and are copied 16 bytes at a time, not 4
 LARGE = 1024  # from here on in both sides torch's own products are taken to be faster: not measured yet
 
 UNCOVERED = 0  # of csrc/cuda/host/plan.h's Kind; the others:

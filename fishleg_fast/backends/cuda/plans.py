@@ -13,7 +13,7 @@ from torch import Tensor
 from ...algebra.matrix import Matrix
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
-from .coverage import PRECISIONS, TYPES, UNCOVERED, BlockFacts
+from .coverage import ALIGNED, PRECISIONS, TYPES, UNCOVERED, BlockFacts
 from .runtime import runtime
 
 
@@ -81,6 +81,12 @@ class Plan:
     def _doubles(self, offset: int, count: int) -> Tensor:
         return self.workspace[offset : offset + 8 * count].view(torch.float64)
 
+    def polar(self, k: int, shape: tuple[int, int]) -> Tensor:
+        """Block k's nat/‖nat‖ before, and nat's polar factor after, a θ step that takes it: a view, (m, n)."""
+        (m, n), start = shape, self.native.polar(k)
+        ld = -(-n // ALIGNED) * ALIGNED
+        return self.workspace[start : start + 4 * m * ld].view(torch.float32).view(m, ld)[:, :n]
+
     def begin(self) -> None:
         """Forget what the last op was pointed to."""
         self.pointers: list[int] = []
@@ -116,15 +122,15 @@ class Plan:
         return array("q", self.pointers), array("d", self.numbers)
 
 
-def described(op: Op, block: Block, facts: BlockFacts, view: GradientViews | None) -> tuple:
-    """A block as csrc/bindings/cuda.cpp takes it."""
+def described(op: Op, block: Block, facts: BlockFacts, view: GradientViews | None, flat: bool) -> tuple:
+    """A block as csrc/bindings/cuda.cpp takes it. ``flat``: nat gives way to its polar factor."""
     precision = PRECISIONS[block.structure.precision]
     if op is Op.REFRESH:
-        return block.name, facts.kind, precision, *block.shape, block.axis, ()
+        return block.name, facts.kind, precision, *block.shape, block.axis, (), False
     if view is None:
-        return block.name, UNCOVERED, precision, *block.shape, block.axis, ()
+        return block.name, UNCOVERED, precision, *block.shape, block.axis, (), flat
     parts = [
         (shape, strides, layout[0], kind, layout[1], offset)
         for (shape, strides, kind), layout, offset in zip(facts.layout, view.layouts, facts.offsets, strict=False)
     ]
-    return block.name, facts.kind, precision, *block.shape, block.axis, parts
+    return block.name, facts.kind, precision, *block.shape, block.axis, parts, flat

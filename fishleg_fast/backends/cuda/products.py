@@ -13,12 +13,10 @@ from ...algebra.matrix import Matrix, dot
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
 from .. import reference
-from .coverage import TYPES, BlockFacts, why_uncovered
+from .coverage import ALIGNED, TYPES, BlockFacts, why_uncovered
 from .plans import GradientViews, Op, Plan
 from .runtime import runtime
 from .state import facts_of, plan_of
-
-ALIGNED = 4  # entries: rows of P and S start at multiples of 16 bytes, and are copied 16 bytes at a time instead of 4
 
 
 def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None = None) -> None:
@@ -62,9 +60,16 @@ def _form(blocks: Sequence[Block], facts: Sequence[BlockFacts]) -> None:
 
 
 def prepare(
-    op: Op, blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix | None] | None = None
+    op: Op,
+    blocks: Sequence[Block],
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix | None] | None = None,
+    flat: Sequence[bool] = (),
 ) -> tuple[Plan | None, list[BlockFacts], list[GradientViews | None]]:
-    """A plan, with P and S formed, and where each u is, None for a block not covered; no plan where none is."""
+    """A plan, with P and S formed, and where each u is, None for a block not covered; no plan where none is.
+
+    ``flat``: of which blocks a θ step takes polar factors.
+    """
     facts = [facts_of(b) for b in blocks]
     views: list[GradientViews | None] = []
     for block, found, u, v in zip(blocks, facts, us, vs or [None] * len(blocks), strict=True):
@@ -74,7 +79,7 @@ def prepare(
     if not inside:
         return None, facts, views
     _form([blocks[k] for k in inside], [facts[k] for k in inside])
-    return plan_of(op, blocks, facts, views), facts, views
+    return plan_of(op, blocks, facts, views, flat), facts, views
 
 
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:

@@ -37,21 +37,29 @@ def facts_of(block: Block) -> BlockFacts:
 
 
 def plan_of(
-    op: Op, blocks: Sequence[Block], facts: Sequence[BlockFacts], views: Sequence[GradientViews | None]
+    op: Op,
+    blocks: Sequence[Block],
+    facts: Sequence[BlockFacts],
+    views: Sequence[GradientViews | None],
+    flat: Sequence[bool] = (),
 ) -> Plan:
-    """The plan for blocks that lie like this, with nothing pointed to yet. A view that is None: a block not covered."""
+    """The plan for blocks that lie like this, with nothing pointed to yet. A view that is None: a block not covered.
+
+    ``flat``: of which blocks polar factors are taken, none by default.
+    """
+    flat = tuple(flat) or (False,) * len(blocks)
     device = blocks[0].momentum.device
     lie = [None if v is None else (b.structure.precision, *v.layouts) for b, v in zip(blocks, views, strict=True)]
     if op is Op.REFRESH:
         lie = [(b.structure.precision,) for b in blocks]
-    key = (op, device, tuple(map(id, facts)), tuple(lie))
+    key = (op, device, tuple(map(id, facts)), tuple(lie), flat)
     plans = blocks[0].kept(CudaState).plans
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= MOST_PLANS:  # a captured graph still writes to its plan's workspace
             for old in [k for k, p in plans.items() if not p.captured][:1]:
                 del plans[old]
-        layouts = [described(op, b, f, v) for b, f, v in zip(blocks, facts, views, strict=True)]
+        layouts = [described(op, *given) for given in zip(blocks, facts, views, flat, strict=True)]
         compiled = runtime().extension.CudaPlan(int(op), layouts, device.index or 0)
         uncovered = 0 if op is Op.REFRESH else sum(v is None for v in views)
         plan = plans[key] = Plan(compiled, len(blocks), uncovered, device)

@@ -9,22 +9,24 @@ from torch import Tensor
 
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix, dense, is_zero
+from ...algebra.polar import COEFFICIENTS, polar_factors
 from ...model.block import Block
 from ..protocol import ThetaOptions
 from ..reference import theta_update as reference
 from .plans import Op, Plan
 from .products import prepare
 
-NORMALIZE = {None: 0, "rms": 1, "trust": 2}
+NORMALIZE = {None: 0, "rms": 1, "trust": 2, "spectral": 3}
+_COEFFICIENTS = tuple(x for step in COEFFICIENTS for x in step)
 
 Uncovered = tuple[int, Block, Matrix, Tensor]  # number, block, what m averages, nat
 
 
 def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOptions) -> tuple[Tensor, Tensor]:
-    """As the reference's, which takes the steps of normalize="spectral"."""
-    if options.normalize == "spectral":
-        return reference.theta_step(blocks, gs, options)
-    plan, facts, views = prepare(Op.THETA, blocks, gs)
+    """As the reference's."""
+    spectral = options.normalize == "spectral"
+    flat = [spectral and b.flattened and b.dtype == torch.float32 for b in blocks]
+    plan, facts, views = prepare(Op.THETA, blocks, gs, flat=flat)
     if plan is None:
         return reference.theta_step(blocks, gs, options)
     ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
@@ -36,6 +38,9 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
         if view is None:
             x, nat, sums = _uncovered(block, g, options)
             plan.external[len(uncovered)] = sums.to(plan.device)
+            if flat[k]:
+                norm = torch.linalg.vector_norm(nat)
+                plan.polar(k, block.shape).copy_(nat / torch.where(norm > 0, norm, 1))
             uncovered.append((k, block, x, nat))
             plan.point(step)
             continue
@@ -44,6 +49,7 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
         plan.point(found.outer(block), step)
         plan.take(view)
         _point_to_parameters(plan, block)
+    plan.numbers += _COEFFICIENTS if spectral else ()
     norms = torch.empty(len(blocks), dtype=torch.float32, device=plan.device)
     wide = norms.double() if any(b.dtype == torch.float64 for b in blocks) else None
     ok = torch.empty((), dtype=torch.bool, device=plan.device)
@@ -54,7 +60,8 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
     )  # fmt: skip
     plan.begin()
     for k, block, x, nat in uncovered:
-        reference.move(block, x, nat, plan.scales[k], ok, True)
+        nat, scale = _scaled(plan, k, block, nat, spectral)
+        reference.move(block, x, nat, scale, ok, True)
     for block in ours:
         block.product_version = None
     written = [p.param for b in ours for p, g in zip(b.parts, b.grads, strict=True) if g is not None]
@@ -73,6 +80,16 @@ def _point_to_parameters(plan: Plan, block: Block) -> None:
         on_device = isinstance(lr, Tensor) and lr.device == plan.device
         plan.point(None if grad is None else part.of(part.param), plan.hold(lr.float()) if on_device else None)
         plan.numbers += (0.0 if on_device else float(lr), group["weight_decay"])
+
+
+def _scaled(plan: Plan, k: int, block: Block, nat: Tensor, spectral: bool) -> tuple[Tensor, Tensor]:
+    """What an uncovered block moves along after the kernels' decision, and times what: nat or its polar factor."""
+    scale = plan.scales[k]
+    if not (spectral and block.flattened):
+        return nat, scale
+    if block.dtype == torch.float32:
+        return plan.polar(k, block.shape).to(block.momentum.device), scale
+    return polar_factors([nat])[0], torch.where(scale > 0, reference.RMS * max(block.shape) ** 0.5, 0)
 
 
 def _uncovered(block: Block, g: Matrix, options: ThetaOptions) -> tuple[Matrix, Tensor, Tensor]:

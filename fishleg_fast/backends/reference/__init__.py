@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from ..protocol import Availability
-from .anchoring import anchor as anchor
+from .anchoring import average_moments as average_moments
+from .anchoring import start_kfac as start_kfac
 from .lambda_update import lambda_step as lambda_step
 from .products import inner as inner
 from .products import qv as qv

@@ -10,35 +10,20 @@ from ...model.block import Block
 from ...precision import precision_scope
 
 
-def anchor(
-    blocks: Sequence[Block],
-    statistics: Sequence[LayerStatistics | Aux],
-    *,
-    decay: float,
-    damping: float,
-    relative: bool = False,
-) -> None:
-    """Q from the moving average of the Kronecker factors, with the new ones in it: see ``protocol.Ops``."""
+def average_moments(
+    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float
+) -> list[Block]:
+    """Moving averages of the Kronecker factors, and the blocks whose moved: see ``protocol.Ops``."""
+    done = []
     for block, new in zip(blocks, statistics, strict=True):
-        if new and average(block, new, decay):
-            start_kfac(block, damping, relative)
-
-
-def average(block: Block, new: LayerStatistics | Aux, decay: float) -> bool:
-    """Average new moments into the block's; whether they were finite."""
-    done = block.structure.average(block.moments, new, 1 - decay)
-    if done:
-        block.moments_weight.mul_(decay).add_(1 - decay)
+        if new and block.structure.average(block.moments, new, 1 - decay):
+            block.moments_weight.mul_(decay).add_(1 - decay)
+            done.append(block)
     return done
 
 
-def start_kfac(block: Block, damping: float, relative: bool = False) -> None:
-    """Q from the block's average as it is."""
+def start_kfac(blocks: Sequence[Block], damping: float) -> None:
+    """Q from the moving averages as they are: see ``protocol.Ops``."""
     with precision_scope("highest"):  # of a triangular inverse that λ starts from
-        block.structure.start_kfac(block.moments, damping, moments_divisor(block, relative))
-
-
-def moments_divisor(block: Block, relative: bool) -> float:
-    """What the block's moments are to be divided by."""
-    weight = block.moments_weight.item()
-    return block.structure.unit_weight(block.moments, weight) if relative else weight
+        for block in blocks:
+            block.structure.start_kfac(block.moments, damping, block.moments_divisor())

@@ -163,6 +163,7 @@ class BlockRows:
         scalars: Scalars = NO_SCALARS,
         moments: tuple[Tensor, Tensor] | None = None,  # of a Diagonal's d
         scratch: LambdaBuffers | None = None,
+        polar: tuple[Tensor, Tensor] | None = None,  # (m, np) and (n, mp)
         vector: bool = False,  # tensors of any shape are seen as one row
     ) -> None:
         """One row; names are the fields'."""
@@ -171,9 +172,10 @@ class BlockRows:
         S, P, XT, OUT = (None,) * 4 if buffers is None else buffers[1:]
         U, UT, WS = (None,) * 3 if scratch is None else scratch
         avg, avg_sq = moments or (None, None)
+        POLAR, POLAR_T = polar or (None, None)
         self.values += F.pack(
             M=m, N=n, MP=padded(m), NP=padded(n), TERMS=terms, DIAGONAL=int(buffers is None),
-            S=_at(S), P=_at(P), XT=_at(XT), OUT=_at(OUT),
+            S=_at(S), P=_at(P), XT=_at(XT), OUT=_at(OUT), POLAR=_at(POLAR), POLAR_T=_at(POLAR_T),
             A=_at(A), LDA=0 if A is None or vector else A.stride(0),
             V=_at(v), LDV=0 if v is None else v.stride(0),
             STEP=_at(scalars.step), SLOT=scalars.slot, SLOTS=scalars.slots, INDEX=scalars.block,

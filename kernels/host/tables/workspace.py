@@ -30,32 +30,52 @@ class LambdaBuffers(NamedTuple):
     WS: Tensor
 
 
-class Workspace:
-    """A block's cached products and scratch, padded with zeros. ``version``: of the λ that S and P are of."""
+class PolarBuffers(NamedTuple):
+    """What the iterations for a polar factor read and write (``row_layout.PolarFields``).
 
-    def __init__(self, block: Block) -> None:
-        m, n = block.shape
-        self.terms = len(block.structure.fishleg_aux) // 2 if block.structure.maths is SUMKRON else 1
-        self.device = block.momentum.device
-        self.S = self._zeros(self.terms, n, padded(n))
-        self.P = self._zeros(m, self.terms * padded(m))
-        self.XT = self._zeros(n, self.terms * padded(m))
-        self.out = self._zeros(m, padded(n))
-        self.version: object = None
-        self.more: dict[str, Tensor] = {}  # what only some ops need
+    The factor of nat (m, n) ends in the first, its transpose in the second.
+    """
+
+    polar: Tensor  # (m, np)
+    polar_t: Tensor  # (n, mp)
+    next_xt: Tensor  # as the transpose of X, the wide one of those two
+    A: Tensor
+    B: Tensor
+
+
+class Scratch:
+    """A block's memory by name, padded with zeros at first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.more: dict[str, Tensor] = {}
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
-
-    def buffers(self, out: Tensor | None = None) -> ProductBuffers:
-        """For Q's products; ``out`` for the result, instead of the workspace's."""
-        return ProductBuffers(self.terms, self.S, self.P, self.XT, self.out if out is None else out)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Zeroed at the first call, kept."""
         if name not in self.more:
             self.more[name] = self._zeros(*shape)
         return self.more[name]
+
+
+class Workspace(Scratch):
+    """A block's cached products and scratch, padded with zeros. ``version``: of the λ that S and P are of."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block.momentum.device)
+        m, n = block.shape
+        self.terms = len(block.structure.fishleg_aux) // 2 if block.structure.maths is SUMKRON else 1
+        self.S = self._zeros(self.terms, n, padded(n))
+        self.P = self._zeros(m, self.terms * padded(m))
+        self.XT = self._zeros(n, self.terms * padded(m))
+        self.out = self._zeros(m, padded(n))
+        self.version: object = None
+
+    def buffers(self, out: Tensor | None = None) -> ProductBuffers:
+        """For Q's products; ``out`` for the result, instead of the workspace's."""
+        return ProductBuffers(self.terms, self.S, self.P, self.XT, self.out if out is None else out)
 
     def lambda_buffers(self) -> LambdaBuffers:
         """For a λ step."""

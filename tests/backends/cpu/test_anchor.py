@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fishleg_fast.backends.reference import anchoring as reference_anchoring
 from fishleg_fast.model.block import Block, Part
 from support.dense import randn, relative
 
-ANCHOR = registry.choose("cpp", torch.device("cpu"), torch.float32)[1].anchor
+OPS = registry.choose("cpp", torch.device("cpu"), torch.float32)[1]
 SIZES = [(1, 1), (7, 33), (32, 31), (100, 64), (257, 129), (500, 785)]
 # Operands' dtype -> what it takes, and how far moments and Q may be from those of float64.
 CLOSE = {torch.float32: ("avx512", 1e-5, 3e-5), torch.bfloat16: ("amx", 4e-3, 1e-4)}
@@ -79,6 +80,12 @@ def state(block: Block) -> list[Tensor]:
     return [t.clone() for t in (*block.structure.fishleg_aux.values(), *block.moments.values(), block.moments_weight)]
 
 
+def anchor(
+    blocks: list[Block], news: Sequence[LayerStatistics | dict], decay: float, damping: float, ops: Any = OPS
+) -> None:
+    ops.start_kfac(ops.average_moments(blocks, news, decay), damping)
+
+
 def refuse(*args: object) -> None:
     raise AssertionError("the reference's function was called")
 
@@ -90,11 +97,11 @@ def test_against_the_reference_and_float64(operands: torch.dtype, monkeypatch: p
         b.structure.operand_dtype = operands
     for step in range(3):
         news = [shown(m, n, seed=step) for m, n in SIZES]
-        steps.anchor(theirs, news, decay=0.8, damping=0.01)
+        anchor(theirs, news, decay=0.8, damping=0.01, ops=steps)
         with monkeypatch.context() as patch:
             patch.setattr(Kron, "start_kfac", refuse)
             patch.setattr(Kron, "average", refuse)
-            ANCHOR(ours, news, decay=0.8, damping=0.01)
+            anchor(ours, news, decay=0.8, damping=0.01)
     for b, t in zip(ours, theirs, strict=True):
         assert b.moments_weight == t.moments_weight
         for name, moment in b.moments.items():
@@ -140,7 +147,7 @@ def test_any_number_of_threads(operands: torch.dtype, threads: None) -> None:
     for count in (1, 2, 3, 1):
         torch.set_num_threads(count)
         blocks = [block_of(m, n, operands) for m, n in SIZES]
-        ANCHOR(blocks, [shown(m, n) for m, n in SIZES], decay=0.9, damping=0.1)
+        anchor(blocks, [shown(m, n) for m, n in SIZES], decay=0.9, damping=0.1)
         results.append([t for b in blocks for t in state(b)])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -150,8 +157,8 @@ def test_many_positions(operands: torch.dtype) -> None:
     """More than are packed at a time; and none."""
     block, other = block_of(5, 40, operands), block_of(5, 40, torch.float32)
     for new in (shown(5, 40, 5000), shown(5, 40, 0), shown(5, 40, 1)):
-        ANCHOR([block], [new], decay=0.5, damping=0.1)
-        steps.anchor([other], [new], decay=0.5, damping=0.1)
+        anchor([block], [new], decay=0.5, damping=0.1)
+        anchor([other], [new], decay=0.5, damping=0.1, ops=steps)
         for name, moment in block.moments.items():
             assert relative(moment, other.moments[name]) < CLOSE[operands][1]
 
@@ -164,7 +171,7 @@ def test_layouts(operands: torch.dtype) -> None:
     results = []
     for a, e in [(new.a, new.e), (wide[:, 10:60], new.e.T.contiguous().T), (new.a.T.contiguous().T, new.e)]:
         block = block_of(m, n, operands)
-        ANCHOR([block], [LayerStatistics(a, e, new.terms)], decay=0.5, damping=0.1)
+        anchor([block], [LayerStatistics(a, e, new.terms)], decay=0.5, damping=0.1)
         results.append(state(block))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -176,7 +183,7 @@ def test_what_is_not_finite_is_left_out(operands: torch.dtype, bad: float) -> No
     news[0].a[7, 3], news[2].e[39, 39] = bad, bad
     before = [state(b) for b in blocks]
     versions = [b.structure.version for b in blocks]
-    ANCHOR(blocks, news, decay=0.5, damping=0.1)
+    anchor(blocks, news, decay=0.5, damping=0.1)
     for k in (0, 2):
         assert all(map(torch.equal, state(blocks[k]), before[k])) and blocks[k].structure.version == versions[k]
     assert blocks[1].moments_weight == 0.5 and blocks[1].structure.version != versions[1]
@@ -189,15 +196,15 @@ def test_where_float32_fails_float64_follows(operands: torch.dtype, monkeypatch:
     blocks[0].moments_weight.fill_(1)
     (_, inverting) = anchoring._engines(blocks[0], shown(40, 30))
     before = state(blocks[0])
-    assert anchoring._start(inverting, blocks[:1], 1e-30, False) == blocks[:1]
+    assert anchoring._start(inverting, blocks[:1], 1e-30) == blocks[:1]
     assert all(map(torch.equal, state(blocks[0]), before))
     called = []
-    monkeypatch.setattr(anchoring, "_start", lambda engine, found, damping, relative: found[:1])
+    monkeypatch.setattr(anchoring, "_start", lambda engine, found, damping: found[:1])
     monkeypatch.setattr(
-        reference_anchoring, "start_kfac", lambda block, damping, relative: called.append((block, damping))
+        reference_anchoring, "start_kfac", lambda found, damping: called.append((found, damping))
     )
-    ANCHOR(blocks, [shown(40, 30)] * 2, decay=0.5, damping=0.1)
-    assert called == [(blocks[0], 0.1)]
+    anchor(blocks, [shown(40, 30)] * 2, decay=0.5, damping=0.1)
+    assert called == [(blocks[:1], 0.1)]
 
 
 def test_moments_that_are_not_positive_are_refused(operands: torch.dtype) -> None:
@@ -205,7 +212,7 @@ def test_moments_that_are_not_positive_are_refused(operands: torch.dtype) -> Non
     block.moments["rows"].copy_(1e3 + torch.eye(4)).diagonal()[2] = 0
     before = [t.clone() for t in block.structure.fishleg_aux.values()]
     with pytest.raises(torch.linalg.LinAlgError, match="positive semi-definite"):
-        ANCHOR([block], [shown(4, 3)], decay=0.5, damping=0.1)
+        anchor([block], [shown(4, 3)], decay=0.5, damping=0.1)
     assert all(map(torch.equal, before, block.structure.fishleg_aux.values()))
 
 
@@ -218,9 +225,9 @@ def test_others_go_to_the_reference(operands: torch.dtype) -> None:
     wide = LayerStatistics(shown(m, n).a.double(), shown(m, n).e.double(), 40.0)
     news = [shown(m, n)] * 4 + [wide]
     assert [anchoring._engines(b, new) is None for b, new in zip(blocks, news, strict=True)] == [False] + [True] * 4
-    assert anchoring._engines(blocks[0], {}) is None and anchoring._engines(blocks[0], wide) is None
-    ANCHOR([*blocks, blocks[0]], [*news, {}], decay=0.5, damping=0.1)
-    steps.anchor(others, news, decay=0.5, damping=0.1)
+    assert anchoring._engines(blocks[0], wide) is None
+    anchor([*blocks, blocks[0]], [*news, {}], decay=0.5, damping=0.1)
+    anchor(others, news, decay=0.5, damping=0.1, ops=steps)
     for b, o in zip(blocks[1:], others[1:], strict=True):
         assert all(map(torch.equal, state(b), state(o)))
 
@@ -232,10 +239,10 @@ def test_moments_that_come_as_such_are_started_from_here(
     for step in range(2):
         new = shown(40, 30, seed=step)
         moments = ours.structure.layer_moments(*new)
-        steps.anchor([theirs], [{name: t.clone() for name, t in moments.items()}], decay=0.8, damping=0.01)
+        anchor([theirs], [{name: t.clone() for name, t in moments.items()}], decay=0.8, damping=0.01, ops=steps)
         with monkeypatch.context() as patch:
             patch.setattr(Kron, "start_kfac", refuse)
-            ANCHOR([ours, twice], [moments, {**moments, "rows": moments["rows"] * math.nan}], decay=0.8, damping=0.01)
+            anchor([ours, twice], [moments, {**moments, "rows": moments["rows"] * math.nan}], decay=0.8, damping=0.01)
     assert ours.moments_weight == theirs.moments_weight and twice.moments_weight == 0
     assert all(torch.equal(t, theirs.moments[name]) for name, t in ours.moments.items())
     pairs = zip(factors(ours), factors(theirs), strict=True)
@@ -246,7 +253,7 @@ def test_moments_that_come_as_such_are_started_from_here(
 def test_layers_below_zero(operands: torch.dtype) -> None:
     """Output gradients below a layer that starts at zero vanish; R and L have one size nonetheless."""
     block, new = block_of(40, 30, operands), shown(40, 30)
-    ANCHOR([block], [LayerStatistics(new.a, torch.zeros_like(new.e), 40.0)], decay=0.5, damping=0.1)
+    anchor([block], [LayerStatistics(new.a, torch.zeros_like(new.e), 40.0)], decay=0.5, damping=0.1)
     R, L = block.structure.fishleg_aux.values()
     assert torch.isfinite(R).all() and torch.isfinite(L).all()
     assert relative(R.diagonal().norm() / 40**0.5, L.diagonal().norm() / 30**0.5) < 1e-3

@@ -6,7 +6,7 @@ import pytest
 
 from fishleg_fast.backends.cuda import plans, products, state
 
-pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda")
+pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda", "cuda_cases_polar")
 
 
 @pytest.fixture

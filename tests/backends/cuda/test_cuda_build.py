@@ -21,7 +21,7 @@ from fishleg_fast import native
 from fishleg_fast.backends import cuda, reference, registry
 from support.cuda_emulation import KERNELS, ROOT, build, fingerprint, only_one
 
-OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "anchor")
+OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "average_moments", "start_kfac")
 DEVICE_KERNELS = [path for path in KERNELS if "__global__" in path.read_text(encoding="utf-8")]
 ARCHITECTURES = (80, 90, 100)  # those that the extension is built for; the last from nvcc 12.8 on
 
@@ -75,10 +75,10 @@ def test_the_extension_has_the_plan_and_needs_no_gpu_to_be_imported() -> None:
     if not native.features()["cuda"]:
         pytest.skip(native.cuda_status()[1])
     extension = native.extension()
-    plan = extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 3), (3, 1), (3, 1), 0, 0, 0)])], 0)
+    plan = extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 3), (3, 1), (3, 1), 0, 0, 0)], False)], 0)
     assert plan.workspace_bytes > 0
     with pytest.raises(ValueError, match="block 'layer': its parts have 8 entries, not 12"):
-        extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 2), (2, 1), (2, 1), 0, 0, 0)])], 0)
+        extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 2), (2, 1), (2, 1), 0, 0, 0)], False)], 0)
     if not native.cuda_status()[0]:
         with pytest.raises(RuntimeError, match="CUDA"):
             plan.qv(0, 0, array("q", [16, 4, 16, 3, 0, 16, 16, 0]))

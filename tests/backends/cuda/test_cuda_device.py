@@ -13,6 +13,7 @@ import torch
 
 from cuda_cases import *  # noqa: F403
 from cuda_cases_lambda import *  # noqa: F403
+from cuda_cases_polar import *  # noqa: F403
 from fishleg_fast.backends import cuda
 from fishleg_fast.backends.cuda import coverage, state
 from fishleg_fast.backends.protocol import ThetaOptions

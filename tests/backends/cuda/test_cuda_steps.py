@@ -8,6 +8,7 @@ import torch
 from cuda_cases import *  # noqa: F403
 from cuda_cases_lambda import *  # noqa: F403
 from cuda_cases_lambda import aux_inputs
+from cuda_cases_polar import *  # noqa: F403
 from fishleg_fast.backends import cuda
 from fishleg_fast.backends.cuda import runtime
 from fishleg_fast.backends.protocol import LambdaOptions, ThetaOptions
@@ -44,6 +45,8 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_blocks(device: 
     assert theta(small) == 5  # prepare, chain; the decision, 2; update
     assert theta(both) == 7  # and two products
     assert theta(both, momentum="after") == 8  # and what nat is then
+    assert theta(both, normalize="spectral") == 7 + 20  # nat/‖nat‖, six steps of 3 products, what the first divides by
+    assert theta(both, normalize="spectral", momentum="after") == 8 + 20
     assert launches(lambda: cuda.qv(both, set_gradients(both, 1))) == 4
     arguments = aux_inputs(both, cuda, 1)
     step = {"damping": 0.1, "lr": 1e-3}

@@ -22,7 +22,7 @@ from fishleg_fast.kernels import backend
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "anchor"]
+OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "average_moments", "start_kfac"]
 
 
 @pytest.mark.parametrize("name", [*OPS, "available"])
@@ -68,7 +68,7 @@ def test_pinning_says_what_it_needs() -> None:
     assert done.returncode == 1 and "CUDA device" in done.stderr
 
 
-INTERPRETED = ["products", "theta", "lambda", "training"]  # triton_*.py
+INTERPRETED = ["products", "theta", "polar", "lambda", "training"]  # triton_*.py
 
 
 @pytest.mark.slow

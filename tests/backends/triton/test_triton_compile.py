@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from fishleg_fast.kernels.device import diagonal, factors, inner, lambda_step, products, theta_step  # noqa: E402
+from fishleg_fast.kernels.device import diagonal, factors, inner, lambda_step, polar, products, theta_step  # noqa: E402
 from fishleg_fast.kernels.host.configurations import (  # noqa: E402
     BESIDE_PRODUCTS,
     COPY,
@@ -27,6 +27,7 @@ from fishleg_fast.kernels.host.configurations import (  # noqa: E402
     INNER_PRODUCTS,
     TILES,
     Tile,
+    stored_twice,
     tile,
 )
 
@@ -34,13 +35,16 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRECISIONS = sorted(TILES["small"])
 TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 INTEGERS = {"tiles", "slots", "dot_slots", "square_slots", "checked", "blocks", "most"}
-FLOATS = {"kappa", "damping", "beta1", "beta2", "eps", "log2beta1", "log2beta2"}
+FLOATS = {"kappa", "damping", "beta1", "beta2", "eps", "log2beta1", "log2beta2", "keep", "linear", "quadratic"}
 TABLES = {"rows": "*i64", "schedule": "*i32", "ranges": "*i32", "arrived": "*i32", "taken": "*i1"}
 
 GRADIENT = {"G": tl.float32, "GENERAL": False, "ALIGN": 16}
 ALIGNED = {**GRADIENT, "ALIGN_X": 16}
 WIDE = {"ROWS": ELEMENTWISE[0], "COLS": ELEMENTWISE[1]}
 NARROW = {"ROWS": BESIDE_PRODUCTS[0], "COLS": BESIDE_PRODUCTS[1]}
+TURNED = {"ROWS": COPY[0], "COLS": COPY[1]}
+LOOSE = {"ALIGN": 1, "ALIGN_X": 1}
+GENERAL = {"GENERAL": True, "G": tl.bfloat16, **LOOSE}
 RIGHT = {"SOURCE": "mg", "SCALED": False, "COUNT": True, "CHECK": False, **ALIGNED}
 LEFT = {"SUMS": "rms", "AFTER": False, "SCALED": False, "SQUARED": False, **ALIGNED}
 FUSED = {"AFTER": False, "SCALED": False, "W": tl.float32, **ALIGNED}
@@ -58,20 +62,27 @@ GEMMS = {
     "pair": (factors.pair_kernel, {}, SQUARE, True),
     "gradients": (lambda_step.gradients_kernel, {"ALIGN": 16}, EPILOGUE, True),
     "commit": (lambda_step.commit_kernel, NARROW, SQUARE, True),
+    "gram": (polar.symmetric_kernel, {"STAGE": "gram"}, SQUARE, True),
+    "bound": (polar.symmetric_kernel, {"STAGE": "bound"}, SQUARE, True),
+    "combined": (polar.symmetric_kernel, {"STAGE": "combined"}, SQUARE, True),
+    "apply first": (polar.apply_kernel, {"FIRST": True}, BOTH, False),
+    "apply": (polar.apply_kernel, {"FIRST": False}, BOTH, False),
 }
-OURS = {"left", "pair", "commit"}  # that read nothing but our own aligned matrices
+OURS = {"left", "pair", "commit", "gram", "bound", "combined", "apply"}  # that read our own aligned matrices alone
+TWICE = {"gram", "bound", "combined", "apply", "apply first"}  # that have narrower tiles
 ELEMENTWISES = {
     "update": (theta_step.update_kernel, UPDATE),
+    "update spectral": (theta_step.update_kernel, {**UPDATE, "RULE": "spectral", "AFTER": True}),
+    "unit": (polar.unit_kernel, {"AFTER": False, "DIAGONAL": True, **ALIGNED, **TURNED}),
+    "unit after": (polar.unit_kernel, {"AFTER": True, "DIAGONAL": False, **GENERAL, **TURNED}),
     "diagonal": (theta_step.diagonal_kernel, {"SUMS": "trust", "AFTER": False, **GRADIENT, **WIDE}),
     "diagonal sums": (diagonal.diagonal_sums_kernel, {"PRECONDITION": True, **GRADIENT, **WIDE}),
     "diagonal adam": (diagonal.diagonal_adam_kernel, {"RESCALE": True, "PRECONDITION": True, **GRADIENT, **WIDE}),
     "diagonal product": (diagonal.diagonal_product_kernel, {**GRADIENT, **WIDE}),
-    "copy": (factors.copy_kernel, {"ALIGN": 16, "ROWS": COPY[0], "COLS": COPY[1]}),
+    "copy": (factors.copy_kernel, {"ALIGN": 16, **TURNED}),
     "inner": (inner.inner_kernel, {"X": tl.float32, "Y": tl.bfloat16, "CHUNK": INNER_PRODUCTS.CHUNK}),
 }
 BETWEEN_RIGHT, BETWEEN_LEFT = {"SOURCE": "x", "COUNT": False}, {"SUMS": "none", "SCALED": True, "SQUARED": True}
-LOOSE = {"ALIGN": 1, "ALIGN_X": 1}
-GENERAL = {"GENERAL": True, "G": tl.bfloat16, **LOOSE}
 # What else kernels are compiled for at run time, and in which shape class.
 VARIANTS = {
     "right after": (products.right_kernel, {**RIGHT, "SOURCE": "g", "CHECK": True, "SCALED": True}, "large"),
@@ -154,6 +165,7 @@ def test_products(arch: int, precision: str, tmp_path: Path) -> None:
     for name, (function, constants, classes, square) in GEMMS.items():
         for shape in classes:
             t = tile(shape, precision, arch)
+            t = stored_twice(t) if name in TWICE else t
             if (name, t) in seen:
                 continue
             seen.add((name, t))
@@ -169,7 +181,8 @@ def test_products(arch: int, precision: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", SHARED)
 def test_elementwise(arch: int, tmp_path: Path) -> None:
-    target, warps = GPUTarget("cuda", arch, 32), {"inner": INNER_PRODUCTS.num_warps, "copy": COPY[2]}
+    target, warps = GPUTarget("cuda", arch, 32), dict.fromkeys(("copy", "unit", "unit after"), COPY.num_warps)
+    warps["inner"] = INNER_PRODUCTS.num_warps
     for name, (function, constants) in {**ELEMENTWISES, **VARIANTS_OF_ELEMENTWISE}.items():
         kernel = compiled(function, constants, target, warps.get(name, ELEMENTWISE[2]))
         check_resources(kernel, arch, f"{name} sm_{arch}", tmp_path)

@@ -199,17 +199,6 @@ def test_nothing_is_kept_alive() -> None:
     assert [ref() for ref in gone] == [None] * 4
 
 
-def test_polar_factors_are_the_references() -> None:
-    exact, ours = pair(all_blocks, weight_decay=0.1, lr=0.05)
-    options, before = ThetaOptions(normalize="spectral", nesterov=True), [theta(b) for b in exact]
-    for step in (1, 2):
-        gs = matrices(ours, step)
-        steps.theta_step(exact, [g.double() for g in gs], options)
-        assert backend.theta_step(ours, gs, options)[1]
-    for a, b, old in zip(exact, ours, before, strict=True):
-        assert relative(theta(b).double() - old, theta(a) - old) <= 1e-3
-
-
 def test_large_blocks_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(configurations, "LIBRARY", 16)  # of which there are three
     exact, ours = pair(factored_blocks)

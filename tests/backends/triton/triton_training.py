@@ -52,6 +52,22 @@ def test_trajectory(structure: str | dict[str, str], options: dict) -> None:
     assert relative(got - start, want - start) <= 1e-5
 
 
+@pytest.mark.parametrize(("normalize", "close"), [("rms", 1e-5), ("spectral", 1e-2)])
+def test_relative_damping(normalize: str, close: float) -> None:
+    """By each block's own γ: 9 steps, 4 updates of λ and 2 anchorings.
+
+    Softmax's gradients lack a direction, where a polar factor is grown rounding, of any backend.
+    """
+    options = {"damping": 0.3, "damping_scale": "relative", "normalize": normalize, "thin_gradients": False}
+    start, _ = trained("reference", "kron", 0, **options)
+    want, _ = trained("reference", "kron", 9, **options)
+    got, opt = trained("triton", "kron", 9, **options)
+    assert opt.diagnostics()["skipped_steps"] == opt.diagnostics()["skipped_aux_steps"] == 0
+    assert relative(got - start, want - start) <= close
+    absolute, _ = trained("reference", "kron", 9, **{**options, "damping_scale": "absolute"})
+    assert relative(absolute - start, want - start) >= 3 * close
+
+
 def test_it_runs_on_a_cpu_only_where_it_is_named() -> None:
     assert registry.available("triton", torch.device("cpu"), torch.float32) == (True, "interpreted, for tests")
     assert trained(None, "kron", 0)[1].backend != "triton"

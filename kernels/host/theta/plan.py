@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ...algebra.matrix import Matrix, dense
-from ...backends.protocol import ThetaOptions
-from ...backends.reference import theta_update
-from ...model.block import Block
-from ...model.gradients import GradientInPlace
-from ..device.row_layout import H
-from .configurations import ELEMENTWISE, Tile, elementwise_tiles, shape_class, tile
-from .coverage import FACTORED, counts_on_device
-from .diagkron import CoreProducts, append_core, core_products
-from .launch import capability, processors
-from .state import TritonState, workspace_of
-from .tables.block_rows import (
+from ....algebra.matrix import Matrix, dense
+from ....backends.protocol import ThetaOptions
+from ....backends.reference import theta_update
+from ....model.block import Block
+from ....model.gradients import GradientInPlace
+from ...device.row_layout import H
+from ..configurations import elementwise_tiles, shape_class, tile
+from ..coverage import FACTORED, counts_on_device
+from ..diagkron import append_core
+from ..launch import capability, processors
+from ..state import TritonState, workspace_of
+from ..tables.block_rows import (
     BlockMatrix,
     BlockRows,
     Gradient,
@@ -32,66 +30,11 @@ from .tables.block_rows import (
     pieces,
     weight_columns,
 )
-from .tables.strides import scattered
-from .tables.uploads import Schedule, keep, schedule, tiles, upload_rows
-
-
-@dataclass
-class Group:
-    """Blocks that share launches: gradients of one dtype, parameters of one dtype, one precision."""
-
-    device: torch.device
-    precision: str
-    scaled: bool  # whether any has an outer diagonal A
-    rows: BlockRows
-    config: Tile
-    members: list[tuple[int, slice]] = field(default_factory=list)  # of each row: its block, and its parts of that
-    factored: list[int] = field(default_factory=list)  # row numbers of the FACTORED kinds
-    slots: list[tuple[int, int]] = field(default_factory=list)  # (first, how many) partial sums of each of those
-    diagonal: list[tuple[int, int]] = field(default_factory=list)  # (row, its first tile's number in the block)
-    core_rows: BlockRows = field(default_factory=BlockRows)  # of DiagKron blocks
-
-    def product_constants(self) -> dict:
-        """What the kernels of products are compiled for."""
-        return {
-            "PRECISION": self.precision, "SCALED": self.scaled, **self.rows.constants(), **self.config._asdict(),
-        }  # fmt: skip
-
-    @cached_property
-    def table(self) -> Tensor:
-        """The rows on the device."""
-        return self.rows.upload(self.device)
-
-    @cached_property
-    def right_tiles(self) -> Schedule:
-        """(row, tile of n, tile of m, term)"""
-        shapes = self.rows.shapes
-        found = [(k, shapes[k][1], shapes[k][0], term) for k in self.factored for term in range(shapes[k][2])]
-        return schedule(tiles(found, self.config.BM, self.config.BN), self.device)
-
-    @cached_property
-    def core(self) -> CoreProducts | None:
-        """DiagKron's products in between."""
-        return core_products(self.core_rows, self.precision, self.config, self.device)
-
-    @cached_property
-    def left_tiles(self) -> Schedule:
-        """(row, tile of m, tile of n, its number)"""
-        found = [(k, *self.rows.shapes[k][:2], 0) for k in self.factored]
-        return schedule(tiles(found, self.config.BM, self.config.BN, numbered=True), self.device)
-
-    @cached_property
-    def diagonal_tiles(self) -> Schedule:
-        """(row, tile of rows, tile of columns, its number) of Diagonal blocks."""
-        found = [(k, *self.rows.shapes[k][:2], number) for k, number in self.diagonal]
-        return schedule(tiles(found, ELEMENTWISE.ROWS, ELEMENTWISE.COLS, numbered=True), self.device)
-
-    @cached_property
-    def update_tiles(self) -> Schedule:
-        """(row, tile of rows, tile of columns, unused)"""
-        found = [(k, m, n, 0) for k, (m, n, _) in enumerate(self.rows.shapes)]
-        return schedule(tiles(found, ELEMENTWISE.ROWS, ELEMENTWISE.COLS), self.device)
-
+from ..tables.strides import scattered
+from ..tables.uploads import keep, upload_rows
+from ..tables.workspace import PolarBuffers
+from .group import Group
+from .polar import PolarFactors, polar_buffers
 
 KEPT = 8  # plans of the same first block: gradients move between few places
 
@@ -126,6 +69,7 @@ def _places(block: Block, g: Matrix) -> tuple | None:
     return (
         id(block),
         id(block.structure),
+        block.spectral,
         block.structure.precision,
         block.momentum.data_ptr(),
         block.step.data_ptr(),
@@ -159,6 +103,8 @@ class ThetaPlan:
         self.refs = [weakref.ref(b) for b in blocks]
         self.device = next(b for b, k in zip(blocks, kinds, strict=True) if k).momentum.device
         self.slots = 0  # partial sums of all blocks together
+        self.polar_factors: dict[str, PolarFactors] = {}  # by precision
+        self.polar = self._polar_buffers()
         gradients, members = self._gradients()
         # Whether the update goes into the second product: it needs no norm, and there is nothing else to wait for.
         self.fuses = self.options.normalize is None and len(members) == 1 and set(kinds) == {"kron"}
@@ -196,13 +142,29 @@ class ThetaPlan:
         host = not counts_on_device(block.step, block, self.options.capturable)
         lr, bias_lr = [0.0 if self._on_device(g["lr"]) else float(g["lr"]) for g in (first, last)]
         m, n = block.shape
+        entries = max(m, n) if self._flattens(block) else m * n
         return H.pack(
             KEEP=beta**times, TAKE=1 - beta**times, RATE=1 - beta,
             CORRECTION=1 - beta ** (block.step.item() + times) if host else 1.0,
             LOG2_BETA=math.log2(beta) if beta > 0 else -math.inf, TIMES=times,
             LR=lr, DECAY=first["weight_decay"], BIAS_LR=bias_lr, BIAS_DECAY=last["weight_decay"],
-            BASE_LR_SQUARED=block.groups[0]["base_lr"] ** 2, RMS_NORM=theta_update.RMS * (m * n) ** 0.5,
+            BASE_LR_SQUARED=block.groups[0]["base_lr"] ** 2, LENGTH_OF_STEP=theta_update.RMS * entries**0.5,
         )  # fmt: skip
+
+    def _flattens(self, block: Block) -> bool:
+        """Whether the block's nat gives way to its polar factor."""
+        return self.options.normalize == "spectral" and block.flattened
+
+    def _polar_buffers(self) -> dict[int, PolarBuffers]:
+        """Of each block whose polar factor our kernels compute, by its number."""
+        found = {}
+        for index, (block, kind) in enumerate(zip(self.blocks, self.kinds, strict=True)):
+            if self._flattens(block) and block.momentum.device == self.device and block.dtype == torch.float32:
+                precision = block.structure.precision
+                found[index] = polar_buffers(block, kind, self.after)
+                factors = self.polar_factors.setdefault(precision, PolarFactors(self.device, precision))
+                factors.append(block.shape, found[index])
+        return found
 
     def _take(self, count: int) -> int:
         """The first of so many partial sums."""
@@ -253,10 +215,11 @@ class ThetaPlan:
         group.members.append((index, slice(None)))
         group.factored.append(len(group.rows))
         group.slots.append((slot, slots))
+        polar = self._polar_of_row(group, index)
         group.rows.append(
             (m, n), Gradient.of(grads, weight_columns(block)), buffers=workspace_of(block).buffers(),
             A=block.structure.fishleg_aux.get("A"), x=block.momentum, parameters=Parameters.of(self._parts(block)),
-            scalars=Scalars(self._counter(block), slot, slots, index),
+            scalars=Scalars(self._counter(block), slot, slots, index), polar=polar,
         )  # fmt: skip
         if self.kinds[index] == "diagkron":
             append_core(group.core_rows, block)
@@ -269,12 +232,20 @@ class ThetaPlan:
         for piece, count in zip(found, counts, strict=True):
             group.members.append((index, piece.parts))
             group.diagonal.append((len(group.rows), number))
+            polar = self._polar_of_row(group, index)
             group.rows.append(
                 piece.shape, Gradient.of(grads[piece.parts], piece.cols), A=d[piece.entries],
                 x=block.momentum[piece.entries], parameters=Parameters.of(parts[piece.parts]), vector=piece.vector,
-                scalars=Scalars(self._counter(block), slot, slots, index, first=number == 0),
+                scalars=Scalars(self._counter(block), slot, slots, index, first=number == 0), polar=polar,
             )  # fmt: skip
             number += count
+
+    def _polar_of_row(self, group: Group, index: int) -> tuple[Tensor, Tensor] | None:
+        """Where the polar factor of the block whose row comes next in the group, and its transpose, will be."""
+        if index not in self.polar:
+            return None
+        group.polar.append(len(group.rows))
+        return self.polar[index].polar, self.polar[index].polar_t
 
     def _counter(self, block: Block) -> Tensor | None:
         return block.step if counts_on_device(block.step, block, self.options.capturable) else None
@@ -292,6 +263,10 @@ class ThetaPlan:
             correction = 1 - block.beta ** (block.step.to(self.device) + self.options.averages)
             norm = torch.linalg.vector_norm(nat).to(self.device, torch.float32)
             self.directions[index] = x, nat, correction, norm / correction
+            if index in self.polar:
+                (m, n), unit = block.shape, nat / torch.where(norm > 0, norm, 1)
+                self.polar[index].polar.zero_()[:, :n].copy_(unit)
+                self.polar[index].polar_t.zero_()[:, :m].copy_(unit.T)
             self.partials[0, slot] = norm.square()
             self.partials[1, slot] = 0
             if self.options.normalize == "trust":
@@ -304,6 +279,13 @@ class ThetaPlan:
         scale = theta_update.trust_scale(self.partials[1].sum(), self.options.kappa) if rule == "trust" else None
         for index, (x, nat, correction, norm) in self.directions.items():
             self.norms[index] = norm
-            c = theta_update.rms_scales([self.gs[index]], [nat], norm[None])[0] if rule == "rms" else scale
+            block, c = self.blocks[index], scale
+            if rule in ("rms", "spectral"):
+                flat = [self._flattens(block)]
+                c = theta_update.spectral_scales(flat, [self.gs[index]], [nat], norm[None], correction[None])[0]
+                if index in self.polar:
+                    nat = self.polar[index].polar[:, : block.shape[1]]
+                else:
+                    (nat,) = theta_update.flattened(flat, [nat])
             c = 1 / correction if c is None else c / correction
-            theta_update.move(self.blocks[index], x, nat, c, self.ok, True)
+            theta_update.move(block, x, nat, c, self.ok, True)

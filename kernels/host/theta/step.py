@@ -3,7 +3,8 @@
 Launches, whatever the number of blocks: 3 for all of Kron, Kron(scale=True) and SumKron (right and left product of
 ``device/products.py``, then ``update_kernel``); 2 with normalize=None, where the update is the left product's epilogue.
 All DiagKron blocks share these 3, with any normalize, and take 2 more between the two products (``diagkron.py``). All
-Diagonal blocks take 1 more (``diagonal_kernel``, each block's ‖nat‖²), and share the update.
+Diagonal blocks take 1 more (``diagonal_kernel``, each block's ‖nat‖²), and share the update. normalize="spectral" takes
+19 more before the update: nat/‖nat‖ of all blocks of whichever kind, then six iterations of 3 (``device/polar.py``).
 
 Everything is decided on the device. Non-finite numbers are found by the blocks' sums of squares, in ``update_kernel``
 before it writes. With normalize=None no launch lies between the last product and the update: the sums of the first
@@ -17,20 +18,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...algebra.matrix import Matrix
-from ...backends import reference
-from ...backends.protocol import ThetaOptions
-from ...model.block import Block
-from ..device.products import left_kernel, right_kernel
-from ..device.theta_step import diagonal_kernel, fused_kernel, update_kernel
-from .configurations import ELEMENTWISE
-from .coverage import FACTORED, counts_on_device, kind, kinds_of
-from .diagkron import launch_core
-from .launch import DTYPES, launch
-from .refresh import refresh_stale
-from .state import workspace_of
-from .tables.uploads import upload_rows
-from .theta_plan import ThetaPlan, plan_of
+from ....algebra.matrix import Matrix
+from ....backends import reference
+from ....backends.protocol import ThetaOptions
+from ....model.block import Block
+from ...device.polar import unit_kernel
+from ...device.products import left_kernel, right_kernel
+from ...device.theta_step import diagonal_kernel, fused_kernel, update_kernel
+from ..configurations import COPY, ELEMENTWISE
+from ..coverage import FACTORED, counts_on_device, kind, kinds_of
+from ..diagkron import launch_core
+from ..launch import DTYPES, launch
+from ..refresh import refresh_stale
+from ..state import workspace_of
+from ..tables.uploads import upload_rows
+from .plan import ThetaPlan, plan_of
 
 
 def run_fused(plan: ThetaPlan) -> None:
@@ -57,7 +59,7 @@ def run(plan: ThetaPlan) -> None:
     """The launches."""
     device, rule = plan.device, plan.options.normalize or "none"
     scalars = (plan.corrections, plan.partials, plan.slots)
-    sums = {"rms": "rms", "trust": "trust", "none": "norm"}[rule]
+    sums = {"rms": "rms", "spectral": "rms", "trust": "trust", "none": "norm"}[rule]
     tables = [(group, group.table, plan.hyperparameters(group)) for group in plan.groups]
     for group, rows, hyperparameters in tables:
         shared = group.product_constants()
@@ -80,6 +82,14 @@ def run(plan: ThetaPlan) -> None:
             SUMS=sums, AFTER=plan.after, **group.rows.gradient_constants(), **elementwise,
         )  # fmt: skip
     for group, rows, hyperparameters in tables:
+        entries, count = group.unit_tiles
+        launch(
+            unit_kernel, count, rows, hyperparameters, entries, plan.partials, device=device, per_processor=4,
+            AFTER=plan.after, DIAGONAL=bool(group.diagonal), **group.rows.constants(), **COPY._asdict(),
+        )  # fmt: skip
+    for factors in plan.polar_factors.values():
+        factors.launch()
+    for group, rows, hyperparameters in tables:
         entries, count = group.update_tiles
         launch(
             update_kernel, count, rows, hyperparameters, entries, *scalars, plan.options.kappa, plan.norms, plan.ok,
@@ -98,7 +108,7 @@ def theta_step(
     Blocks that the kernels do not cover take their steps by the reference's functions, with the same norms, trust
     region and decision.
     """
-    if options.normalize == "spectral" or not any(kind(b) for b in blocks):  # no kernels of polar factors yet
+    if not any(kind(b) for b in blocks):
         return reference.theta_step(blocks, gs, options)
     plan = plan_of(blocks, gs, lambda: kinds_of(blocks), options)
     refresh_stale([b for b, k in zip(blocks, plan.kinds, strict=True) if k in FACTORED])

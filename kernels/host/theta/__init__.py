@@ -1,0 +1,1 @@
+"""The θ step: its plan, its groups of rows, its launches."""
