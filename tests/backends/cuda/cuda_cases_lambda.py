@@ -180,13 +180,15 @@ def test_a_plan_refuses_what_its_kernels_could_not_follow(device: torch.device) 
     extension = runtime.runtime().extension
     part = ((4, 3), (3, 1), (3, 1), 0, 0, 0)
     with pytest.raises(ValueError, match="block 'fc': its parts have 12 entries, not 20"):
-        extension.CudaPlan(2, [("fc", 1, 0, 4, 5, 1, [part])], 0)
+        extension.CudaPlan(2, [("fc", 1, 0, 4, 5, 1, [part], False)], 0)
     with pytest.raises(ValueError, match="block 'fc': axis should be 0 or 1 but is 2"):
-        extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 2, [part])], 0)
+        extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 2, [part], False)], 0)
     with pytest.raises(ValueError, match="block 'fc': a parameter should have at most 4 dimensions"):
         shape, strides = (2,) * 5, (1, 2, 4, 8, 16)
-        extension.CudaPlan(2, [("fc", 1, 0, 2, 16, 1, [(shape, strides, strides, 0, 0, 0)])], 0)
-    plan = extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 1, [part])], 0)
+        extension.CudaPlan(2, [("fc", 1, 0, 2, 16, 1, [(shape, strides, strides, 0, 0, 0)], False)], 0)
+    with pytest.raises(ValueError, match="block 'fc': polar factors are of matrices, in a θ step"):
+        extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 1, [part], True)], 0)
+    plan = extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 1, [part], False)], 0)
     with pytest.raises(ValueError, match="block 'fc': P has no memory"):
         plan.qv(0, 0, array("q", [0] * 8))
     for count, words in ((7, "too few"), (9, "too many")):
