@@ -166,7 +166,7 @@ class Norm(Layer):
 
     def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the layer multiplies by its weight, of the batched x."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has batched but no normalized")
 
     def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Ones (samples, 1) and the gradient of each sample (samples, m), the normalized input taken as it is."""
