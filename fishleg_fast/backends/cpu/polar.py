@@ -1,8 +1,13 @@
-"""Polar factors, as ``algebra.polar`` has them, by packed products of all blocks: XXᵀ and A² by half their tiles."""
+"""Polar factors, as ``algebra.polar`` has them, by packed products of all blocks: symmetric ones by half their tiles.
+
+In float32 most of it happens to A = X Xᵀ alone: with B = aI + bA + cA², which A commutes with, the next step's A is
+B²A, and several steps end in one product of X and all their B. X is renewed after every third step, and A formed of it:
+else A's rounding errors, as large as its smallest eigenvalues are small, would end up in X.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,58 +18,75 @@ from .packed_matrix import LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, ProductBatch
 from .packed_operator import PackedOperator
 from .state import packed_operator
 
+STEPS_PER_PRODUCT = 3  # with X, where products are exact enough
+
 
 def polar_factors(blocks: Sequence[Block], xs: Sequence[Tensor]) -> None:
     """Replace each x (m, n), rows without gaps, by its polar factor. The blocks have packed products."""
     if not blocks:
         return
-    work = [_Iteration(packed_operator(b), x) for b, x in zip(blocks, xs, strict=True)]
-    batch = ProductBatch(work[0].operator.engine)
-    for step, coefficients in enumerate(COEFFICIENTS):
-        for w in work:
-            w.multiply_gram(batch)
-        batch.run()
-        for w in work:
-            w.square_gram(batch)
-        batch.run()
-        if step == 0:
-            for w in work:
-                w.bound()
-        for w in work:
-            w.move(batch, *coefficients)
+    operators = [packed_operator(b) for b in blocks]
+    batch = ProductBatch(operators[0].engine)
+    going = [_Iteration(operator, x, batch).steps() for operator, x in zip(operators, xs, strict=True)]
+    while going:
+        going = [iteration for iteration in going if next(iteration, False)]
         batch.run()
 
 
 class _Iteration:
-    """X on its way, (k, l) with k ≤ l: x itself or its transpose."""
+    """X on its way, (k, l) with k ≤ l: x itself or its transpose.
 
-    def __init__(self, operator: PackedOperator, x: Tensor) -> None:
-        self.operator, self.wide = operator, x.shape[0] <= x.shape[1]
+    Generators add to the batch, and yield where it has to be done before they can go on.
+    """
+
+    def __init__(self, operator: PackedOperator, x: Tensor, batch: ProductBatch) -> None:
+        self.operator, self.batch, self.wide = operator, batch, x.shape[0] <= x.shape[1]
+        self.exact = operator.engine not in MATRIX_UNITS
         self.x = x if self.wide else x.T
         self.k, self.l = self.x.shape
         size = torch.linalg.vector_norm(x)
         x.div_(torch.where(size > 0, size, 1))
         self.A, self.A2 = x.new_empty(self.k, self.k), x.new_empty(self.k, self.k)
 
-    def _with_transpose(self, batch: ProductBatch, x: Tensor, name: str) -> tuple[PackedMatrix, PackedMatrix]:
-        """x as a left operand, and xᵀ as a right one."""
-        rows, columns = x.shape
-        left = batch.pack(x, self.operator.scratch(name, LEFT, rows, columns))
-        if self.operator.engine not in MATRIX_UNITS:
-            return left, left.turned()
-        return left, batch.pack(x.T, self.operator.scratch(name, RIGHT, columns, rows))
+    def steps(self) -> Iterator[bool]:
+        """All of them."""
+        together = STEPS_PER_PRODUCT if self.exact and 2 * self.k <= self.l else 1
+        for first in range(0, len(COEFFICIENTS), together):
+            self._multiply_by_transpose(self.x, "polar X", self.A)
+            yield True
+            if together == 1:
+                yield from self._polynomial(first)
+                self._move(self.A2)
+            else:
+                yield from self._steps_of_gram(first, first + together)
+            yield True
 
-    def multiply_gram(self, batch: ProductBatch) -> None:
-        """A = X Xᵀ."""
-        left, right = self._with_transpose(batch, self.x, "polar X")
-        batch.multiply(left, right, self.A, symmetric=True)
+    def _steps_of_gram(self, first: int, end: int) -> Iterator[bool]:
+        """Several steps: A at each, and X ← (product of all B) X at the end."""
+        whole: PackedMatrix | None = None
+        for step in range(first, end):
+            yield from self._polynomial(step)
+            B = self.batch.pack(self.A2, self._square(f"polar B{step - first}"))
+            whole = B if whole is None else self._commuting(B, whole, f"polar whole{step - first}")
+            if step + 1 < end:
+                A = self.batch.pack(self.A, self._square("polar A"))
+                BA = self._commuting(B, A, "polar BA")
+                yield True
+                self.batch.multiply(BA, B.turned(), self.A, symmetric=True)
+            yield True
+        assert whole is not None
+        self._move(whole)
 
-    def square_gram(self, batch: ProductBatch) -> None:
-        """A² = A Aᵀ."""
-        left, right = self._with_transpose(batch, self.A, "polar A")
-        batch.multiply(left, right, self.A2, symmetric=True)
+    def _polynomial(self, step: int) -> Iterator[bool]:
+        """B of the step in the place of A². Before the first, A is bounded."""
+        self._multiply_by_transpose(self.A, "polar A", self.A2)
+        yield True
+        if step == 0:
+            self._bound()
+        a, b, c = COEFFICIENTS[step]
+        self.A2.mul_(c).add_(self.A, alpha=b).diagonal().add_(a)
 
-    def bound(self) -> None:
+    def _bound(self) -> None:
         """Divide by what bounds the largest singular value: ‖A²‖^¼."""
         largest = torch.linalg.vector_norm(self.A2).sqrt()
         largest = torch.where(largest > 0, largest, 1)
@@ -72,14 +94,32 @@ class _Iteration:
         self.A.div_(largest)
         self.A2.div_(largest.square())
 
-    def move(self, batch: ProductBatch, a: float, b: float, c: float) -> None:
-        """X ← (aI + bA + cA²) X; in the layout of x."""
-        B = self.A2.mul_(c).add_(self.A, alpha=b)
-        B.diagonal().add_(a)
+    def _square(self, name: str) -> PackedMatrix:
+        """Memory for a left operand (k, k)."""
+        return self.operator.scratch(name, LEFT, self.k, self.k)
+
+    def _multiply_by_transpose(self, x: Tensor, name: str, out: Tensor) -> None:
+        """x xᵀ of a matrix that has k rows."""
+        left = self.batch.pack(x, self.operator.scratch(name, LEFT, *x.shape))
+        right = left.turned() if self.exact else self.operator.scratch(name, RIGHT, *x.T.shape)
+        if not self.exact:
+            self.batch.pack(x.T, right)
+        self.batch.multiply(left, right, out, symmetric=True)
+
+    def _commuting(self, x: PackedMatrix, y: PackedMatrix, name: str) -> PackedMatrix:
+        """x y of symmetric left operands whose product is symmetric."""
+        out = self._square(name)
+        self.batch.multiply(x, y.turned(), out, symmetric=True)
+        return out
+
+    def _move(self, B: Tensor | PackedMatrix) -> None:
+        """X ← B X, in the layout of x; B is symmetric."""
         p, k, l = self.operator, self.k, self.l
+        if isinstance(B, Tensor):
+            B = self.batch.pack(B, p.scratch("polar B", LEFT if self.wide else RIGHT, k, k))
+        elif not self.wide:
+            B = B.turned()
         if self.wide:
-            left, right = p.scratch("polar B", LEFT, k, k), p.scratch("polar Y", RIGHT, k, l)
-            batch.multiply(batch.pack(B, left), batch.pack(self.x, right), self.x)
+            self.batch.multiply(B, self.batch.pack(self.x, p.scratch("polar Y", RIGHT, k, l)), self.x)
         else:
-            left, right = p.scratch("polar Y", LEFT, l, k), p.scratch("polar B", RIGHT, k, k)
-            batch.multiply(batch.pack(self.x.T, left), batch.pack(B, right), self.x.T)
+            self.batch.multiply(self.batch.pack(self.x.T, p.scratch("polar Y", LEFT, l, k)), B, self.x.T)
