@@ -1,8 +1,12 @@
-"""Matching a saved optimizer state with blocks, and copying it into them without loss of precision."""
+"""Matching a saved optimizer state with blocks, and copying it into them without loss of precision.
+
+All of it is in ``state`` and ``param_groups``, where torch's own tools look for it: a block's under its first trainable
+parameter, counters in the first group's "fishleg".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,31 +15,64 @@ from torch import Tensor
 
 from .model.block import Block
 
+VERSION = 2  # of the first group's "fishleg"; in version 1 it was beside the groups
 
-def _leaves(live: dict, saved: Any, where: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(live tensor, saved tensor) pairs; ValueError where names or shapes differ."""
-    if not isinstance(saved, dict) or set(saved) != set(live):
-        names = sorted(saved) if isinstance(saved, dict) else saved
+
+def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by dotted path: torch.distributed.checkpoint flattens them to those, and back."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found.update(_leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value})
+    return found
+
+
+def _pairs(live: dict[str, Any], saved: dict[str, Any], where: str) -> list[tuple[Tensor, Tensor]]:
+    """(live tensor, saved tensor); ValueError where names or shapes differ."""
+    if set(saved) != set(live):
         raise ValueError(
-            f"state_dict: {where} should hold {sorted(live)} but holds: {names}; was it saved with another structure?"
+            f"state_dict: {where} should hold {sorted(live)} but holds: {sorted(saved)}; was it saved with another "
+            "structure?"
         )
     for name, value in live.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, saved[name], f"{where}[{name!r}]")
-        elif not isinstance(saved[name], Tensor) or saved[name].shape != value.shape:
+        if not isinstance(saved[name], Tensor) or saved[name].shape != value.shape:
             got = tuple(saved[name].shape) if isinstance(saved[name], Tensor) else saved[name]
             raise ValueError(f"state_dict: {where}[{name!r}] should have shape {tuple(value.shape)} but is: {got}")
-        else:
-            yield value, saved[name]
+    return [(value, saved[name]) for name, value in live.items()]
+
+
+def progress(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The saved counters, and where generators and loaders are; ValueError where there are none that are known here."""
+    old = state_dict.get("fishleg")
+    if old is not None:  # version 1
+        loader = {f"loader_{name}": value for name, value in (old["aux_loader"] or {}).items()}
+        return {**old["counts"], "terms": old.get("terms", 1.0), "generator": old["generator"], **loader}
+    found = [group["fishleg"] for group in state_dict.get("param_groups", ()) if "fishleg" in group]
+    if not found:
+        raise ValueError(
+            "state_dict should come from FishLeg.state_dict() but has no 'fishleg' entry in a parameter group"
+        )
+    if found[0].get("version") != VERSION:
+        raise ValueError(
+            f"state_dict should be of version {VERSION} but is of: {found[0].get('version')}; load it with the version "
+            "of fishleg_fast that saved it"
+        )
+    return found[0]
+
+
+def _saved_state(block: Block, states: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The block's, among the saved states of its parameters; None where they have none of it."""
+    for state in states:
+        state = state.get(block.key, {}) if block.key else state
+        if isinstance(state, dict) and "momentum" in state:
+            return _leaves(state)
+    return None
 
 
 def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Every live tensor of the blocks with its saved one.
+    """Every live tensor of the blocks with its saved one; those of frozen blocks may be missing.
 
     ValueError where the state is another optimizer's or model's.
     """
-    if "fishleg" not in state_dict:
-        raise ValueError("state_dict should come from FishLeg.state_dict() but has no 'fishleg' entry")
     saved_ids = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
     params = list(chain.from_iterable(g["params"] for g in param_groups))
     if len(saved_ids) != len(params):
@@ -43,18 +80,17 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
     id_of = {id(p): saved for p, saved in zip(params, saved_ids, strict=True)}
     pairs = []
     for block in blocks:
-        live = {name: value for name, value in block.state().items() if name != "product"}
-        saved = state_dict["state"].get(id_of[id(block.parts[0].param)], {})
-        if block.key:
-            saved = saved.get(block.key, {})
-        if isinstance(saved, dict):
-            if "product" in saved:
-                live["product"] = block.buffers()[0]
-            if "moments_weight" in saved:
-                saved = {"unit": torch.ones(()), **saved}  # states of before there were units
-            if not block.key:
-                saved = {name: value for name, value in saved.items() if name in live} or saved
-        pairs += list(_leaves(live, saved, f"the state of {block.name!r}"))
+        saved = _saved_state(block, [state_dict["state"].get(id_of[id(p)], {}) for p in block.params])
+        if saved is None and not any(p.requires_grad for p in block.params):
+            continue
+        saved, live = saved or {}, block.state()
+        live.pop("product", None)
+        if "product" in saved:
+            live["product"] = block.buffers()[0]
+        if "moments_weight" in saved:
+            saved.setdefault("unit", torch.ones((), device="cpu"))  # states of before there were units
+        known = {name: value for name, value in saved.items() if name.split(".")[0] in live}
+        pairs += _pairs(_leaves(live), known, f"the state of {block.name!r}")
     return pairs
 
 
@@ -67,12 +103,21 @@ def restore(blocks: list[Block], pairs: list[tuple[Tensor, Tensor]]) -> None:
         block.product_version = block.structure.version if id(block.product) in restored else None
 
 
-def publish(blocks: Sequence[Block], state: MutableMapping[Tensor, Any]) -> None:
-    """Let an optimizer's ``state`` show the blocks' live tensors, each under the first parameter of its block."""
+def publish(blocks: Sequence[Block], param_groups: Sequence[dict], state: MutableMapping[Tensor, Any]) -> None:
+    """Let an optimizer's ``state`` show the blocks' live tensors: each block's under its first trainable parameter, and
+    its counter under the others.
+    """
+    state.clear()
     for block in blocks:
-        entry = state[block.parts[0].param]
-        if block.key:
-            entry[block.key] = block.state()
-        else:
-            entry.pop("product", None)
-            entry.update(block.state())
+        home = next((p for p in block.params if p.requires_grad), block.params[0])
+        for p in block.params:
+            entry = state.setdefault(p, {})
+            if p is not home:
+                entry.setdefault("step", block.step)
+            elif block.key:
+                entry[block.key] = block.state()
+            else:
+                entry.update(block.state())
+    for p in chain.from_iterable(group["params"] for group in param_groups):
+        if p not in state:  # empty, or not the model's any more
+            state[p] = {"step": torch.zeros((), device="cpu")}

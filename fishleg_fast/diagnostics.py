@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ class Diagnostics:
         """All counters, for a checkpoint."""
         return {k: int(v) for k, v in self._counts.items()}
 
-    def load(self, counts: dict[str, int]) -> None:
+    def load(self, saved: Mapping[str, Any]) -> None:
         """Take up a checkpoint's counters."""
-        self._counts.update(counts)
+        self._counts = {name: saved[name] for name in self._counts}
 
     def note_gradient(self, norm: Tensor) -> None:
         """‖g‖ of this step."""

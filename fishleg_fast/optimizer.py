@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .model.assemble import (
     build_blocks,
     by_pattern,
     check_patterns,
+    detach,
     normalization_of,
 )
 from .model.block import Block
@@ -190,7 +191,7 @@ class FishLeg(Optimizer):
         self._gradients = GradientTap(self) if watched else None
         self._statistics = StatisticsTap(self) if anchor_from == "training" else None
         self._positions, self._auto = PositionTap(self), "rms"
-        self._groups = GroupAssignment()
+        self._groups = GroupAssignment(self._roots)
         self.blocks = []
         self._built = False
         defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, maximize=maximize)
@@ -200,7 +201,7 @@ class FishLeg(Optimizer):
             raise ValueError(
                 "model should have a trainable parameter but has none (does everything have requires_grad=False?)"
             )
-        self._take_up(everything)
+        self._follow_parameters()
         self._built = True
         for argument in ("structure", "normalize"):
             check_patterns(argument, getattr(self.settings, argument), self.blocks)
@@ -208,6 +209,7 @@ class FishLeg(Optimizer):
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
         self._diagnostics = Diagnostics(capturable, writer)
+        self._publish_progress()
         self._look_ahead()
 
     @property
@@ -218,6 +220,24 @@ class FishLeg(Optimizer):
         """See what the next step will need of the user's passes."""
         if self._statistics is not None:
             self._statistics.open = bool(self._learner.anchor_due(self.blocks, self._diagnostics.steps))
+
+    def _follow_parameters(self) -> None:
+        """Have blocks for the groups' parameters: new ones for those that came, none for those that left.
+
+        ValueError where a group has a parameter that is not the model's.
+        """
+        gone, new = self._groups.changes(self.blocks, self.param_groups)
+        if gone:
+            leaving = set(map(id, gone))
+            self.blocks = [block for block in self.blocks if id(block) not in leaving]
+            for tap in (*self._taps, self._positions):
+                tap.unwatch(gone)
+            for _, root in self._roots:
+                detach(root, gone)
+            self._positions.news = True
+        self._take_up(new)
+        self._groups.assign(self.blocks, self.param_groups)
+        checkpoint.publish(self.blocks, self.param_groups, self.state)
 
     def _take_up(self, params: list[nn.Parameter]) -> None:
         """Blocks, λ and state for parameters that have none yet."""
@@ -236,7 +256,6 @@ class FishLeg(Optimizer):
             tap.watch(fresh)
         for _, root in self._roots:
             attach(root, self.blocks)
-        checkpoint.publish(self.blocks, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, those of a layer just unfrozen for one.
@@ -256,7 +275,7 @@ class FishLeg(Optimizer):
         group = self.param_groups[-1]
         group.setdefault("base_lr", float(group["lr"]))  # before any schedule
         if self._built:
-            self._take_up(group["params"])
+            self._follow_parameters()
             self._look_ahead()
 
     @torch.inference_mode(False)  # in which F v would have no derivatives to come from
@@ -266,12 +285,18 @@ class FishLeg(Optimizer):
 
         A step whose gradient or update is not finite is skipped and counted in ``diagnostics()``: parameters, λ and
         moving averages keep their values. RuntimeError where λ itself is not finite.
+
+        Parameters that were replaced in the model and in their group are taken up, with a fresh λ. ValueError where a
+        group has one that is not the model's.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         try:
+            if not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
+                self._follow_parameters()
+            self._groups.check(self.blocks)
             with own_arithmetic(self.blocks, self.settings.precision):
                 blocks, gs = self._gather()
                 if blocks:
@@ -284,14 +309,13 @@ class FishLeg(Optimizer):
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
-        self._groups.update(self.blocks, self.param_groups)
         if self._positions.news:
             self._auto, self._positions.news = normalization_of(self.blocks), False
         blocks: list[Block] = []
         seen: list[Block] = []
         for block in self.blocks:
             grads = [p.grad for p in block.params]
-            if not block.groups or all(g is None for g in grads):
+            if all(g is None for g in grads):
                 continue
             block.check_placement()
             block.spectral = self._normalization(block) == "spectral"
@@ -309,6 +333,11 @@ class FishLeg(Optimizer):
             {} if self._gradients is None else dict(zip(map(id, seen), self._gradients.low_rank(seen), strict=True))
         )
         return blocks, [low_rank.get(id(block)) or GradientInPlace(block) for block in blocks]
+
+    def _suspects(self) -> Iterator[nn.Parameter]:
+        """Parameters that the model may have lost: those without a gradient, and all where that is worth the time."""
+        every = self._learner.updates_due(self._diagnostics.steps)
+        return (p for block in self.blocks for p in block.params if p.requires_grad and (every or p.grad is None))
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         learner, count = self._learner, self._diagnostics.steps
@@ -362,6 +391,7 @@ class FishLeg(Optimizer):
         u is a fresh gradient on labels drawn from the model each time (or Gaussian, as ``u_sampling`` says).
         """
         check_count("steps", steps)
+        self._follow_parameters()
         blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
         losses = []
         with own_arithmetic(self.blocks, self.settings.precision):
@@ -385,26 +415,36 @@ class FishLeg(Optimizer):
         raise TypeError("FishLeg cannot be copied or pickled, since it is bound to its model; use state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
-        """As any torch optimizer's, λ and its Adam moments included; "fishleg" holds counters and generators.
+        """As any torch optimizer's, λ and its Adam moments included; "fishleg" of the first group holds counters.
 
         Loading it into an optimizer of the same model and structure resumes bit for bit.
         """
-        checkpoint.publish(self.blocks, self.state)
-        state = super().state_dict()
-        state["fishleg"] = {
-            "counts": self._diagnostics.counts(), "terms": self._learner.terms, **self._passes.state()
+        self._follow_parameters()
+        self._publish_progress()
+        return super().state_dict()
+
+    def _publish_progress(self) -> None:
+        """Counters, and where generators and loaders are, in the first group."""
+        now = {
+            "version": checkpoint.VERSION, **self._diagnostics.counts(), "terms": self._learner.terms,
+            **self._passes.state(),
         }  # fmt: skip
-        return state
+        for number, group in enumerate(self.param_groups):
+            group.pop("fishleg", None)
+            if not number:
+                group["fishleg"] = now
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume. ValueError where the state is another optimizer's, or of other blocks; nothing is changed then."""
+        self._follow_parameters()
+        progress = checkpoint.progress(state_dict)
         restored = checkpoint.match(self.blocks, self.param_groups, state_dict)
         super().load_state_dict(state_dict)  # groups; it would also cast λ to the parameters' dtype
         checkpoint.restore(self.blocks, restored)
-        self.state.clear()
-        checkpoint.publish(self.blocks, self.state)
-        self._diagnostics.load(state_dict["fishleg"]["counts"])
-        self._passes.load(state_dict["fishleg"])
-        self._learner.terms = state_dict["fishleg"].get("terms", 1.0)
+        self._follow_parameters()
+        self._diagnostics.load(progress)
+        self._passes.load(progress)
+        self._learner.terms = progress["terms"]
+        self._publish_progress()
         self._look_ahead()

@@ -20,9 +20,9 @@ def own_arithmetic(blocks: Sequence[Block], precision: str | None) -> ExitStack:
             dtypes[where] = operand_dtype(precision, *where)
         block.structure.precision, block.structure.operand_dtype = kernels, dtypes[where]
     stack = ExitStack()
-    kind = blocks[0].parts[0].param.device.type
-    if torch.is_autocast_enabled(kind):
-        stack.enter_context(torch.autocast(kind, enabled=False))
+    for kind in {block.momentum.device.type for block in blocks[:1]}:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
     if precision is not None:
         stack.enter_context(precision_scope(precision))
     return stack

@@ -146,6 +146,16 @@ def build_blocks(
     return blocks
 
 
+def detach(model: nn.Module, gone: Sequence[Block]) -> None:
+    """Take the λ of these blocks from ``module.fishleg_aux`` of whatever module shows it."""
+    theirs = {id(t) for block in gone for t in block.structure.fishleg_aux.values()}
+    for module in model.modules():
+        view = module.__dict__.get("fishleg_aux")
+        if isinstance(view, AuxView) and any(id(t) in theirs for t in view.values()):
+            object.__setattr__(module, "fishleg_aux", AuxView())
+            module.__dict__.pop("_fishleg_blocks", None)
+
+
 def attach(model: nn.Module, blocks: list[Block]) -> None:
     """Make each block's λ reachable as ``module.fishleg_aux`` of the first module that owns its parameters."""
     owners = {id(p): module for module in reversed(list(model.modules())) for p in module._parameters.values()}

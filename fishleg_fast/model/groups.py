@@ -1,33 +1,103 @@
-"""Which parameter group each block's parameters are in."""
+"""Which parameter group each block's parameters are in, while groups, parameters and modules come and go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from .block import Block
 
 
+class Changes(NamedTuple):
+    """What is to follow from parameters that came and went."""
+
+    gone: list[Block]  # whose parameters are not all in the groups and in the model any more
+    new: list[nn.Parameter]  # of the groups and the model, in no other block
+
+
 class GroupAssignment:
-    """Keeps ``block.groups`` true while groups and parameters come and go."""
+    """Keeps ``block.groups`` true, and finds where groups, model and blocks have drifted apart.
 
-    def __init__(self) -> None:
+    ``roots``: (prefix of names, module) of what is trained.
+    """
+
+    def __init__(self, roots: Sequence[tuple[str, nn.Module]]) -> None:
+        self._roots = roots
         self._assigned: list[list[int]] = []  # the groups and parameters that the blocks were told of
+        self._places: dict[int, tuple[nn.Module, list[str]]] = {}  # by id, of the groups': root, and path in it
 
-    def update(self, blocks: Sequence[Block], param_groups: Sequence[dict[str, Any]]) -> None:
-        """Tell the blocks their parameters' groups: none where one was taken out.
+    def current(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether groups have the parameters that they had when ``assign`` was last called."""
+        return self._assigned == _ids(param_groups)
 
-        ValueError where a block's groups differ in beta.
+    def left(self, params: Iterable[nn.Parameter]) -> bool:
+        """Whether any of these parameters of blocks is no longer where it was in the model."""
+        return any(_at(*self._places[id(p)]) is not p for p in params if id(p) in self._places)
+
+    def changes(self, blocks: Sequence[Block], param_groups: Sequence[dict[str, Any]]) -> Changes:
+        """Which blocks and parameters went and came.
+
+        ValueError where a group has a parameter that is not the model's, unless the one that took its place in the
+        model is in a group too, or is not to be trained.
         """
-        grouped = [[id(group), *map(id, group["params"])] for group in param_groups]
-        if grouped != self._assigned:
-            self._assigned = grouped
-            group_of = {id(p): group for group in param_groups for p in group["params"]}
-            for block in blocks:
-                taken = all(id(p) in group_of for p in block.params)
-                block.groups = [group_of[id(p)] for p in block.params] if taken else []
+        names = {id(p): prefix + name for prefix, root in self._roots for name, p in root.named_parameters()}
+        grouped = {id(p) for group in param_groups for p in group["params"]}
+        for number, group in enumerate(param_groups):
+            for position, p in enumerate(group["params"]):
+                if id(p) not in names and not self._replaced(p, grouped):
+                    raise ValueError(self._stranger(p, f"param_groups[{number}]['params'][{position}]"))
+        gone = [b for b in blocks if any(id(p) not in grouped or id(p) not in names for p in b.params)]
+        leaving = set(map(id, gone))
+        covered = {id(p) for b in blocks if id(b) not in leaving for p in b.params}
+        new = [p for group in param_groups for p in group["params"] if id(p) in names and id(p) not in covered]
+        return Changes(gone, new)
+
+    def _replaced(self, p: nn.Parameter, grouped: set[int]) -> bool:
+        """Whether the group's p left the model without leaving there what ought to be trained and is not."""
+        if id(p) not in self._places:
+            return False
+        other = _at(*self._places[id(p)])
+        return other is None or id(other) in grouped or not other.requires_grad
+
+    def _stranger(self, p: nn.Parameter, where: str) -> str:
+        if id(p) not in self._places:
+            return f"{where} should be a parameter of the model, but is not, of shape: {tuple(p.shape)}"
+        root, path = self._places[id(p)]
+        prefix = next(prefix for prefix, other in self._roots if other is root)
+        return (
+            f"{where}, of shape {tuple(p.shape)}, was {prefix + '.'.join(path)!r} of the model, which has another "
+            "parameter there by now, in no group: put that one into the group, or train it with add_param_group"
+        )
+
+    def assign(self, blocks: Sequence[Block], param_groups: Sequence[dict[str, Any]]) -> None:
+        """Tell the blocks their parameters' groups, and note where those parameters are."""
+        self._assigned = _ids(param_groups)
+        group_of = {id(p): group for group in param_groups for p in group["params"]}
+        for block in blocks:
+            block.groups = [group_of[id(p)] for p in block.params]
+        found = {id(p): (root, name.split(".")) for _, root in self._roots for name, p in root.named_parameters()}
+        self._places = {
+            i: found[i] if i in found else self._places[i] for i in group_of if i in found or i in self._places
+        }
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        """ValueError where a block's groups differ in beta."""
         for block in blocks:
             if any(group is not block.groups[0] and group["beta"] != block.beta for group in block.groups[1:]):
                 raise ValueError(
                     f"beta should be one for all parameters of {block.name!r}, but its groups differ in it"
                 )
+
+
+def _ids(param_groups: Sequence[dict[str, Any]]) -> list[list[int]]:
+    return [[id(group), *map(id, group["params"])] for group in param_groups]
+
+
+def _at(root: nn.Module, path: Sequence[str]) -> nn.Parameter | None:
+    """The parameter of that path; None where there is none."""
+    module: nn.Module | None = root
+    for name in path[:-1]:
+        module = None if module is None else module._modules.get(name)
+    return None if module is None else module._parameters.get(path[-1])

@@ -6,6 +6,33 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+
+class Seeds:
+    """An endless sequence of seeds, whose place in it is two integers: where it began and how many were drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu")
+        self.set_state((seed, 0))
+
+    def draw(self) -> int:
+        """The next seed."""
+        self._drawn += 1
+        return int(torch.randint(2**62, (), generator=self._generator, device="cpu"))
+
+    def get_state(self) -> tuple[int, int]:
+        return self._seed, self._drawn
+
+    def set_state(self, state: tuple[int, int]) -> None:
+        self._seed, self._drawn = state
+        self._generator.manual_seed(self._seed)
+        torch.randint(2**62, (self._drawn,), generator=self._generator, device="cpu")
+
+    def go_on_from(self, state: Tensor) -> None:
+        """From the state of a torch generator, as checkpoints before version 2 have it."""
+        self._generator.set_state(state.cpu())
+        self.set_state((self.draw(), 0))
 
 
 @contextmanager

@@ -110,7 +110,12 @@ class GradientTap(LayerHooks):
                 and min(block.shape)
             ):
                 tap = self._taps[id(block)] = LayerTap(block)
-                self.hook(layer, partial(self._on_forward, tap))
+                self.hook(block, partial(self._on_forward, tap))
+
+    def unwatch(self, blocks: Sequence[Block]) -> None:
+        super().unwatch(blocks)
+        for block in blocks:
+            self._taps.pop(id(block), None)
 
     def _on_forward(self, tap: LayerTap, module: nn.Module, args: tuple, output: Any) -> None:
         if self.blind or module is not tap.block.layer or not args:

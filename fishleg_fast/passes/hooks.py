@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..model.block import Block
 from .input_tap import Pausable, inside_functorch
 
 
@@ -30,15 +31,23 @@ def _nothing(*args: Any) -> None:
 
 
 class LayerHooks(Pausable):
-    """Sees forward passes of layers in the user's own passes, for as long as ``user`` lives."""
+    """Sees forward passes of blocks' layers in the user's own passes, for as long as ``user`` lives."""
 
     def __init__(self, user: object) -> None:
-        self._handles: list[Any] = []
+        self._handles: dict[int, Any] = {}  # by id of the block, which the hook keeps
         weakref.finalize(user, _remove, self._handles)
 
-    def hook(self, layer: nn.Module, call: Callable[..., None]) -> None:
-        """Have ``call(module, args, output)`` called after each forward pass of the layer."""
-        self._handles.append(layer.register_forward_hook(_Hook(call)))
+    def hook(self, block: Block, call: Callable[..., None]) -> None:
+        """Have ``call(module, args, output)`` called after each forward pass of the block's layer."""
+        assert block.layer is not None
+        self._handles[id(block)] = block.layer.register_forward_hook(_Hook(call))
+
+    def unwatch(self, blocks: Sequence[Block]) -> None:
+        """See no more of these blocks' layers."""
+        for block in blocks:
+            handle = self._handles.pop(id(block), None)
+            if handle is not None:
+                handle.remove()
 
     @property
     def blind(self) -> bool:
@@ -47,6 +56,6 @@ class LayerHooks(Pausable):
         return self.paused or tracing
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
+def _remove(handles: dict[int, Any]) -> None:
+    for handle in handles.values():
         handle.remove()

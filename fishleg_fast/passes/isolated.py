@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
-from .generators import private_rng
+from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
 from .inputs import Inputs, tree_map
 from .loader import AuxBatches
@@ -103,25 +103,29 @@ class IsolatedPasses:
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
         self.low_rank_mode = True  # until a layer with a low-rank gradient does not show what F v is made of
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = Seeds(seed)
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
         self.taps = taps  # which see the user's passes alone
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""
-        return int(torch.randint(2**62, (), generator=self.generator))
+        return self.generator.draw()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: where the generator of seeds and the loader are."""
-        loader = None if self.loader is None else self.loader.state()
-        return {"generator": self.generator.get_state(), "aux_loader": loader}
+        """What a checkpoint holds, integers: where the generator of seeds and the loader are."""
+        loader = {} if self.loader is None else self.loader.state()
+        seed, draws = self.generator.get_state()
+        return {"seed": seed, "draws": draws, **{f"loader_{name}": value for name, value in loader.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint."""
-        self.generator.set_state(state["generator"].cpu())
-        if self.loader is not None and state["aux_loader"] is not None:
-            self.loader.load(state["aux_loader"])
+        if "generator" in state:  # before version 2
+            self.generator.go_on_from(state["generator"])
+        else:
+            self.generator.set_state((state["seed"], state["draws"]))
+        if self.loader is not None and "loader_seed" in state:
+            self.loader.load({"seed": state["loader_seed"], "taken": state["loader_taken"]})
 
     def inputs(self, size: int | str | None = None) -> Inputs:
         """The next batch, of at most ``size`` samples; "auto": 32, and of a batch trained on a quarter, but 4.

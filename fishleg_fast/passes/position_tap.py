@@ -27,11 +27,11 @@ class PositionTap(LayerHooks):
         self.news = True
         for block in blocks:
             if block.layer is not None and block.repeated is None and min(block.shape) > 1:
-                self.hook(block.layer, partial(self._on_forward, block, len(self._handles)))
+                self.hook(block, partial(self._on_forward, block))
 
-    def _on_forward(self, block: Block, number: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def _on_forward(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch():
             return
         if args and isinstance(args[0], Tensor):
             block.repeated, self.news = layer_of(module).repeated(args[0]), True
-            self._handles[number].remove()
+            self.unwatch([block])

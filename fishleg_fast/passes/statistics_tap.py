@@ -37,7 +37,7 @@ class StatisticsTap(LayerHooks):
         """See the layers of those of the blocks that have moments."""
         for block in blocks:
             if block.layer is not None and block.structure.moments:
-                self.hook(block.layer, partial(self._on_forward, block))
+                self.hook(block, partial(self._on_forward, block))
 
     def _on_forward(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.open or self.blind or module is not block.layer:
