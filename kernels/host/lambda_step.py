@@ -34,28 +34,35 @@ from .tables.uploads import schedule, tiles, upload, upload_rows
 _RIGHT, _LEFT, _DOTS = (k.value * KIND_STRIDE.value for k in (RIGHT_PRODUCT, LEFT_PRODUCT, DOT_PRODUCTS))
 
 
+def _dot_tiles(group: Group) -> tuple:
+    found = [(k, m, n, _DOTS) for k, (m, n, _) in enumerate(group.rows.shapes)]
+    return tiles(found, *BESIDE_PRODUCTS, numbered=True)
+
+
 def _launch_products(step: LambdaStep) -> None:
     """w's products and all sums."""
-    damping, precondition = step.options.damping, step.options.precondition
+    precondition, rescale = step.options.precondition, not step.options.learn_scale
+    if rescale:  # w needs the sums of all groups
+        for group in step.groups:
+            _launch_sides(step, group, _dot_tiles(group), RESCALE=False, PRECONDITION=False)
     for group in step.groups:
-        table, shapes = group.rows.upload(step.device), list(enumerate(group.rows.shapes))
-        sides = group.config["BM"], group.config["BN"]
+        shapes, sides = list(enumerate(group.rows.shapes)), (group.config["BM"], group.config["BN"])
         right = tiles([(k, n, m, _RIGHT + t) for k, (m, n, terms) in shapes for t in range(terms)], *sides)
         left = tiles([(k, m, n, _LEFT + t) for k, (m, n, terms) in shapes for t in range(terms)], *sides)
-        dots = tiles([(k, m, n, _DOTS) for k, (m, n, _) in shapes], *BESIDE_PRODUCTS, numbered=True)
-        products = right if precondition else right + left
-        todo = [(products + dots, False, precondition)]
-        if not step.options.learn_scale:  # w needs the sums
-            todo = [(dots, False, False), (products, True, precondition)]
-        for found, rescaled, first in todo:
-            entries, count = schedule(found, step.device)
-            launch(
-                products_kernel, count, table, entries, step.dots, step.dot_slots, damping, device=step.device,
-                RESCALE=rescaled, PRECONDITION=first, SOURCE="residual", PRECISION=group.precision,
-                **BESIDE_PRODUCTS._asdict(), **group.rows.constants(), **group.config,
-            )  # fmt: skip
+        found = (right if precondition else right + left) + (() if rescale else _dot_tiles(group))
+        _launch_sides(step, group, found, RESCALE=rescale, PRECONDITION=precondition)
         if precondition:
-            _launch_preconditioned(step, group, table, right + left)
+            _launch_preconditioned(step, group, group.rows.upload(step.device), right + left)
+
+
+def _launch_sides(step: LambdaStep, group: Group, found: tuple, **constants: bool) -> None:
+    """The tiles ``found`` of a group's products of w and sums."""
+    entries, count = schedule(found, step.device)
+    launch(
+        products_kernel, count, group.rows.upload(step.device), entries, step.dots, step.dot_slots,
+        step.options.damping, device=step.device, SOURCE="residual", PRECISION=group.precision,
+        **constants, **BESIDE_PRODUCTS._asdict(), **group.rows.constants(), **group.config,
+    )  # fmt: skip
 
 
 def _launch_preconditioned(step: LambdaStep, group: Group, table: Tensor, products: tuple) -> None:

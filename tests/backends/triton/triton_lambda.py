@@ -96,3 +96,27 @@ def test_split_directions() -> None:
     for a, b in zip(exact, ours, strict=True):
         for name, t in b.structure.fishleg_aux.items():
             assert relative(t, a.structure.fishleg_aux[name]) <= CLOSE
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("groups", ["two dtypes of gradients", "two precisions"])
+def test_groups_of_launches_share_one_scale(groups: str, precondition: bool, launches: list[str]) -> None:
+    """Without learn_scale w needs the sums over all blocks, whichever launches they are in."""
+    exact, ours = pair(lambda dtype, **o: kron_blocks(dtype, scaled=False, **o))
+    us, vs, fvs = aux_inputs(exact, 1)
+    if groups == "two precisions":
+        for block in ours[:2]:
+            block.structure.precision = "tf32x3"
+    else:
+        us = [u.bfloat16() if k < 2 else u for k, u in enumerate(us)]
+    before = [{k: t.clone() for k, t in b.structure.fishleg_aux.items()} for b in ours]
+    options = {"damping": 0.1, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-4, "learn_scale": False}
+    options |= {"precondition": precondition}
+    wide = [[x.double() for x in xs] for xs in (us, vs, fvs)]
+    want, _ = steps.lambda_step(exact, *wide, LambdaOptions(**options))
+    backend.refresh(ours)
+    launches.clear()
+    loss, ok = backend.lambda_step(ours, us, vs, fvs, LambdaOptions(**options))
+    assert ok and relative(loss, want) <= CLOSE
+    assert launches.count("products_kernel") == 4 + 2 * precondition  # two groups
+    assert_learned(exact, ours, before)
