@@ -37,8 +37,9 @@ class Pausable:
 class InputTap(Pausable):
     """Stands in for ``model.forward`` and remembers the last inputs that were given with gradients enabled.
 
-    An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. Deep copies and pickles of the model
-    do not carry it, and it goes with the last optimizer that uses it.
+    An instance attribute and no hook, since ``model.forward(x)`` passes hooks by. It stays with this one module: copies
+    and pickles of it are without, DataParallel's replicas have stand-ins of their own. It goes with the last optimizer
+    that uses it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,7 +54,7 @@ class InputTap(Pausable):
         tap = model.__dict__.get("forward")
         if not isinstance(tap, InputTap):
             tap = cls(model)
-            model.forward = tap
+            model.__dict__.update(zip(_ATTRIBUTES, (tap, tap._state, tap._replicate), strict=True))
         tap._users += 1
         if user is not None:
             weakref.finalize(user, tap._release)
@@ -62,42 +63,94 @@ class InputTap(Pausable):
     def _release(self) -> None:
         self._users -= 1
         model = self._model()
-        if self._users or model is None or model.__dict__.get("forward") is not self:
-            return
-        del model.__dict__["forward"]
+        if not self._users and model is not None and model.__dict__.get("forward") is self:
+            self._remove_from(model.__dict__)
+
+    def _remove_from(self, attributes: dict[str, Any]) -> None:
+        for name in _ATTRIBUTES:
+            attributes.pop(name, None)
         if self._instance_forward is not None:
-            model.__dict__["forward"] = self._instance_forward
+            attributes["forward"] = self._instance_forward
+
+    def _state(self) -> Any:
+        """The model's ``__getstate__``, which copy and pickle ask an instance for."""
+        model = self._own
+        kind = type(model)
+        state = kind.__getstate__(model) if hasattr(kind, "__getstate__") else model.__dict__
+        if isinstance(state, dict) and state.get("forward") is self:
+            state = dict(state)
+            self._remove_from(state)
+        return state
+
+    def _replicate(self) -> nn.Module:
+        """The model's ``_replicate_for_data_parallel``: a shallow copy, which is given parameters of its own later."""
+        model = self._own
+        replica = type(model)._replicate_for_data_parallel(model)
+        self._remove_from(replica.__dict__)
+        if self._instance_forward is None:
+            replica.__dict__["forward"] = _ReplicaTap(self, replica)
+        return replica
+
+    @property
+    def _own(self) -> nn.Module:
+        model = self._model()
+        assert model is not None  # it is what calls
+        return model
 
     @property
     def inner(self) -> Callable[..., Any]:
         """The model's forward without the tap."""
         if self._instance_forward is not None:
             return self._instance_forward
-        model = self._model()
-        assert model is not None  # it is what calls
-        return type(model).forward.__get__(model)
+        return type(self._own).forward.__get__(self._own)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:  # for inspect.signature(model.forward)
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        untouched = torch.jit.is_tracing() or (not torch.compiler.is_compiling() and inside_functorch())
-        if torch.is_grad_enabled() and not self.paused and not untouched:
-            self._remember(args, kwargs)
+        self.see(args, kwargs)
         return self.inner(*args, **kwargs)
 
-    def _remember(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def see(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> None:
+        """Remember these inputs, if a pass of the user's that needs gradients has them.
+
+        ``elsewhere``: even if they are not on the model's own device.
+        """
+        untouched = torch.jit.is_tracing() or (not torch.compiler.is_compiling() and inside_functorch())
+        if not torch.is_grad_enabled() or self.paused or untouched:
+            return
         model = self._model()
-        kind = next((p.device.type for p in model.parameters()), "cpu") if model is not None else "cpu"
+        device = next((p.device for p in model.parameters()), None) if model is not None else None
+        kind = "cpu" if device is None else device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.last = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True).map(lambda t: graph_leaf(t, t))
+        found = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True)
+        devices: set[torch.device] = set()
+        found = found.map(lambda t: devices.add(t.device) or graph_leaf(t, t))  # type: ignore[func-returns-value]
+        if elsewhere or devices <= {device}:
+            self.last = found
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.inner, memo)
 
     def __reduce__(self) -> tuple:
         return _itself, (self.inner,)
+
+
+_ATTRIBUTES = ("forward", "__getstate__", "_replicate_for_data_parallel")  # of the model that has a tap
+
+
+class _ReplicaTap:
+    """Stands in for the forward of one replica of the model's, which computes with its own parameters."""
+
+    def __init__(self, tap: InputTap, replica: nn.Module) -> None:
+        self.tap, self._replica = tap, weakref.ref(replica)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.tap.see(args, kwargs, elsewhere=False)
+        replica = self._replica()
+        assert replica is not None  # it is what calls
+        return type(replica).forward(replica, *args, **kwargs)
 
 
 def _x_of(args: tuple, kwargs: dict[str, Any]) -> Any:
