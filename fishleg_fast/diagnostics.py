@@ -79,7 +79,7 @@ class Diagnostics:
 
     def report(self) -> dict[str, Any]:
         """As ``FishLeg.diagnostics`` has it."""
-        names, norms = self._last.get("nat_norm", ([], torch.zeros(0)))
+        names, norms = self._last.get("nat_norm", ([], torch.zeros(0, device="cpu")))
         scalars = {key: float(self._last[key]) if key in self._last else None for key in ("aux_loss", "grad_norm")}
         return {**self.counts(), **scalars, "nat_norm": dict(zip(names, norms.tolist(), strict=True))}
 

@@ -108,7 +108,7 @@ class GaussianLikelihood(Likelihood):
     @property
     def sigma(self) -> Tensor:
         """σ: a scalar tensor."""
-        return torch.tensor(self._fixed) if self.log_sigma is None else self.log_sigma.detach().exp()
+        return torch.tensor(self._fixed, device="cpu") if self.log_sigma is None else self.log_sigma.detach().exp()
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         _check_elementwise("GaussianLikelihood", targets, outputs)

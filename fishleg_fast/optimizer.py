@@ -373,7 +373,7 @@ class FishLeg(Optimizer):
         rest = [b for b, square in zip(blocks, squares, strict=True) if square is None]
         pieces = [g for b in rest for g in b.grads if g is not None]
         known = sum(square for square in squares if square is not None)
-        return ((self._ops.inner(pieces, pieces) if pieces else torch.zeros(())) + known).sqrt()
+        return ((self._ops.inner(pieces, pieces) if pieces else torch.zeros((), device="cpu")) + known).sqrt()
 
     def _anchor(self, blocks: list[Block], step: int, tap: StatisticsTap | None = None) -> bool:
         """Anchor the blocks that are due; whether any was."""

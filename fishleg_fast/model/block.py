@@ -27,7 +27,7 @@ class Part:
 
 
 def _empty() -> Tensor:
-    return torch.zeros((), dtype=torch.float32)
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 class BackendState:

@@ -74,7 +74,7 @@ class LayerTap:
             return None
         H, E = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*known, strict=True))
         if self.probe is None:
-            self.probe = torch.randn(H.shape[1], generator=torch.Generator().manual_seed(0)).to(H)
+            self.probe = torch.randn(H.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(H)
         return E, H
 
     @torch.inference_mode(False)

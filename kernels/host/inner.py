@@ -74,5 +74,5 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
         sums.append(partials.sum())
     if len(sums) == 1 and not others:
         return sums[0]
-    device = (sums or others or [torch.zeros(())])[0].device
-    return torch.stack([s.to(device) for s in (*sums, *others)]).sum() if sums or others else torch.zeros(())
+    found = [*sums, *others] or [torch.zeros((), device="cpu")]
+    return torch.stack([s.to(found[0].device) for s in found]).sum()

@@ -243,7 +243,7 @@ class Structure:
 
     def mean_eigenvalue(self, moments: Aux, weight: float = 1.0) -> Tensor:
         """Of the Fisher matrix that the moments tell, to be divided by ``weight``: a scalar; 1 where they tell none."""
-        return torch.ones(())
+        return torch.ones((), device="cpu")
 
     def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
         """F v of the Fisher matrix that the moments tell, to be divided by ``weight``; those of low rank stay so."""

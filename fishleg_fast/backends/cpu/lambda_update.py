@@ -55,7 +55,7 @@ def lambda_step(
     gradients |= zip(mine, packed, strict=True)
     ok = bool(torch.isfinite(loss)) and bool(power != 0) and _adam_step(blocks, gradients, plain, options)
     forget([blocks[k] for k in mine if k not in terms])
-    return loss, torch.tensor(ok)
+    return loss, torch.tensor(ok, device="cpu")
 
 
 def _plain(block: Block) -> bool:
@@ -75,7 +75,7 @@ def _adam_step(
     ok = ok and _adam(ours, options)
     if ok:
         for block, grads in others:
-            reference.adam_step(block, dict(grads), options, torch.tensor(True))
+            reference.adam_step(block, dict(grads), options, torch.tensor(True, device="cpu"))
     return ok
 
 

@@ -41,7 +41,8 @@ class PackedMatrix:
     def __init__(self, engine: str, side: int, rows: int, columns: int) -> None:
         self.engine, self.side, self.rows, self.columns = engine, side, rows, columns
         self.lanes, self.depth = (rows, columns) if side == LEFT else (columns, rows)
-        self.memory = torch.empty(native.extension().packed_size(engine, self.lanes, self.depth), dtype=torch.uint8)
+        size = native.extension().packed_size(engine, self.lanes, self.depth)
+        self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
 
     @property
     def address(self) -> int:

@@ -43,7 +43,8 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
     others = [*map(Tensor.data_ptr, right)]
     codes = [CODES[dtype] for dtype in dtypes]
     sum_ = native.extension().inner(addresses, others, [*map(Tensor.numel, left)], codes, torch.get_num_threads())
-    return torch.tensor(sum_, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.tensor(sum_, dtype=wide, device="cpu")
 
 
 def _tensors(xs: Sequence[Matrix]) -> list[Tensor] | None:

@@ -38,7 +38,7 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 View = tuple[int, int, int, int]  # address, row stride, column stride, dtype
 _NOWHERE: View = (0, 0, 0, 0)
-_NOTHING = torch.empty(0)  # in the place of a gradient that is None
+_NOTHING = torch.empty(0, device="cpu")  # in the place of a gradient that is None
 
 _grads: Callable[[Block], list[Tensor | None]] = attrgetter("grads")
 dtype_of: Callable[[Tensor], torch.dtype] = attrgetter("dtype")

@@ -38,7 +38,7 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
     threads = torch.get_num_threads()
     given = _give(plan, gs, flat, options, threads)
     lengths = _flatten(plan, flat, given) if flat else []
-    norms = torch.empty(len(blocks), dtype=torch.float64)
+    norms = torch.empty(len(blocks), dtype=torch.float64, device="cpu")
     normalize = "rms" if spectral else options.normalize
     ok = plan.native.theta_step(norms.data_ptr(), options.averages, normalize, options.kappa, threads)
     for k, length in zip(flat, lengths, strict=True):
@@ -49,7 +49,7 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
         for k in plan.formed:
             follows = options.before and isinstance(gs[k], LowRank)
             blocks[k].product_version = blocks[k].structure.version if follows else None
-    return norms.to(plan.dtype), torch.tensor(ok)
+    return norms.to(plan.dtype), torch.tensor(ok, device="cpu")
 
 
 def _flatten(plan: StepPlan, flat: Sequence[int], given: Mapping[int, Tensor]) -> list[Tensor]:

@@ -37,7 +37,7 @@ def lambda_step(
 
 def dots(us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix]) -> Tensor:
     """⟨v, F v⟩, ⟨v, v⟩ and ⟨u, v⟩ over all blocks together: (3,), of no blocks zeros."""
-    return torch.stack([inner(vs, fvs), inner(vs, vs), inner(us, vs)]) if us else torch.zeros(3)
+    return torch.stack([inner(vs, fvs), inner(vs, vs), inner(us, vs)]) if us else torch.zeros(3, device="cpu")
 
 
 def aux_loss(dots: Tensor, options: LambdaOptions) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ def upload(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     found = _uploaded.get(key)
     host = found
     if found is None:
-        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
         found = host.to(device, non_blocking=True)
         if not capturing():  # memory of a graph's pool is that graph's
             _uploaded[key] = found
@@ -78,7 +78,7 @@ def tiles(
 
 @lru_cache(maxsize=256)
 def _schedule(entries: tuple, device: torch.device) -> Tensor:
-    return torch.tensor(entries, dtype=torch.int32).reshape(-1, 4).to(device)
+    return torch.tensor(entries, dtype=torch.int32, device="cpu").reshape(-1, 4).to(device)
 
 
 def schedule(entries: tuple, device: torch.device) -> Schedule:
