@@ -206,7 +206,8 @@ class FishLeg(Optimizer):
         for argument in ("structure", "normalize"):
             check_patterns(argument, getattr(self.settings, argument), self.blocks)
         self.backend, self._ops = registry.choose(backend, everything[0].device, everything[0].dtype)
-        self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps)
+        whole = curvature_batch is None
+        self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
         self._diagnostics = Diagnostics(capturable, writer)
         self._publish_progress()

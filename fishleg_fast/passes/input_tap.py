@@ -6,12 +6,14 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .inputs import Inputs, graph_leaf
+from .batch_rule import Call
+from .inputs import Inputs, output_shapes, seen_leaf
 
 
 def inside_functorch() -> bool:
@@ -47,6 +49,8 @@ class InputTap(Pausable):
         self._instance_forward = model.__dict__.get("forward")  # some other library's stand-in
         self._users = 0
         self.last: Inputs | None = None
+        self.earlier: Call | None = None  # the latest one before that of another size
+        self._size: int | None = None  # of the first tensor in the last
 
     @classmethod
     def on(cls, model: nn.Module, user: object | None) -> InputTap:
@@ -109,26 +113,39 @@ class InputTap(Pausable):
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.see(args, kwargs)
-        return self.inner(*args, **kwargs)
+        return self.see(self.inner, args, kwargs)
 
-    def see(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> None:
-        """Remember these inputs, if a pass of the user's that needs gradients has them.
+    def see(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> Any:
+        """``forward`` of these inputs, which are remembered, if a pass of the user's that needs gradients has them.
 
         ``elsewhere``: even if they are not on the model's own device.
         """
+        seen = self._remember(args, kwargs, elsewhere)
+        outputs = forward(*args, **kwargs)
+        if seen is not None and not torch.compiler.is_compiling():  # a traced pass has no numbers to be remembered
+            seen.outputs = output_shapes(outputs)
+        return outputs
+
+    def _remember(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool) -> Inputs | None:
         untouched = torch.jit.is_tracing() or (not torch.compiler.is_compiling() and inside_functorch())
         if not torch.is_grad_enabled() or self.paused or untouched:
-            return
+            return None
         model = self._model()
         device = next((p.device for p in model.parameters()), None) if model is not None else None
         kind = "cpu" if device is None else device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         found = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True)
-        devices: set[torch.device] = set()
-        found = found.map(lambda t: devices.add(t.device) or graph_leaf(t, t))  # type: ignore[func-returns-value]
-        if elsewhere or devices <= {device}:
-            self.last = found
+        tensors: list[Tensor] = []
+        found = found.map(lambda t: tensors.append(t) or seen_leaf(t))  # type: ignore[func-returns-value]
+        if not elsewhere and any(t.device != device for t in tensors):
+            return None
+        if not torch.compiler.is_compiling():
+            size = next((t.shape[0] for t in tensors if not t.is_nested and t.ndim), None)
+            if self.last is not None and self.last.outputs is not None and size != self._size:
+                self.earlier = Call.of(self.last)
+            self._size = size
+        self.last = found
+        return found
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.inner, memo)
@@ -147,10 +164,9 @@ class _ReplicaTap:
         self.tap, self._replica = tap, weakref.ref(replica)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.tap.see(args, kwargs, elsewhere=False)
         replica = self._replica()
         assert replica is not None  # it is what calls
-        return type(replica).forward(replica, *args, **kwargs)
+        return self.tap.see(partial(type(replica).forward, replica), args, kwargs, elsewhere=False)
 
 
 def _x_of(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
+from .batch_rule import BatchRule
 from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
-from .inputs import Inputs, tree_map
+from .inputs import Inputs, Memo, output_shapes, tree_map
 from .loader import AuxBatches
 
 Draw = Callable[[nn.Module, Any], Any]
@@ -72,6 +74,9 @@ class _Recorder:
         return self.forward(*args, **kwargs)
 
 
+_PART = (
+    "(in a pass of FishLeg's over a part of a batch; if the model takes whole batches only, pass curvature_batch=None)"
+)
 LEAST, MOST = 4, 32  # samples in a batch whose size is "auto"
 
 
@@ -92,6 +97,7 @@ class IsolatedPasses:
         seed: int,
         user: object | None = None,
         taps: Sequence[Pausable] = (),
+        may_cut: bool = True,
     ) -> None:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
@@ -107,6 +113,7 @@ class IsolatedPasses:
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
         self.taps = taps  # which see the user's passes alone
+        self._batches = BatchRule(self._raw_outputs, may_cut)
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""
@@ -132,20 +139,22 @@ class IsolatedPasses:
 
         RuntimeError before the model was given any input, ValueError where the loader is empty.
         """
+        earlier = None
         if self.loader is not None:
             item = self.loader.next(self.seed)
             x = item[0] if isinstance(item, (tuple, list)) and len(item) else item
             inputs = Inputs.of(tree_map(lambda t: t.to(self.device, non_blocking=True), x))
         elif self.tap is not None and self.tap.last is not None:
-            inputs = self.tap.last
-            if size == "auto":
-                size = min(MOST, max(LEAST, inputs.size() // 4))
+            inputs, earlier = self.tap.last, self.tap.earlier
         else:
             raise RuntimeError(
                 "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was "
                 "made. Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
             )
-        size = MOST if isinstance(size, str) else size
+        inputs = self._batches.resolved(inputs, earlier, size if isinstance(size, int) else None)
+        if size == "auto":
+            size = MOST if self.loader is not None else min(MOST, max(LEAST, inputs.size() // 4))
+        assert not isinstance(size, str)
         inputs = (inputs if size is None else inputs.rows(0, size)).copied()
         if self._own is not None and self.likelihood is not None and self.loader is not None:
             self._record_call(inputs)
@@ -164,7 +173,10 @@ class IsolatedPasses:
             if before is not None:
                 self.model.__dict__["forward"] = before
         if recorder.call is not None:
-            inputs.args, inputs.kwargs = tree_map(Tensor.detach, recorder.call)
+            memo: Memo = {id(x): (x, x) for x in inputs.over_batch}
+            inputs.args, inputs.kwargs = tree_map(Tensor.detach, recorder.call, memo)
+            if any(id(x) not in memo for x in replace(inputs, x=None).leaves(inputs.samples)):
+                inputs.over_batch = ()  # the model is given something else than x
 
     def run(self, inputs: Inputs, seed: int, function: Callable[[], Any]) -> Any:
         """``function()``, gradients enabled, apart from everything that the user's own passes use or change.
@@ -189,7 +201,12 @@ class IsolatedPasses:
             for module in self._sparse:  # sparse gradients have no second derivative either
                 module.sparse = False
                 stack.callback(setattr, module, "sparse", True)
-            return self.replaced({id(b): b.clone() for b in self.root.buffers()}, function)
+            try:
+                return self.replaced({id(b): b.clone() for b in self.root.buffers()}, function)
+            except Exception as error:
+                if inputs.part and error.args and isinstance(error.args[0], str):
+                    error.args = (f"{error.args[0]}\n{_PART}", *error.args[1:])
+                raise
 
     def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
         """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""
@@ -202,19 +219,30 @@ class IsolatedPasses:
         }
         return functional_call(self.root, named, (function,), tie_weights=False)
 
+    def _raw_outputs(self, inputs: Inputs) -> Any:
+        """What a pass returns, to be looked at: of the model, or the user's own draw where nothing else is known."""
+        own = self._own is not None and self.loader is not None
+        inputs = inputs.copied()
+        outputs = self.run(inputs, 0, lambda: self.draw(inputs) if own else self._called(inputs))
+        return outputs
+
     def outputs(self, inputs: Inputs) -> Tensor:
         """The model's outputs, as the likelihood takes them."""
+        return output_tensor(self._called(inputs))
+
+    def _called(self, inputs: Inputs) -> Any:
         past_hooks = inputs.tapped and self.tap is not None and self.model.__dict__.get("forward") is self.tap
         call = self.tap.inner if past_hooks and self.tap is not None else self.model
-        return output_tensor(call(*inputs.args, **inputs.kwargs))
+        return call(*inputs.args, **inputs.kwargs)
 
     def draw(self, inputs: Inputs) -> Any:
-        """Labels drawn from the model."""
+        """Labels drawn from the model, off the graph: the user's functions may differentiate by their inputs."""
+        if self._own is not None:
+            return tree_map(Tensor.detach, self._own[0](self.model, inputs.x))
+        assert self.likelihood is not None
+        outputs = self.outputs(inputs).detach()
         with torch.no_grad():
-            if self._own is not None:
-                return self._own[0](self.model, inputs.x)
-            assert self.likelihood is not None
-            return self.likelihood.draw(self.outputs(inputs))
+            return self.likelihood.draw(outputs)
 
     def nll(self, inputs: Inputs, labels: Any) -> Tensor:
         if self._own is not None:
@@ -225,8 +253,18 @@ class IsolatedPasses:
     def drawn_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
         """The nll on labels drawn from the model, and over how many independent terms it is the mean."""
         if self._own is not None:
-            return self.nll(inputs, self.draw(inputs)), inputs.size()
+            labels = self.draw(inputs)
+            return self.nll(inputs, labels), self._terms(inputs, labels)
         return self.likelihood_loss(inputs)
+
+    def _terms(self, inputs: Inputs, labels: Any) -> int:
+        """Of the user's own nll: what its ``terms`` says, else the samples of the batch, else the rows of labels."""
+        assert self._own is not None
+        terms = getattr(self._own[1], "terms", None)
+        if callable(terms):
+            return int(terms(self.model, inputs.x, labels))
+        rows = next((shape[0] for shape in output_shapes(labels) if shape), 1)
+        return inputs.samples or rows
 
     def likelihood_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
         """``drawn_loss`` by the likelihood where there is one: one forward pass, and the exact number of terms."""

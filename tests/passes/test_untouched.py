@@ -173,7 +173,7 @@ def test_the_input_tap_is_silent_during_a_pass() -> None:
     held = passes.tap.last
     for name in NAMES:
         run(name, net, passes)
-    assert passes.tap.last is held and isinstance(held, Inputs) and held.size() == 5
+    assert passes.tap.last is held and isinstance(held, Inputs) and len(held.x) == 5
     twin = copy.deepcopy(net)
     with torch.no_grad():
         twin.weight.zero_()

@@ -1,0 +1,199 @@
+"""What of a model's inputs runs over the batch, so that a part of a batch can be had. It is never guessed.
+
+A tensor, array or sequence runs over the batch where two calls of different batch sizes prove it, or where everything
+in the inputs has the size that the outputs have. And then a pass over a part has to show outputs of a part. Otherwise,
+and where it makes a difference whether one of several is cut, the batch stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .attempts import Attempts
+from .inputs import Inputs, Shapes, is_array, output_shapes, output_tensors, shape_of
+
+MOST = 32  # samples of a part to look at, where it is not known how many will be wanted
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a tensor, an array, a sequence or anything else in the inputs looks like; ``rows``: None if it has none."""
+
+    kind: str
+    shape: tuple[int, ...] | None
+    rows: int | None
+
+    @classmethod
+    def of(cls, x: Any) -> Leaf:
+        if isinstance(x, Tensor) and not x.is_nested:
+            return cls("tensor", shape_of(x), x.shape[0] if x.ndim and x.layout is torch.strided else None)
+        if is_array(x):
+            return cls("array", tuple(x.shape), x.shape[0] if x.shape else None)
+        if isinstance(x, (list, tuple)) and not isinstance(x, PackedSequence):
+            return cls("sequence", (len(x),), len(x))
+        return cls(type(x).__qualname__, None, None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How many samples a call of the model had, None if that is not known, and what it was given."""
+
+    samples: int | None
+    leaves: tuple[Leaf, ...]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Call:
+        lead = next((shape[0] for shape in inputs.outputs or () if shape), None)
+        if lead is not None:
+            leaves = tuple(map(Leaf.of, inputs.leaves(lead)))
+            if any(leaf.rows == lead for leaf in leaves):
+                return cls(lead, leaves)
+        leaves = tuple(map(Leaf.of, inputs.leaves()))
+        sizes = {leaf.rows for leaf in leaves if leaf.rows is not None and leaf.kind != "sequence"}
+        if inputs.outputs is not None:  # positions of a sample may be outputs by themselves
+            sizes = {size for size in sizes if size > 1 and lead and lead % size == 0}
+        if len(sizes) != 1:
+            return cls(None, leaves)
+        (size,) = sizes
+        return cls(size, tuple(map(Leaf.of, inputs.leaves(size))))
+
+    def structure(self) -> Hashable:
+        """What two calls have in common that differ in the batch alone."""
+        return tuple((leaf.kind, len(leaf.shape or ())) for leaf in self.leaves)
+
+    def over_batch(self, earlier: Call | None) -> tuple[int, ...]:
+        """Which of its leaves run over the batch, () where that cannot be told."""
+        there = [k for k, leaf in enumerate(self.leaves) if leaf.rows == self.samples and leaf.rows is not None]
+        fixed = {k for k, leaf in enumerate(self.leaves) if leaf.shape == () or leaf.kind == "sequence"}
+        fixed.difference_update(there)
+        if self.proved_by(earlier):
+            assert earlier is not None
+            there = [k for k in there if earlier.leaves[k].rows == earlier.samples]
+            pairs = enumerate(zip(self.leaves, earlier.leaves, strict=True))
+            fixed |= {k for k, (now, then) in pairs if now.shape is not None and now.shape == then.shape}
+        return tuple(there) if len(fixed.union(there)) == len(self.leaves) else ()
+
+    def proved_by(self, earlier: Call | None) -> bool:
+        """Whether that had another batch size, and what this has."""
+        return (
+            earlier is not None
+            and None not in (earlier.samples, self.samples)
+            and earlier.samples != self.samples
+            and earlier.structure() == self.structure()
+        )
+
+
+def shrunk(whole: Shapes, part: Shapes, samples: int, rows: int) -> bool:
+    """Whether outputs of ``rows`` samples have the shapes that the outputs of all let expect."""
+    if len(whole) != len(part):
+        return False
+    lead = next((k for k, shape in enumerate(whole) if shape), None)
+    for k, (before, after) in enumerate(zip(whole, part, strict=True)):
+        if len(before) != len(after):
+            return False
+        if not before:
+            continue
+        scaled = before[0] % samples == 0 and after[0] == before[0] // samples * rows
+        if not scaled and (k == lead or after[0] != before[0]):
+            return False
+        # Sequences may be padded to the longest of the part. What had the batch's size by chance keeps it.
+        if any(n > m or (n < m and m == samples) for m, n in zip(before[1:], after[1:], strict=True)):
+            return False
+    return lead is not None
+
+
+class BatchRule:
+    """Tells what of a batch runs over its samples; ``run(inputs)`` gives the outputs of a pass.
+
+    ``may_cut``: False keeps every batch whole.
+    """
+
+    def __init__(self, run: Callable[[Inputs], Any], may_cut: bool) -> None:
+        self.may_cut, self._run = may_cut, run
+        self._earlier: dict[Hashable, Call] = {}  # by structure: the latest call before one of another size
+        self._latest: dict[Hashable, Call] = {}
+        self._right: set[Hashable] = set()
+        self._wrong: dict[Hashable, Attempts] = {}
+
+    def resolved(self, inputs: Inputs, earlier: Call | None, rows: int | None) -> Inputs:
+        """``inputs``, which know their ``samples`` and what runs ``over_batch``; ``rows``: how many will be wanted."""
+        call = Call.of(inputs)
+        inputs = replace(inputs, samples=call.samples, over_batch=())
+        earlier = self._note(call, earlier)
+        samples, chosen = call.samples, call.over_batch(earlier)
+        if not self.may_cut or samples is None or samples < 2 or not chosen:
+            return inputs
+        leaves = inputs.leaves(samples)
+        if len(leaves) != len(call.leaves):
+            return inputs
+        inputs_in_parts = replace(inputs, over_batch=tuple(leaves[k] for k in chosen))
+        key = call.structure(), chosen, len(inputs.outputs or ())
+        if key not in self._right:
+            attempts = self._wrong.setdefault(key, Attempts())
+            if not attempts.due():
+                return inputs
+            rows = min(max(rows or min(samples // 4, MOST), 2), samples - 1)
+            if not self._holds(inputs_in_parts, samples, rows, call.proved_by(earlier)):
+                attempts.failed()
+                return inputs
+            self._right.add(key)
+        return inputs_in_parts
+
+    def _note(self, call: Call, earlier: Call | None) -> Call | None:
+        """A call of another size and the same structure, if there was any."""
+        structure = call.structure()
+        for other in (earlier, self._latest.get(structure)):
+            if other is not None and call.proved_by(other):
+                self._earlier[structure] = other
+        self._latest[structure] = call
+        found = self._earlier.get(structure)
+        return found if call.proved_by(found) else None
+
+    def _holds(self, inputs: Inputs, samples: int, rows: int, proven: bool) -> bool:
+        """Whether passes over a part show that its outputs are those of a part, and that all of it has to be cut."""
+        if len(inputs.over_batch) > 1 and _may_index(inputs.over_batch, samples, rows):
+            return False
+        try:
+            whole = inputs.outputs or output_shapes(self._run(inputs))
+            outputs = self._run(inputs.rows(0, rows))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever the model raises: it takes whole batches only
+            return False
+        if not shrunk(whole, output_shapes(outputs), samples, rows):
+            return False
+        others = [] if proven or len(inputs.over_batch) == 1 else range(len(inputs.over_batch))
+        return all(self._needed(inputs, k, whole, output_tensors(outputs), rows) for k in others)
+
+    def _needed(self, inputs: Inputs, left_out: int, whole: Shapes, outputs: Sequence[Tensor], rows: int) -> bool:
+        """Whether a pass over a part fails, or makes no difference, where one leaf is left whole."""
+        rest = tuple(x for k, x in enumerate(inputs.over_batch) if k != left_out)
+        try:
+            found = self._run(replace(inputs, over_batch=rest).rows(0, rows))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return True
+        assert inputs.samples is not None
+        if not shrunk(whole, output_shapes(found), inputs.samples, rows):
+            return True
+        return all(map(torch.equal, outputs, output_tensors(found)))
+
+
+def _may_index(leaves: Sequence[Any], samples: int, rows: int) -> bool:
+    """Whether one of several may hold indices into the batch: an error on a CPU, the end of the process on a GPU."""
+    whole_numbers = [
+        x
+        for x in leaves
+        if isinstance(x, Tensor)
+        and x.device.type != "cpu"
+        and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+        and x.numel()
+    ]
+    return any(rows <= int(x.max()) < samples for x in whole_numbers)

@@ -1,0 +1,268 @@
+"""Only what runs over the batch is cut: a part of a batch is a part of what the model computes, or there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fishleg_fast import CategoricalLikelihood, FishLeg, GaussianLikelihood
+from fishleg_fast.passes.inputs import Inputs
+from fishleg_fast.passes.isolated import IsolatedPasses
+from support.dense import randn
+
+B, WANTED = 48, 8
+
+
+class Model(nn.Module):
+    """Two layers, 5 -> 6 -> 3, about which ``call(first, last, *args)`` does what is to be tried."""
+
+    def __init__(self, call: Callable[..., Any], layers: tuple[nn.Module, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.a, self.b = layers or (nn.Linear(5, 6), nn.Linear(6, 3))
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.a, self.b, *args, **kwargs)
+
+
+def x(n: int = B, *shape: int) -> Tensor:
+    return randn(n, *(shape or (5,)), seed=n).float()
+
+
+def mlp(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    return b(torch.tanh(a(x)))
+
+
+def recurrent(a: nn.Module, b: nn.Module, x: Tensor, lengths: Any) -> Tensor:
+    packed = pack_padded_sequence(x, torch.as_tensor(lengths), batch_first=True, enforce_sorted=False)
+    return b(a(packed)[1][0])
+
+
+def attention(a: nn.Module, b: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    h = a(x)
+    return b(torch.softmax(h @ h.mT + mask, -1) @ h).mean(1)
+
+
+def graph(a: nn.Module, b: nn.Module, x: Tensor, adjacency: Tensor) -> Tensor:
+    return adjacency @ b(torch.relu(adjacency @ a(x)))
+
+
+RNN = (nn.GRU(5, 6, batch_first=True), nn.Linear(6, 3))
+WORDS = ["w" * n for n in range(B)]
+LENGTHS = [1 + k % 4 for k in range(B)]
+ADJACENCY = x(B, B).softmax(1)
+
+NESTED = torch.nested.nested_tensor([x(3), x(2)] * 20, layout=torch.jagged)
+PACKED = pack_padded_sequence(x(B, 4, 5), torch.tensor(LENGTHS), True, False)
+
+# what the model does, its arguments at B samples (and its layers): those which are told apart at the first call
+CUT: dict[str, tuple] = {
+    "one tensor": (mlp, (x(),)),
+    "a mapping": (lambda a, b, batch: mlp(a, b, batch["x"] + batch["z"]), ({"x": x(), "z": x() * 2},)),
+    "nested": (lambda a, b, t: mlp(a, b, t[0] + t[1]["z"][0]), ((x(), {"z": [2 * x()]}),)),
+    "numbers beside it": (lambda a, b, x, scale, name: mlp(a, b, scale * x), (x(), torch.tensor(2.0), "name")),
+    "lengths, a list": (recurrent, (x(B, 4, 5), LENGTHS), RNN),
+    "lengths, a tuple": (recurrent, (x(B, 4, 5), tuple(LENGTHS)), RNN),
+    "lengths, an array": (recurrent, (x(B, 4, 5), np.array(LENGTHS)), RNN),
+    "lengths, a tensor": (recurrent, (x(B, 4, 5), torch.tensor(LENGTHS)), RNN),
+    "words": (lambda a, b, x, words: mlp(a, b, x * torch.tensor([[len(w)] for w in words])), (x(), WORDS)),
+    "a list of images": (lambda a, b, xs: mlp(a, b, torch.stack(xs).mean(1)), (list(x(B, 3, 5)),)),
+    "a list of mappings": (lambda a, b, xs: mlp(a, b, torch.stack([x["x"] for x in xs])), ([{"x": t} for t in x()],)),
+    "flat outputs": (lambda a, b, x: mlp(a, b, x).reshape(-1, 3), (x(B, 4, 5),)),
+    "several outputs": (lambda a, b, x: (mlp(a, b, x), a(x), x.new_zeros(4)), (x(),)),
+    "an unused one": (lambda a, b, x, labels: mlp(a, b, x), (x(), torch.arange(B) % 3)),
+    "longest sequence": (lambda a, b, x, n: mlp(a, b, x[:, : max(n)]), (x(B, 4, 5), LENGTHS)),
+}  # fmt: skip
+
+# ... and those where it takes a call of another size; what they are then given
+LATER: dict[str, tuple] = {
+    "a mask of the batch's size": (attention, lambda n: (x(n, B, 5), x(B, B))),
+    "a mask": (attention, lambda n: (x(n, 7, 5), x(7, 7))),
+    "a mask for all": (attention, lambda n: (x(n, 7, 5), x(1, 7, 7))),
+    "prototypes": (lambda a, b, x, p: b(a(x) @ a(p).T @ a(p)), lambda n: (x(n), x(B))),
+    "their mean": (lambda a, b, x, p: mlp(a, b, x + p.mean(0)), lambda n: (x(n), x(B))),
+    "a vector": (lambda a, b, x, p: mlp(a, b, x * p.sum()), lambda n: (x(n), x(B, 1)[:, 0])),
+    "numbers in a list": (lambda a, b, x, p: mlp(a, b, x * sum(p)), lambda n: (x(n), [0.1] * B)),
+}  # fmt: skip
+
+# ... and those which are never cut, whatever the sizes of other calls
+WHOLE: dict[str, tuple] = {
+    "a graph": (graph, (x(), ADJACENCY)),
+    "a sparse graph": (graph, (x(), ADJACENCY.to_sparse())),
+    "edges": (lambda a, b, x, e: x[:, :3].index_add(0, e[1], mlp(a, b, x[e[0]])), (x(), torch.randint(B, (2, 99)))),
+    "neighbours": (lambda a, b, x, e: mlp(a, b, x[e].mean(1)), (x(), torch.randint(B, (B, 4)))),
+    "a fixed size": (lambda a, b, x: mlp(a, b, x).view(B, 3), (x(),)),
+    "time first": (lambda a, b, x: mlp(a, b, x[-1]), (x(B, 10, 5),)),
+    "one observation": (lambda a, b, x: mlp(a, b, x.view(-1, 5).mean(0)), (x(60, 1)[:, 0],)),
+    "the batch is one output": (lambda a, b, x: mlp(a, b, x).mean(), (x(),)),
+    "an object": (lambda a, b, x, o: mlp(a, b, x * o.scale.mean()), (x(), SimpleNamespace(scale=x()))),
+    "a nested tensor": (lambda a, b, x: mlp(a, b, torch.nested.to_padded_tensor(x, 0.0).mean(1)), (NESTED,)),
+    "a packed sequence": (lambda a, b, x: b(a(x)[1][0]), (PACKED,), RNN),
+}  # fmt: skip
+
+
+def passes_of(model: nn.Module, may_cut: bool = True) -> IsolatedPasses:
+    return IsolatedPasses(model, None, None, GaussianLikelihood(), None, 0, may_cut=may_cut)
+
+
+def first(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def check_part(model: nn.Module, inputs: Inputs, whole: Tensor, samples: int = B) -> None:
+    """That it is a part of the batch, and the model's outputs are those of the batch."""
+    assert inputs.size() == WANTED and inputs.part
+    with torch.no_grad():  # which nobody sees
+        part = first(model(*inputs.args, **inputs.kwargs))
+    assert len(part) == len(whole) // samples * WANTED
+    assert torch.allclose(part, whole[: len(part)], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_what_has_the_outputs_size_is_cut(name: str) -> None:
+    call, args, *layers = CUT[name]
+    model = Model(call, *layers)
+    passes = passes_of(model)
+    whole = first(model(*args))
+    check_part(model, passes.inputs(WANTED), whole)
+    assert passes.inputs().size() == B
+    with torch.no_grad():
+        assert torch.equal(first(model(*passes.inputs().args)), whole)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_second_size_proves_what_runs_over_the_batch(name: str) -> None:
+    call, args = LATER[name]
+    model = Model(call)
+    passes = passes_of(model)
+    for _ in range(2):
+        whole = model(*args(B))
+        inputs = passes.inputs(WANTED)
+        assert inputs.size() == 1 and torch.equal(model(*inputs.args), whole)
+    model(*args(20))  # which no pass of the optimizer's has seen
+    whole = model(*args(B))
+    check_part(model, passes.inputs(WANTED), whole)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_belongs_together_stays_whole(name: str) -> None:
+    call, args, *layers = WHOLE[name]
+    model = Model(call, *layers)
+    passes = passes_of(model)
+    for _ in range(3):
+        whole = model(*args)
+        inputs = passes.inputs(WANTED)
+        assert inputs.size() == 1 and not inputs.part
+        assert torch.equal(model(*inputs.args), whole)
+
+
+def test_graphs_of_several_sizes_stay_whole() -> None:
+    model = Model(graph)
+    passes = passes_of(model)
+    for n in (30, B, 40, B):
+        whole = model(x(n), x(n, n).softmax(1))
+        inputs = passes.inputs(WANTED)
+        assert inputs.size() == 1 and torch.equal(model(*inputs.args), whole)
+
+
+def test_a_failure_in_passing_is_no_verdict() -> None:
+    model = Model(mlp)
+    passes = passes_of(model)
+    whole = model(x())
+    with torch.no_grad():
+        model.call = lambda *_: (_ for _ in ()).throw(OSError("busy"))
+    assert passes.inputs(WANTED).size() == 1
+    model.call = mlp
+    sizes = [passes.inputs(WANTED).size() for _ in range(3)]
+    assert sizes[-1] == WANTED
+    check_part(model, passes.inputs(WANTED), whole)
+
+
+def test_a_loader_s_batches_are_cut_by_the_same_rule() -> None:
+    for (call, args, *layers), size in ((CUT["lengths, a list"], WANTED), (WHOLE["a graph"], 1)):
+        model = Model(call, *layers)
+        passes = IsolatedPasses(model, None, None, GaussianLikelihood(), [(args, 0)], 0)
+        assert passes.inputs(WANTED).size() == size
+
+
+class Watched(nn.Module):
+    """Tells ``see`` the sizes of all batches that it is given; its parameter is of no layer."""
+
+    def __init__(self, see: Callable[[int], None]) -> None:
+        super().__init__()
+        self.weight, self.layer, self.see = nn.Parameter(randn(5, 5).float()), nn.Linear(5, 3), see
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.see(len(x))
+        return self.layer(torch.tanh(x @ self.weight))
+
+
+@pytest.mark.parametrize("fisher", ["ggn", "hessian", "antithetic", "rank1"])
+@pytest.mark.parametrize("loader", [False, True])
+def test_none_never_cuts(fisher: str, loader: bool) -> None:
+    """Neither in products with F nor where moments come from several gradients."""
+    sizes: list[set[int]] = []
+    for size in (None, WANTED):
+        seen: set[int] = set()
+        model, likelihood = Watched(seen.add), GaussianLikelihood()
+        optimizer = FishLeg(
+            model, likelihood=likelihood, fisher=fisher, curvature_batch=size, aux_loader=[x()] if loader else None
+        )
+        for _ in range(2):
+            likelihood.nll(torch.zeros(B, 3), model(x())).backward()
+            optimizer.step()
+        sizes.append(seen)
+    assert sizes[0] == {B} and {B, WANTED} < sizes[1]
+
+
+def test_a_part_that_fails_says_how_to_keep_batches_whole() -> None:
+    class Picky(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) % 16:
+                raise ValueError(f"batch of {len(x)}")
+            return super().forward(x)
+
+    model = Picky(5, 3)
+    passes = passes_of(model)
+    model(x(64))
+    assert passes.inputs(16).size() == 16  # from here on it is known
+    inputs = passes.inputs(10)
+    with pytest.raises(ValueError, match=r"batch of 10\n.*curvature_batch=None"):
+        passes.run(inputs, 0, lambda: passes.outputs(inputs))
+    whole = Inputs.of(x(60))
+    with pytest.raises(ValueError, match=r"^batch of 60$"):
+        passes.run(whole, 0, lambda: passes.outputs(whole))
+
+
+def test_over_how_many_terms_an_own_nll_is_the_mean() -> None:
+    likelihood = CategoricalLikelihood()
+
+    def draw(model: nn.Module, x: Any) -> Tensor:
+        return likelihood.draw(model(x))
+
+    def nll(model: nn.Module, x: Any, y: Tensor) -> Tensor:
+        return likelihood.nll(y, model(x))
+
+    def terms(xs: Any, call: Callable, own: Callable = nll) -> int:
+        model = Model(call)
+        passes = IsolatedPasses(model, draw, own, None, None, 0)
+        model(xs)
+        inputs = passes.inputs()
+        return passes.run(inputs, 0, lambda: passes.drawn_loss(inputs))[1]
+
+    assert terms(x(), mlp) == B
+    assert terms(list(x(B, 3, 5)), CUT["a list of images"][0]) == B
+    assert terms(SimpleNamespace(x=x()), lambda a, b, o: mlp(a, b, o.x)) == B  # as many as labels
+
+    def weighed(model: nn.Module, x: Any, y: Tensor) -> Tensor:
+        return nll(model, x, y)
+
+    weighed.terms = lambda model, x, y: 7 * len(y)
+    assert terms(x(), mlp, weighed) == 7 * B
