@@ -123,10 +123,11 @@ class Ops(Protocol):
         """
 
     def average_moments(
-        self, blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float
+        self, blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float, more: bool = False
     ) -> list[Block]:
         """Add ``statistics`` to the moving averages of the Fisher's Kronecker factors, with weight 1−decay.
 
+        ``more``: they are another part of the batch whose first part was added before.
         Returns the blocks whose average moved: not those whose statistics are empty or not finite.
         """
 

@@ -12,12 +12,12 @@ from ..algebra.costs import count_applications
 from ..algebra.low_rank import LowRank
 from ..algebra.maths import Applications, Aux
 from ..algebra.matrix import Matrix, dense, dot
-from ..algebra.structures.base import LayerStatistics
 from ..backends.protocol import LambdaOptions, Ops
 from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
+from .layer_pass import Share
 from .low_rank_products import low_rank_ggn
 from .moments import moments
 from .products import FISHER, drawn_gradient
@@ -135,14 +135,19 @@ class CurvatureLearner:
         Factors that are not finite are left out: Q stays what it is. ``tap``: what saw them in the user's own backward
         pass, whose gradients the blocks have; None: passes with labels drawn from the model.
         """
-        statistics: Sequence[LayerStatistics | Aux]
+        averaged: set[int] = set()
+
+        def take(share: Share) -> None:
+            done = self.ops.average_moments(share.blocks, share.statistics, self.options.anchor_decay, share.more)
+            averaged.update(map(id, done))
+
         if tap is None:
-            statistics, terms = moments(self.passes, due, self.passes.inputs())
+            terms = moments(self.passes, due, self.passes.inputs(), take)
         else:
             found, terms = tap.take(due)
-            statistics = [_of_gradient(b) if m is None else m for b, m in zip(due, found, strict=True)]
+            take(Share(due, [_of_gradient(b) if m is None else m for b, m in zip(due, found, strict=True)]))
         self.terms = terms or self.terms
-        moved = self.ops.average_moments(due, statistics, self.options.anchor_decay)
+        moved = [b for b in due if id(b) in averaged]
         if self.options.relative_damping:
             set_units(blocks, moved)
         self.ops.start_kfac(moved, self.damping)

@@ -47,6 +47,10 @@ class Layer:
         """Whether a sample of the layer's input uses the weights at several positions."""
         return False
 
+    def separable(self, module: nn.Module, x: Tensor, e: Tensor) -> bool:
+        """Whether the rows are many times as large as the input, and those of some samples of x and e are a part."""
+        return False
+
     def output_gradients(self, module: nn.Module, e: Tensor) -> Tensor:
         """The output's gradient as (positions, m)."""
         return e.reshape(-1, e.shape[-1])
@@ -54,8 +58,8 @@ class Layer:
     def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """a (positions, n) and e (positions', m), with the columns of the block's parts: the block's gradient is eᵀa.
 
-        positions is positions' times the layer's groups. None where the layer does not show them. ``out``: memory for
-        a, where it has to be put together.
+        positions is positions' times the layer's groups, a group at a time. None where the layer does not show them.
+        ``out``: memory for a, where it has to be put together.
         """
         module = block.layer
         assert module is not None
@@ -105,6 +109,10 @@ class Conv(Layer):
     def specs(self, module: nn.Module) -> list[BlockSpec]:
         return [BlockSpec("", [("weight", None), ("bias", None)], repeated=True)]
 
+    def separable(self, module: nn.Module, x: Tensor, e: Tensor) -> bool:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return x.ndim == e.ndim == len(module.kernel_size) + 2 and x.shape[0] == e.shape[0] > 1
+
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         dims = len(module.kernel_size)
@@ -117,7 +125,7 @@ class Conv(Layer):
         if dims == 1:
             x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
         patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (batch, in·|kernel|, positions)
-        return patches.unflatten(1, (module.groups, -1)).movedim(2, -1).flatten(0, 2)
+        return patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(0, 2)
 
     def output_gradients(self, module: nn.Module, e: Tensor) -> Tensor:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg_fast.algebra.structures.base import LayerStatistics
+from fishleg_fast.fisher.layer_pass import Share
 from fishleg_fast.fisher.moments import moments as statistics_of
 from fishleg_fast.likelihoods import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
 from fishleg_fast.model.assemble import build_blocks
@@ -35,11 +36,15 @@ def blocks_of(model: nn.Module, structure: str = "kron") -> list[Block]:
 
 def second_moments(passes: IsolatedPasses, blocks: list[Block], inputs: Inputs) -> list[dict[str, Tensor]]:
     """What a pass shows of each block, as moments."""
-    shown, _ = statistics_of(passes, blocks, inputs)
-    return [
-        b.structure.layer_moments(*s) if isinstance(s, LayerStatistics) else s
-        for b, s in zip(blocks, shown, strict=True)
-    ]
+    shares: list[Share] = []
+    statistics_of(passes, blocks, inputs, shares.append)
+    found: dict[int, dict[str, Tensor]] = {}
+    for share in shares:
+        for b, s in zip(share.blocks, share.statistics, strict=True):
+            new = b.structure.layer_moments(*s) if isinstance(s, LayerStatistics) else s
+            assert share.more == (id(b) in found)
+            found[id(b)] = {k: t + found[id(b)][k] for k, t in new.items()} if share.more else new
+    return [found.get(id(b), {}) for b in blocks]
 
 
 def moments(model: nn.Module, likelihood: Likelihood, x: Tensor, seed: int = 0, structure: str = "kron") -> list:
@@ -119,9 +124,9 @@ def test_patches_reproduce_a_convolution(name: str) -> None:
 
 def test_patches_of_a_grouped_convolution() -> None:
     conv, x = nn.Conv2d(6, 9, 3, groups=3, padding=1, bias=False).double(), randn(2, 6, 5, 4)
-    patches = layer_of(conv).inputs(conv, x).reshape(2, 3, 20, 18)  # images, groups, positions, inputs of a group
+    patches = layer_of(conv).inputs(conv, x).reshape(3, 2, 20, 18)  # groups, images, positions, inputs of a group
     weight = conv.weight.reshape(3, 3, 18)
-    got = torch.einsum("bgpk,gok->bgop", patches, weight).reshape(2, 9, 5, 4)
+    got = torch.einsum("gbpk,gok->bgop", patches, weight).reshape(2, 9, 5, 4)
     assert relative(got.detach(), conv(x).detach()) <= 1e-12
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fishleg_fast.algebra.structures.base import LayerStatistics
 from fishleg_fast.fisher import moments, products
+from fishleg_fast.fisher.layer_pass import Share
 from fishleg_fast.likelihoods import GaussianLikelihood
 from fishleg_fast.model.assemble import build_blocks
 from fishleg_fast.passes.inputs import Inputs
@@ -92,7 +93,9 @@ def make_passes(model: nn.Module, loader: object = None) -> IsolatedPasses:
 def run(name: str, model: nn.Module, passes: IsolatedPasses) -> list[Tensor]:
     if name == "moments":
         blocks = build_blocks(model, list(model.parameters()), "kron", None)
-        shown, _ = moments.moments(passes, blocks, passes.inputs())
+        shares: list[Share] = []
+        moments.moments(passes, blocks, passes.inputs(), shares.append)
+        shown = [found for share in shares for found in share.statistics]
         return [t for found in shown for t in (found[:2] if isinstance(found, LayerStatistics) else found.values())]
     params = trainable(model)
     vs = [torch.ones_like(p) for p in params]

@@ -50,6 +50,7 @@ class LayerStatistics(NamedTuple):
     a: Tensor  # (positions, n): inputs
     e: Tensor  # (positions, m): output gradients
     terms: float
+    positions: int | None = None  # of the whole batch, where a and e are a part of it; None: a's
 
 
 class Structure:
@@ -237,7 +238,7 @@ class Structure:
         """Second moments from gradients on drawn labels, each (m, n) and scaled so that E[vec(g) vec(g)ᵀ] = F."""
         return {}
 
-    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+    def layer_moments(self, a: Tensor, e: Tensor, count: float, positions: int | None = None) -> Aux:
         """Second moments from what a layer showed (see :class:`LayerStatistics`)."""
         return {}
 
@@ -250,15 +251,14 @@ class Structure:
         raise NotImplementedError(f"{type(self).__name__} has moments but no fisher_product")
 
     @torch.no_grad()
-    def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
-        """Average new second moments into ``moments``, in place. False where they are not finite; nothing is written
-        then.
+    def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float, decay: float) -> bool:
+        """moments ← decay·moments + weight·new, in place. False where new ones are not finite; nothing is written then.
         """
         found = self.layer_moments(*new) if isinstance(new, LayerStatistics) else new
         if not finite(found):
             return False
         for name, moment in moments.items():
-            moment.lerp_(found[name], weight)
+            moment.mul_(decay).add_(found[name], alpha=weight)
         return True
 
     def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:

@@ -60,9 +60,13 @@ class Diagonal(Structure):
         return moments
 
     @torch.no_grad()
-    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+    def layer_moments(self, a: Tensor, e: Tensor, count: float, positions: int | None = None) -> Aux:
         """count·Σ (e∘e)(a∘a)ᵀ: exact where every sample has one position; positions count as uncorrelated elsewhere."""
-        return {"diagonal": (e * e).T @ (a * a) * count}
+        groups = a.shape[0] // max(e.shape[0], 1)  # of a grouped convolution: rows of e's columns, each its own a's
+        if groups <= 1:
+            return {"diagonal": (e * e).T @ (a * a) * count}
+        e, a = e.unflatten(1, (groups, -1)).movedim(1, 0), a.unflatten(0, (groups, -1))
+        return {"diagonal": ((e * e).mT @ (a * a)).flatten(0, 1) * count}
 
     @torch.no_grad()
     def mean_eigenvalue(self, moments: Aux, weight: float = 1.0) -> Tensor:

@@ -95,10 +95,10 @@ class Kronecker(Structure):
         return {name: moment / root for name, moment in moments.items()}
 
     @torch.no_grad()
-    def layer_moments(self, a: Tensor, e: Tensor, count: float) -> Aux:
+    def layer_moments(self, a: Tensor, e: Tensor, count: float, positions: int | None = None) -> Aux:
         """rows = count·Σ e eᵀ, columns = mean a aᵀ (Martens & Grosse 2015; for convolutions Grosse & Martens 2016)."""
         R, L = list(self.fishleg_aux.values())[:2]  # their layouts
-        e, a = e * count**0.5, a / max(a.shape[0], 1) ** 0.5
+        e, a = e * count**0.5, a / max(positions or a.shape[0], 1) ** 0.5
         return {"rows": cross(e.T, e.T, R), "columns": cross(a.T, a.T, L)}
 
     @torch.no_grad()
@@ -116,18 +116,18 @@ class Kronecker(Structure):
         return rmul(mul(G, dense(v)), A) / weight**2
 
     @torch.no_grad()
-    def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float) -> bool:
+    def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float, decay: float) -> bool:
         """As any structure's; of dense factors within the product that makes the new ones."""
         rows, columns = moments["rows"], moments["columns"]
         if not isinstance(new, LayerStatistics) or rows.ndim != 2 or columns.ndim != 2:
-            return super().average(moments, new, weight)
-        a, e, count = new
-        alphas = weight * count, weight / max(a.shape[0], 1)
+            return super().average(moments, new, weight, decay)
+        a, e, count, positions = new
+        alphas = weight * count, weight / max(positions or a.shape[0], 1)
         sizes = torch.stack([torch.linalg.vector_norm(x).square() * c for x, c in zip((e, a), alphas, strict=True)])
         if not torch.isfinite(sizes).all():  # the traces of what is added
             return False
-        rows.addmm_(e.T, e, beta=1 - weight, alpha=alphas[0])
-        columns.addmm_(a.T, a, beta=1 - weight, alpha=alphas[1])
+        rows.addmm_(e.T, e, beta=decay, alpha=alphas[0])
+        columns.addmm_(a.T, a, beta=decay, alpha=alphas[1])
         return True
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ ENGINES: dict[torch.dtype, tuple[Pair, ...]] = {
 
 @torch.no_grad()
 def average_moments(
-    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float
+    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float, more: bool = False
 ) -> list[Block]:
     """As the reference's."""
     mine: dict[str, list[tuple[Block, LayerStatistics]]] = {}
@@ -41,9 +41,9 @@ def average_moments(
             others.append((block, new))
         else:
             mine.setdefault(pair[0], []).append((block, new))
-    done = reference.average_moments([b for b, _ in others], [new for _, new in others], decay)
+    done = reference.average_moments([b for b, _ in others], [new for _, new in others], decay, more)
     for engine, found in mine.items():
-        done += _average(engine, found, decay)
+        done += _average(engine, found, decay, more)
     return done
 
 
@@ -77,19 +77,20 @@ def _engines(block: Block, new: LayerStatistics | Aux | None) -> Pair | None:
     return next((pair for pair in ENGINES.get(s.operand_dtype or torch.float32, ()) if {*pair} <= {*here}), None)
 
 
-def _average(engine: str, pairs: Sequence[tuple[Block, LayerStatistics]], decay: float) -> list[Block]:
+def _average(engine: str, pairs: Sequence[tuple[Block, LayerStatistics]], decay: float, more: bool) -> list[Block]:
     """Average what layers showed into the moments; the blocks for which that was finite."""
     weight, kept, rows = 1 - decay, [], []
-    for block, (a, e, count) in pairs:
+    for block, (a, e, count, positions) in pairs:
         a, e = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (a, e))
         kept.append((a, e))
         G, A = block.moments["rows"], block.moments["columns"]
-        rows.append((_moment(e, G, weight * count), _moment(a, A, weight / max(a.shape[0], 1))))
-    done = native.extension().average_moments(engine, rows, 1 - weight, torch.get_num_threads())
+        rows.append((_moment(e, G, weight * count), _moment(a, A, weight / max(positions or a.shape[0], 1))))
+    done = native.extension().average_moments(engine, rows, 1.0 if more else decay, torch.get_num_threads())
     found = [block for (block, _), ok in zip(pairs, done, strict=True) if ok]
     for block in found:
         torch.autograd.graph.increment_version(list(block.moments.values()))
-        block.moments_weight.mul_(decay).add_(weight)
+        if not more:
+            block.moments_weight.mul_(decay).add_(weight)
     return found
 
 

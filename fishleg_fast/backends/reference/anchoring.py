@@ -11,13 +11,14 @@ from ...precision import precision_scope
 
 
 def average_moments(
-    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float
+    blocks: Sequence[Block], statistics: Sequence[LayerStatistics | Aux], decay: float, more: bool = False
 ) -> list[Block]:
     """Moving averages of the Kronecker factors, and the blocks whose moved: see ``protocol.Ops``."""
     done = []
     for block, new in zip(blocks, statistics, strict=True):
-        if new and block.structure.average(block.moments, new, 1 - decay):
-            block.moments_weight.mul_(decay).add_(1 - decay)
+        if new and block.structure.average(block.moments, new, 1 - decay, 1.0 if more else decay):
+            if not more:
+                block.moments_weight.mul_(decay).add_(1 - decay)
             done.append(block)
     return done
 

@@ -128,7 +128,7 @@ def test_stiff_directions(operands: torch.dtype, smallest: float) -> None:
     block.moments_weight.fill_(0.5)
     damping = (smallest * 4) ** 2
     (_, inverting) = anchoring._engines(block, shown(m, n))
-    if anchoring._start(inverting, [block], damping, False):
+    if anchoring._start(inverting, [block], damping):
         assert smallest == 1e-8  # which the reference does in float64
         return
     roundoff = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-15}[operands]

@@ -1,0 +1,194 @@
+"""One pass with labels drawn from the model that shows layers' inputs and output gradients, a few layers' at a time.
+
+What a layer showed is made use of and let go as soon as the backward pass has got to it: no two large layers' rows, nor
+all layers' output gradients, are ever held together. Those of a convolution, its patches, are many times its input:
+they are made of some samples at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ..algebra.maths import Aux
+from ..algebra.structures.base import LayerStatistics
+from ..model.block import Block
+from ..model.layers import layer_of
+from ..passes.inputs import Inputs
+from ..passes.isolated import IsolatedPasses
+
+ENTRIES = 2**21  # of rows at a time
+
+
+class Share(NamedTuple):
+    """Of some blocks what tells their second moments; ``more``: after a first part of the batch, another one."""
+
+    blocks: Sequence[Block]
+    statistics: Sequence[LayerStatistics | Aux]
+    more: bool = False
+
+
+class Call:
+    """A layer's input in one call of it, where its output's gradient will be, and that gradient."""
+
+    def __init__(self, x: Tensor, edge: GradientEdge) -> None:
+        self.x, self.edge = x, edge
+        self.e: Tensor | None = None
+
+
+class LayerPass:
+    """A pass for the moments of blocks, whose layers' go to ``take``.
+
+    After ``run``, ``unseen`` are blocks without a layer that showed a call, ``gradients`` those of their parameters by
+    id, if ``of_unseen``, and ``hidden`` those whose layer did not show enough.
+    """
+
+    def __init__(self, blocks: Sequence[Block], take: Callable[[Share], None], of_unseen: bool) -> None:
+        self._blocks, self._take, self.of_unseen = blocks, take, of_unseen
+        self._calls: dict[int, list[Call]] = {}  # by id of the block, until its layer's have been made use of
+        self._ready: list[tuple[Block, LayerStatistics | Aux]] = []
+        self._entries = 0  # of what is ready
+        self._terms = 1.0
+        self.unseen: list[Block] = []
+        self.hidden: list[Block] = []
+        self.gradients: dict[int, Tensor | None] = {}
+
+    def run(self, passes: IsolatedPasses, inputs: Inputs) -> float:
+        """The pass, which belongs inside ``passes.run``. Returns over how many terms its loss is the mean."""
+        hooks = [b.layer.register_forward_hook(partial(self._on_forward, b)) for b in self._blocks if b.layer]
+        try:
+            loss, self._terms = passes.likelihood_loss(inputs)
+        finally:  # before the backward pass, in which checkpointed modules run once more
+            for hook in hooks:
+                hook.remove()
+        self.unseen = [b for b in self._blocks if id(b) not in self._calls]
+        parts = [part for b in self.unseen for part in b.parts] if self.of_unseen else []
+        params = {id(part.param): part.param for part in parts if part.param.requires_grad}
+        calls = [(block, call) for block in self._blocks for call in self._calls.get(id(block), ())]
+        with torch.autocast(passes.device.type, enabled=False):  # what is made of rows is as exact as λ
+            self._backward(loss, calls, params)
+        return self._terms
+
+    def _backward(self, loss: Tensor, calls: Sequence[tuple[Block, Call]], params: dict[int, nn.Parameter]) -> None:
+        ends = _ends([call.edge.node for _, call in calls])
+        last = []  # autograd has to be asked for these, and so comes by all others
+        for block, call in calls:
+            if call.edge.node in ends:
+                last.append((block, call))
+            else:
+                call.edge.node.register_prehook(partial(self._on_gradients, block, call))
+        wanted: list[Any] = [*(call.edge for _, call in last), *params.values()]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        self.gradients = dict(zip(params, found[len(last) :], strict=True))
+        for (block, call), e in zip(last, found, strict=False):
+            self._on_gradient(block, call, e)
+        self._hand_over()
+        self.hidden += [b for b in self._blocks if id(b) in self._calls]  # whose gradients did not all come
+        self._calls.clear()
+
+    def _on_forward(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
+            # an edge outlives in-place activations
+            self._calls.setdefault(id(block), []).append(Call(args[0].detach(), get_gradient_edge(output)))
+
+    def _on_gradients(self, block: Block, call: Call, gradients: Sequence[Tensor | None]) -> None:
+        self._on_gradient(block, call, gradients[call.edge.output_nr])
+
+    @torch.no_grad()
+    def _on_gradient(self, block: Block, call: Call, e: Tensor | None) -> None:
+        call.e = e
+        calls = self._calls[id(block)]
+        if all(c.e is not None for c in calls):
+            del self._calls[id(block)]
+            if not self._use(block, calls):
+                self.hidden.append(block)
+            for c in calls:  # autograd's hook holds the call until the pass is over
+                del c.x, c.e
+
+    def _use(self, block: Block, calls: Sequence[Call]) -> bool:
+        """Make use of all calls of a layer; whether they show what is needed."""
+        positions = sum(c.e.numel() for c in calls if c.e is not None) // max(block.shape[0], 1)
+        entries = positions * block.shape[1]
+        shares = _in_parts(block, calls, self._terms) if entries > ENTRIES else None
+        if shares is not None:
+            for share in shares:
+                self._take(share)
+            return True
+        found = _statistics(block, calls, self._terms)
+        if found is None:
+            return False
+        if self._entries + entries > ENTRIES:
+            self._hand_over()
+        self._ready.append((block, found))
+        self._entries += entries
+        return True
+
+    def _hand_over(self) -> None:
+        """Of small layers together, which costs the ops fewer calls."""
+        if self._ready:
+            self._take(Share([block for block, _ in self._ready], [found for _, found in self._ready]))
+        self._ready, self._entries = [], 0
+
+
+def _ends(nodes: Sequence[Node]) -> set[Node]:
+    """Those of the nodes from which a backward pass gets to no other of them."""
+    mine, passed = set(nodes), {}  # node -> whether one of mine is there or further on
+    ends = set()
+    for start in nodes:
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            following = [n for n, _ in node.next_functions if n is not None]
+            if node not in passed:
+                passed[node] = False  # until those after it are known
+                stack += [n for n in following if n not in passed]
+                continue
+            stack.pop()
+            beyond = any(passed[n] for n in following)
+            if node in mine and not beyond:
+                ends.add(node)
+            passed[node] = beyond or node in mine
+    return ends
+
+
+def _statistics(block: Block, calls: Sequence[Call], terms: float) -> LayerStatistics | Aux | None:
+    """From all calls of the block's layer; None where they do not show its gradient."""
+    assert block.layer is not None
+    layer = layer_of(block.layer)
+    rows = [None if c.e is None else layer.rows(block, c.x, c.e) for c in calls]
+    if any(found is None for found in rows):
+        return None
+    a, e = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*filter(None, rows), strict=True))
+    return layer.statistics(block, a, e, terms)
+
+
+def _in_parts(block: Block, calls: Sequence[Call], terms: float) -> Iterator[Share] | None:
+    """The same, of some samples at a time; None where that is impossible, or some numbers are not finite."""
+    assert block.layer is not None
+    layer = layer_of(block.layer)
+    positions, parts = 0, list[tuple[Tensor, Tensor]]()
+    for c in calls:
+        assert c.e is not None
+        if not layer.separable(block.layer, c.x, c.e) or not torch.isfinite(c.x.sum() + c.e.sum()):
+            return None
+        rows = layer.rows(block, c.x[:1], c.e[:1])
+        if rows is None or not isinstance(layer.statistics(block, *rows, terms), LayerStatistics):
+            return None
+        positions += rows[0].shape[0] * c.x.shape[0]
+        samples = max(1, ENTRIES // max(rows[0].numel(), 1))
+        parts += zip(c.x.split(samples), c.e.split(samples), strict=True)
+
+    def shares() -> Iterator[Share]:
+        for k, (x, e) in enumerate(parts):
+            rows = layer.rows(block, x, e)
+            assert rows is not None
+            found = layer.statistics(block, *rows, terms)
+            assert isinstance(found, LayerStatistics)
+            yield Share([block], [found._replace(positions=positions)], k > 0)
+
+    return shares()
