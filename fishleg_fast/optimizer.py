@@ -116,7 +116,9 @@ class FishLeg(Optimizer):
             setting.
         thin_gradients: watch linear layers' inputs and output gradients (forward hooks), of which their gradients are
             products of low rank: cheaper where the batch is smaller than the layer, and the same but for rounding.
-        capturable: decide everything in a step on the device, without synchronisation.
+        capturable: decide everything in a step on the device, without synchronisation. A CUDA graph replays the one
+            step that it captured: capture one without an update of λ, which rests in replays, and take steps outside
+            the graph between them. Of those alone, one in update_aux_every learns λ, one in anchor_every anchors it.
         writer: a tensorboard SummaryWriter (anything with add_scalar), given the diagnostics at updates of λ.
 
     Raises:

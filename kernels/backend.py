@@ -15,8 +15,11 @@ diagonal and block-diagonal factors; structures of custom layers; float64; low-r
 parameters whose columns two strides do not find. Polar factors of those blocks are the kernels' all the same, but of
 float64's.
 
-CUDA graphs: with ``capturable``, after a step or two outside. Host work per block is about 10 µs in a θ step whose
-tensors are where they were, and several times that in an update of λ.
+CUDA graphs: with ``capturable``, after a step or two outside, and without an update of λ: replays never learn λ again,
+which steps outside the graph do. What a graph reads is kept until the process ends.
+
+Host work per block is about 10 µs in a θ step whose tensors are where they were, and several times that in an update
+of λ.
 
 Importing this module imports Triton; ``availability`` says first whether it is there.
 """

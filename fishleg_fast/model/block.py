@@ -30,6 +30,17 @@ def _empty() -> Tensor:
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
+def advance(counters: Sequence[Tensor], ok: Tensor | None = None) -> None:
+    """Add one to each step counter; with ``ok``, a boolean on any device, where that is true: it crosses over to
+    another once for all of the counters there.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for counter in counters:
+        by_device.setdefault(counter.device, []).append(counter)
+    for device, mine in by_device.items():
+        torch._foreach_add_(mine, 1.0 if ok is None else [ok.to(device, torch.float32)] * len(mine))
+
+
 class BackendState:
     """What a backend keeps on a block: what it has prepared, workspaces. Made without arguments.
 

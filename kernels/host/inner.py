@@ -62,8 +62,11 @@ def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:
                 groups.setdefault((a.dtype, b.dtype, a.device), []).append((a, b))
     sums = []
     for (X, Y, device), members in groups.items():
-        chunks = tiles([(k, 1, a.numel(), 0) for k, (a, _) in enumerate(members)], 1, INNER_PRODUCTS.CHUNK)
-        entries, count = schedule(tuple((*e[:3], k) for k, e in enumerate(chunks)), device)
+        shapes, slot = [], 0
+        for k, (a, _) in enumerate(members):
+            shapes.append((k, 1, a.numel(), slot))
+            slot += -(-a.numel() // INNER_PRODUCTS.CHUNK)
+        entries, count = schedule(tiles(shapes, 1, INNER_PRODUCTS.CHUNK, numbered=True), device)
         packed = [PAIR.pack(X=a.data_ptr(), Y=b.data_ptr(), ELEMENTS=a.numel()) for a, b in members]
         rows = upload_rows(packed, torch.int64, device)
         partials = torch.empty(count, dtype=torch.float32, device=device)

@@ -11,7 +11,7 @@ from ...algebra.matrix import Matrix
 from ...backends import reference
 from ...backends.protocol import LambdaOptions
 from ...backends.reference import lambda_update
-from ...model.block import Block
+from ...model.block import Block, advance
 from ..device.diagonal import diagonal_adam_kernel, diagonal_sums_kernel
 from ..device.factors import pair_kernel
 from ..device.lambda_step import (
@@ -29,12 +29,12 @@ from .coverage import kinds_of
 from .lambda_rows import Group, LambdaStep, learned_kind
 from .launch import launch
 from .refresh import refresh_stale, share_products, square_tile
-from .tables.uploads import schedule, tiles, upload, upload_rows
+from .tables.uploads import Tiles, schedule, tiles, upload, upload_rows
 
 _RIGHT, _LEFT, _DOTS = (k.value * KIND_STRIDE.value for k in (RIGHT_PRODUCT, LEFT_PRODUCT, DOT_PRODUCTS))
 
 
-def _dot_tiles(group: Group) -> tuple:
+def _dot_tiles(group: Group) -> tuple[Tiles, ...]:
     found = [(k, m, n, _DOTS) for k, (m, n, _) in enumerate(group.rows.shapes)]
     return tiles(found, *BESIDE_PRODUCTS, numbered=True)
 
@@ -55,7 +55,7 @@ def _launch_products(step: LambdaStep) -> None:
             _launch_preconditioned(step, group, group.rows.upload(step.device), right + left)
 
 
-def _launch_sides(step: LambdaStep, group: Group, found: tuple, **constants: bool) -> None:
+def _launch_sides(step: LambdaStep, group: Group, found: tuple[Tiles, ...], **constants: bool) -> None:
     """The tiles ``found`` of a group's products of w and sums."""
     entries, count = schedule(found, step.device)
     launch(
@@ -65,7 +65,7 @@ def _launch_sides(step: LambdaStep, group: Group, found: tuple, **constants: boo
     )  # fmt: skip
 
 
-def _launch_preconditioned(step: LambdaStep, group: Group, table: Tensor, products: tuple) -> None:
+def _launch_preconditioned(step: LambdaStep, group: Group, table: Tensor, products: tuple[Tiles, ...]) -> None:
     """Q w, from S wᵀ, and its products."""
     rows = group.preconditioned_rows
     whole = [(k, m, n, 0) for k, (m, n, _) in enumerate(group.rows.shapes)]
@@ -172,11 +172,11 @@ def lambda_step(
     _launch_diagonal_adam(step, corrections, on_device)
     for index, grads in others.items():
         lambda_update.adam_step(blocks[index], grads, options, step.ok)
-    for block, found in zip(blocks, kinds, strict=True):
+    both = list(zip(blocks, kinds, strict=True))
+    advance([block.aux_step for block, k in both if k is None or not step.counts_on_device(block)], step.ok)
+    for block, found in both:
         if found is None:
             continue
-        if not step.counts_on_device(block):
-            block.aux_step.add_(step.ok.to(block.aux_step.device))
         state = [*block.exp_avg.values(), *block.exp_avg_sq.values()]
         torch.autograd.graph.increment_version([*block.structure.fishleg_aux.values(), *state])
         if found == "kron":

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import native
 from ...algebra.low_rank import LowRank, LowRankProduct
 from ...algebra.matrix import Matrix, dense
-from ...model.block import Block
+from ...model.block import Block, advance
 from ..protocol import LambdaOptions
 from ..reference import lambda_update as reference
 from . import packed_products
@@ -76,6 +76,7 @@ def _adam_step(
     if ok:
         for block, grads in others:
             reference.adam_step(block, dict(grads), options, torch.tensor(True, device="cpu"))
+        advance([block.aux_step for block, _ in others])
     return ok
 
 

@@ -57,7 +57,7 @@ def lambda_step(
     for block, grads in gradients:
         reference.adam_step(block, grads, options, ok)
     torch.autograd.graph.increment_version([t for b in ours for t in b.structure.fishleg_aux.values()])
-    plan.count(ours, "aux_step", ok, options.capturable)
+    plan.count([b.aux_step for b in ours], [b.aux_step for b, *_ in uncovered], ok, options.capturable)
     return loss, ok
 
 

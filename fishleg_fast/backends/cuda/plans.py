@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...algebra.matrix import Matrix
-from ...model.block import Block
+from ...model.block import Block, advance
 from ...model.gradients import GradientInPlace
 from .coverage import ALIGNED, PRECISIONS, TYPES, UNCOVERED, BlockFacts
 from .runtime import runtime
@@ -109,12 +109,12 @@ class Plan:
         self.held.append(t)
         return t
 
-    def count(self, blocks: Sequence[Block], name: str, ok: Tensor, on_device: bool) -> None:
-        """Advance the counters ``name`` where the kernels have not: those on the CPU, and all unless ``on_device``."""
-        for block in blocks:
-            counter: Tensor = getattr(block, name)
-            if not on_device or counter.device != self.device:
-                counter.add_(ok.to(counter.device))
+    def count(self, covered: Sequence[Tensor], uncovered: Sequence[Tensor], ok: Tensor, on_device: bool) -> None:
+        """Advance the blocks' counters where the kernels have not: those of covered ones that are not on the device, or
+        all unless ``on_device``.
+        """
+        mine = [t for t in covered if not on_device or t.device != self.device]
+        advance([*mine, *uncovered], ok)
 
     @property
     def lists(self) -> tuple[array[int], array[float]]:

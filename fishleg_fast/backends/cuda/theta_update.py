@@ -66,7 +66,7 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
         block.product_version = None
     written = [p.param for b in ours for p, g in zip(b.parts, b.grads, strict=True) if g is not None]
     torch.autograd.graph.increment_version([*written, *(b.momentum for b in ours)])
-    plan.count(ours, "step", ok, options.capturable)
+    plan.count([b.step for b in ours], [b.step for _, b, *_ in uncovered], ok, options.capturable)
     if not options.capturable and not ok:
         for block in blocks:
             block.product_version = None  # it is ahead of m

@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from ...algebra.low_rank import DenseAndLowRank, LowRank, LowRankProduct
 from ...algebra.maths import Aux
 from ...algebra.matrix import Matrix, dense
-from ...model.block import Block
+from ...model.block import Block, advance
 from ..protocol import LambdaOptions
 from .products import inner, stacked
 
@@ -32,6 +32,7 @@ def lambda_step(
         return loss, ok
     for block, grads in zip(blocks, all_grads, strict=True):
         adam_step(block, grads, options, ok)
+    advance([block.aux_step for block in blocks], ok if options.capturable else None)
     return loss, ok
 
 
@@ -72,7 +73,7 @@ def residual(u: Matrix, v: Matrix, fv: Matrix, damping: float, scale: Tensor | N
 
 
 def adam_step(block: Block, grads: Aux, options: LambdaOptions, ok: Tensor) -> None:
-    """Adam on the block's λ where ``ok``, by torch's fused kernel: one pass over memory."""
+    """Adam on the block's λ where ``ok``, by torch's fused kernel, one pass over memory; the step is not counted."""
     device = block.momentum.device
     skip = 1 - ok.to(device, torch.float32)
     for name, grad in grads.items():
@@ -97,4 +98,3 @@ def adam_step(block: Block, grads: Aux, options: LambdaOptions, ok: Tensor) -> N
             maximize=False,
         )
         torch.autograd.graph.increment_version(target)
-    block.aux_step.add_(ok.to(block.aux_step.device))

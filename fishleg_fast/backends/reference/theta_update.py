@@ -10,7 +10,7 @@ from torch import Tensor
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix, dense, dot, is_zero
 from ...algebra.polar import polar_factors
-from ...model.block import Block
+from ...model.block import Block, advance
 from ..protocol import ThetaOptions
 from .products import qv, stacked
 
@@ -49,6 +49,7 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
     scales = scales / corrected
     for block, x, nat, c in zip(blocks, xs, nats, scales if capturable else scales.tolist(), strict=True):
         move(block, x, nat, c, ok, capturable)
+    advance([block.step for block in blocks], ok if capturable else None)
     return norms, ok
 
 
@@ -61,9 +62,8 @@ def direction(block: Block, g: Matrix, options: ThetaOptions) -> tuple[Matrix, T
 
 
 def move(block: Block, x: Matrix, nat: Tensor, c: Tensor | float, ok: Tensor, capturable: bool) -> None:
-    """Average x into m, count the step and move θ along nat times c, where ``ok``; a float c tells that it is."""
+    """Average x into m and move θ along nat times c, where ``ok``; a float c tells that it is."""
     _average(block, x, ok if capturable else None)
-    block.step.add_(ok.to(block.step.device))
     pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
     for part, piece, grad, group in pieces:
         if grad is not None:

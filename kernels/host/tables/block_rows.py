@@ -148,7 +148,7 @@ class BlockRows:
 
     def upload(self, device: torch.device) -> Tensor:
         """The table of all rows."""
-        return upload(tuple(self.values), torch.int64, device)
+        return upload(self.values, torch.int64, device)
 
     def append(
         self,

@@ -61,7 +61,7 @@ class FactorRows:
 
     def upload(self, device: torch.device) -> Tensor:
         """The table of all rows."""
-        return upload(tuple(self.values), torch.int64, device)
+        return upload(self.values, torch.int64, device)
 
     def append(self, aux: Tensor, square: Tensor, transposed: bool, learning: Learning | None = None) -> None:
         """One row: λ's factor (k, k), and where F Fᵀ goes. ValueError where λ is not row-major."""

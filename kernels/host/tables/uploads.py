@@ -1,23 +1,26 @@
 """Tables and schedules of tiles on the device.
 
-They are found by their contents: what has not changed since an earlier step is not built or uploaded again. What a CUDA
-graph captured is kept, on the host as well, and never written to.
+They are found by what they are made from: what has not changed since an earlier step is not built or uploaded again.
+Each stream has its own, so that none reads what another has yet to upload. What a CUDA graph captured is kept, on the
+host as well, and never written to: for good, since torch does not tell when a graph goes.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KEPT = 512  # device tensors kept for their contents
+TABLES, SCHEDULES = 8 << 20, 64 << 20  # bytes of device tensors kept for what they are made from
 Schedule = tuple[Tensor, int]  # (tiles, 4) int32 on the device, and how many tiles there are
 
-_uploaded: OrderedDict[tuple, Tensor] = OrderedDict()
-_captured: list[object] = []
+_CODES = {torch.int64: "q", torch.int32: "i", torch.float32: "f"}  # of array.array
+_captured: dict[tuple[int, ...], object] = {}
 
 
 def capturing() -> bool:
@@ -28,61 +31,115 @@ def capturing() -> bool:
 def keep(*used: object) -> None:
     """Keep for good what a CUDA graph that is being captured will read and write."""
     if capturing():
-        _captured.append(used)
+        _captured[tuple(map(id, used))] = used
 
 
-def upload(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def stream_of(device: torch.device) -> int:
+    """The current stream."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class Uploads:
+    """The latest used device tensors by what they are made from and by stream, as many as fit so many bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._found: OrderedDict[tuple[int, Hashable], Tensor] = OrderedDict()
+        self._lock = Lock()  # threads may step optimizers of their own
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` makes on the host, on the device."""
+        mine, captured = (stream_of(device), key), device.type == "cuda" and capturing()
+        with self._lock:
+            found = self._found.get(mine)
+            if found is not None:
+                self._found.move_to_end(mine)
+            elif captured:  # which began by synchronising: any stream's is there
+                found = next((t for (_, other), t in self._found.items() if other == key), None)
+        if found is None:
+            host = make()
+            host = host.pin_memory() if device.type == "cuda" else host
+            found = host.to(device, non_blocking=True)
+            if captured:  # memory of a graph's pool is that graph's, which copies the host's at each replay
+                keep(host)
+            else:
+                self._put(mine, found)
+        if captured:
+            keep(found)
+        return found
+
+    def _put(self, mine: tuple[int, Hashable], found: Tensor) -> None:
+        with self._lock:
+            before = self._found.pop(mine, None)
+            self._found[mine] = found
+            self._bytes += found.nbytes - (0 if before is None else before.nbytes)
+            while self._bytes > self._limit and len(self._found) > 1:
+                self._bytes -= self._found.popitem(last=False)[1].nbytes
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+_tables, _schedules = Uploads(TABLES), Uploads(SCHEDULES)
+
+
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A device tensor of these values: an earlier one where there is one."""
-    key = (values, dtype, device)
-    found = _uploaded.get(key)
-    host = found
-    if found is None:
-        host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-        found = host.to(device, non_blocking=True)
-        if not capturing():  # memory of a graph's pool is that graph's
-            _uploaded[key] = found
-            if len(_uploaded) > KEPT:
-                _uploaded.popitem(last=False)
-    else:
-        _uploaded.move_to_end(key)
-    keep(host, found)
-    return found
+    raw = array(_CODES[dtype], values).tobytes()
+
+    def make() -> Tensor:
+        return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype, device="cpu")
+
+    return _tables.get((raw, dtype, device), device, make)
 
 
 def upload_rows(rows: Iterable[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Rows of equal length, one after the other."""
-    return upload(tuple(x for row in rows for x in row), dtype, device)
+    return upload([x for row in rows for x in row], dtype, device)
 
 
-@lru_cache(maxsize=256)
-def _tiles(shapes: tuple, bm: int, bn: int, half: bool, numbered: bool) -> tuple[tuple[int, ...], ...]:
-    entries: list[tuple[int, ...]] = []
-    for row, m, n, extra in shapes:
-        start = len(entries)
-        for i in range(-(-m // bm)):
-            entries += [(row, i, j, extra) for j in range(i + 1 if half else -(-n // bn))]
-        if numbered:
-            entries[start:] = [(*e[:3], extra + k) for k, e in enumerate(entries[start:])]
-    return tuple(entries)
+class Tiles(NamedTuple):
+    """The (bm, bn) tiles of some matrices (row, m, n, extra): see ``tiles``."""
+
+    shapes: tuple[tuple[int, int, int, int], ...]
+    bm: int
+    bn: int
+    half: bool
+    numbered: bool
+
+    def total(self) -> int:
+        """How many there are."""
+        grids = [(-(-m // self.bm), -(-n // self.bn)) for _, m, n, _ in self.shapes]
+        return sum(rows * (rows + 1) // 2 if self.half else rows * columns for rows, columns in grids)
+
+    def entries(self) -> Tensor:
+        """(row, i, j, extra) of each: (tiles, 4)."""
+        found = []
+        for row, m, n, extra in self.shapes:
+            rows, columns = -(-m // self.bm), -(-n // self.bn)
+            if self.half:
+                ij = torch.tril_indices(rows, rows, device="cpu")
+            else:
+                ij = torch.cartesian_prod(*(torch.arange(k, device="cpu") for k in (rows, columns))).T
+            last = torch.arange(ij.shape[1], device="cpu") + extra if self.numbered else torch.full_like(ij[0], extra)
+            found.append(torch.stack([torch.full_like(last, row), *ij, last], dim=1))
+        return torch.cat(found) if found else torch.empty(0, 4, dtype=torch.int64, device="cpu")
 
 
 def tiles(
     shapes: Sequence[tuple[int, int, int, int]], bm: int, bn: int, half: bool = False, numbered: bool = False
-) -> tuple:
-    """(row, i, j, extra) of every (bm, bn) tile of matrices (row, m, n, extra).
+) -> tuple[Tiles, ...]:
+    """(row, i, j, extra) of every (bm, bn) tile of matrices (row, m, n, extra), to be scheduled.
 
     half: those with j ≤ i. numbered: extra counts on from one tile of a matrix to the next.
     """
-    return _tiles(tuple(shapes), bm, bn, half, numbered)
+    return (Tiles(tuple(shapes), bm, bn, half, numbered),)
 
 
-@lru_cache(maxsize=256)
-def _schedule(entries: tuple, device: torch.device) -> Tensor:
-    return torch.tensor(entries, dtype=torch.int32, device="cpu").reshape(-1, 4).to(device)
+def schedule(found: tuple[Tiles, ...], device: torch.device) -> Schedule:
+    """What ``tiles`` gave, or several of those one after the other, on the device."""
 
+    def make() -> Tensor:
+        return torch.cat([some.entries() for some in found]).to(torch.int32)
 
-def schedule(entries: tuple, device: torch.device) -> Schedule:
-    """Entries of ``tiles`` on the device."""
-    found = _schedule(entries, device)
-    keep(found)
-    return found, len(entries)
+    return _schedules.get((found, device), device, make), sum(some.total() for some in found)

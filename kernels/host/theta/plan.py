@@ -31,7 +31,7 @@ from ..tables.block_rows import (
     weight_columns,
 )
 from ..tables.strides import scattered
-from ..tables.uploads import keep, upload_rows
+from ..tables.uploads import keep, stream_of, upload_rows
 from ..tables.workspace import PolarBuffers
 from .group import Group
 from .polar import PolarFactors, polar_buffers
@@ -45,7 +45,7 @@ def plan_of(
     """The plan of a step, ready to run: that of an earlier one where everything is where it was."""
     places = [_places(b, g) for b, g in zip(blocks, gs, strict=True)]
     known = blocks[0].kept(TritonState).theta_plans
-    key = (options, tuple(places))
+    key = (options, stream_of(blocks[0].momentum.device), tuple(places))
     plan: ThetaPlan | None = known.get(key)
     if plan is None or any(ref() is not b for ref, b in zip(plan.refs, blocks, strict=True)):
         plan = ThetaPlan(blocks, gs, kinds(), options)

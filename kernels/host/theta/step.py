@@ -21,7 +21,7 @@ from torch import Tensor
 from ....algebra.matrix import Matrix
 from ....backends import reference
 from ....backends.protocol import ThetaOptions
-from ....model.block import Block
+from ....model.block import Block, advance
 from ...device.polar import unit_kernel
 from ...device.products import left_kernel, right_kernel
 from ...device.theta_step import diagonal_kernel, fused_kernel, update_kernel
@@ -120,8 +120,10 @@ def theta_step(
     plan.move_reference_blocks()
     norms, ok = plan.end()
     raised: list[Tensor] = []
+    counted: list[Tensor] = []
     for block, k in zip(blocks, plan.kinds, strict=True):
         if k is None:
+            counted.append(block.step)
             continue
         block.product_version = None  # m has moved on
         raised += [p.param for p, g in zip(block.parts, block.grads, strict=True) if g is not None]
@@ -129,6 +131,7 @@ def theta_step(
         if counts_on_device(block.step, block, options.capturable):
             raised.append(block.step)
         else:
-            block.step.add_(ok.to(block.step.device))
+            counted.append(block.step)
+    advance(counted, ok)
     torch.autograd.graph.increment_version(raised)
     return norms, ok
