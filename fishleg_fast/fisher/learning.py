@@ -226,12 +226,17 @@ class CurvatureLearner:
         """F v, low-rank where v is and the model's passes allow it."""
         low_rank = [k for k, v in enumerate(vs) if isinstance(v, LowRank)]
         inputs = self._curvature_batch()
-        if low_rank and self.options.fisher == "ggn" and self.passes.forward_mode and self.passes.low_rank_mode:
+        attempts = self.passes.attempts("ggn", "low rank")
+        tried = bool(low_rank) and self.options.fisher == "ggn" and attempts.due(self.passes.mode())
+        if tried:
             found = self._low_rank_fisher_product(blocks, vs, low_rank, inputs)
             if found is not None:
+                attempts.worked()
                 return found
-            self.passes.low_rank_mode = False
-        return list(self._dense_fisher_product(blocks, vs, inputs))
+        products = list(self._dense_fisher_product(blocks, vs, inputs))
+        if tried:  # and no fault of the model's own
+            attempts.failed()
+        return list(products)
 
     def _low_rank_fisher_product(
         self, blocks: Sequence[Block], vs: Sequence[Matrix], low_rank: Sequence[int], inputs: Inputs

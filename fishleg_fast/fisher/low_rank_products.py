@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..algebra.low_rank import LowRank
+from ..algebra.matrix import dot
 from ..model.block import Block
 from ..model.layers import layer_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
-from .products import forward_mode_product, linearized_ggn
+from .products import WrongDerivative, check_tangent, forward_mode_product, linearized_ggn
 
 
 class LowRankTangents:
@@ -104,12 +105,29 @@ def low_rank_ggn(
         with layers:
             return forward_mode_product(passes, mine, inputs)
 
+    def check(
+        w: Tensor,
+        tangent: Tensor | None,
+        mine: Sequence[tuple[Tensor, Tensor]],
+        pulled: Sequence[Tensor],
+        autocast: torch.dtype | None,
+    ) -> None:
+        found = layers.products(pulled[len(mine) :])
+        if found is not None:
+            others = [dot(x, v) for x, v in zip(found, low_rank_vs, strict=True)]
+            check_tangent(w, tangent, mine, pulled[: len(mine)], autocast, others)
+
+    def product() -> tuple[list[Tensor], list[Tensor]]:
+        due = passes.attempts("ggn", "low rank").check_due(passes.mode())
+        return linearized_ggn(passes, params, vs, inputs, linearize, layers.edges, check if due else None)
+
     try:
-        products, gradients = passes.run(
-            inputs, passes.seed(), lambda: linearized_ggn(passes, params, vs, inputs, linearize, layers.edges)
-        )
+        products, gradients = passes.run(inputs, passes.seed(), product)
     except torch.OutOfMemoryError:
         raise
+    except WrongDerivative:
+        passes.attempts("ggn", "low rank").rule_out()
+        found = None
     except RuntimeError:  # the dense product meets it again, and says what it is
         found = None
     else:

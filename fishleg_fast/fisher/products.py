@@ -5,8 +5,7 @@ F is the Fisher matrix of the mean loss, (1/N) Σ over the batch's N independent
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,8 @@ from torch import Tensor
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 
-_IMPOSSIBLE = (
-    "fisher='ggn' is impossible: an operation of the model has neither a forward nor a second derivative; "
-    "choose fisher='antithetic' or 'rank1'"
-)
-
 Linearize = Callable[[IsolatedPasses, Sequence[tuple[Tensor, Tensor]], Inputs], tuple[Tensor, "Tensor | None"]]
+TangentCheck = Callable[[Tensor, "Tensor | None", Sequence[tuple[Tensor, Tensor]], Sequence[Tensor], Any], None]
 Product = Callable[[IsolatedPasses, Sequence[Tensor], Sequence[Tensor], Inputs], list[Tensor]]
 
 
@@ -43,28 +38,142 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 def ggn(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
     """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass.
 
-    Where an operation of the model has no forward derivative J v comes from differentiating Jᵀw by w instead, as exact.
+    Where that fails J v comes from differentiating Jᵀw by w instead, as exact; and where the model has no second
+    derivatives either, from differences of its outputs, up to O(ε²).
     """
-    seed = passes.seed()
-    if passes.forward_mode:
+    seed, mode = passes.seed(), passes.mode()
+
+    def exactly(way: str, linearize: Linearize) -> Callable[[], list[Tensor]]:
+        def product() -> list[Tensor]:
+            due = passes.attempts("ggn", way).check_due(mode)
+            return linearized_ggn(passes, params, vs, inputs, linearize, check=check_tangent if due else None)[0]
+
+        return lambda: passes.run(inputs, seed, product)
+
+    return _first_that_works(
+        passes,
+        "ggn",
+        {
+            "forward mode": exactly("forward mode", forward_mode_product),
+            "differentiates twice": exactly("differentiates twice", _double_backward),
+            "takes differences of the model's outputs": lambda: _by_differences(passes, params, vs, inputs, seed),
+        },
+    )
+
+
+def _first_that_works(
+    passes: IsolatedPasses, fisher: str, ways: Mapping[str, Callable[[], list[Tensor]]]
+) -> list[Tensor]:
+    """The product by the first of the ways that does not fail, which is told of once where it is not the first.
+
+    A way has failed where another one works: the model's own faults are raised by the last, and nobody's.
+    """
+    *before, last = ways
+    mode = passes.mode()
+    failed: dict[str, str] = {}
+    for name in before:
+        attempts = passes.attempts(fisher, name)
+        if not attempts.due(mode):
+            continue
         try:
-            return passes.run(inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, forward_mode_product)[0])
+            product = ways[name]()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # NotImplementedError is one; a fault of the model's own comes up again below
-            reason = str(error).strip().splitlines()[0]
-        try:
-            products = passes.run(
-                inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, _checked_double_backward)[0]
-            )
-        except NotImplementedError as error:
-            raise RuntimeError(f"{_IMPOSSIBLE} ({reason} {error})") from error
-        passes.forward_mode = False
-        warnings.warn(
-            f"fisher='ggn' differentiates twice from here on, since forward mode failed: {reason}", stacklevel=2
+        except RuntimeError as error:  # NotImplementedError is one
+            if isinstance(error, WrongDerivative):
+                attempts.rule_out()
+            failed[name] = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        else:
+            attempts.worked()
+            break
+    else:
+        name, product = last, ways[last]()
+    for other in failed:
+        passes.attempts(fisher, other).failed()
+    if failed:
+        passes.tell_once(
+            f"{fisher} {name}",
+            f"fisher={fisher!r} {name} from here on, since {_joined(failed)}",
         )
-        return products
-    return passes.run(inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, _double_backward)[0])
+    return product
+
+
+def _joined(failed: Mapping[str, str]) -> str:
+    first, *rest = [
+        f"{'a second derivative' if 'twice' in name else name} failed: {why}" for name, why in failed.items()
+    ]
+    return "; and ".join([first, *rest])
+
+
+def _by_differences(
+    passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int
+) -> list[Tensor]:
+    """Jᵀ H_out times (f(θ+εv̂) − f(θ−εv̂)) ‖v‖/2ε: of first derivatives alone."""
+    mine = _of_model(passes, params, vs)
+    if not mine:
+        return passes.run(inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, _no_tangent)[0])
+    step = _step([p for p, _ in mine], [v for _, v in mine])
+
+    def side(sign: int) -> Tensor:
+        moved = {id(p): _moved(p, v, sign * step) for p, v in mine}  # with a graph, as the user's passes
+        return passes.replaced(moved, lambda: passes.outputs(inputs).detach())
+
+    plus, minus = (passes.run(inputs, seed, partial(side, sign)) for sign in (1, -1))
+    tangent = (plus - minus) / (2 * step).to(plus)
+
+    def linearize(
+        passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
+    ) -> tuple[Tensor, Tensor | None]:
+        return passes.outputs(inputs), tangent
+
+    return passes.run(inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, linearize)[0])
+
+
+def _no_tangent(
+    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
+) -> tuple[Tensor, Tensor | None]:
+    return passes.outputs(inputs), None
+
+
+def _of_model(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Without the likelihood's own parameters; v in the parameter's dtype."""
+    assert passes.likelihood is not None
+    noise = {id(p) for p in passes.likelihood.parameters()}
+    return [(p, v.to(p.dtype)) for p, v in zip(params, vs, strict=True) if id(p) not in noise]
+
+
+class WrongDerivative(RuntimeError):
+    """An operation hides from it."""
+
+
+def check_tangent(
+    w: Tensor,
+    tangent: Tensor | None,
+    mine: Sequence[tuple[Tensor, Tensor]],
+    pulled: Sequence[Tensor],
+    autocast: torch.dtype | None = None,
+    others: Sequence[Tensor] = (),
+) -> None:
+    """⟨w, J v⟩ = ⟨Jᵀw, v⟩, ``others`` being what the right side has beside ``mine``. WrongDerivative where they differ.
+
+    What an operation hides from one derivative, and not from the other, shows: tangents pass by ``torch.no_grad()``,
+    and are lost in scripted functions; opaque operations drop out of second derivatives.
+    """
+    there = 0.0 if tangent is None else float(torch.sum(w.double() * tangent.double()))
+    terms = [torch.sum(g.detach() * v).double() for g, (_, v) in zip(pulled, mine, strict=True)]
+    back = torch.stack([*terms, *(term.double() for term in others)])
+    rounding = _rounding([w, *(v for _, v in mine)], autocast)
+    if abs(there - float(back.sum())) > rounding * max(float(back.abs().sum()), abs(there)):
+        raise WrongDerivative(
+            "J v is not what backward passes say (does forward use torch.no_grad() or a scripted part?)"
+        )
+
+
+def _rounding(tensors: Sequence[Tensor], autocast: torch.dtype | None) -> float:
+    """What two products may differ by, relative to their size."""
+    least = 1e-3 if tensors[0].device.type == "cpu" else 1e-2  # on a GPU convolutions may be in TF32
+    dtypes = {t.dtype for t in tensors} | ({autocast} if autocast is not None else set())
+    return max(least, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def linearized_ggn(
@@ -74,20 +183,29 @@ def linearized_ggn(
     inputs: Inputs,
     linearize: Linearize,
     edges: Callable[[], list[Any]] = list,
+    check: TangentCheck | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """F v of the parameters, and Jᵀ H_out J v at the edges."""
     likelihood = passes.likelihood
     assert likelihood is not None
     noise = {id(p) for p in likelihood.parameters()}
-    mine = [(p, v.to(p.dtype)) for p, v in zip(params, vs, strict=True) if id(p) not in noise]
+    mine = _of_model(passes, params, vs)
     output, tangent = linearize(passes, mine, inputs)
     detached = output.detach()
     leaves: list[Any] = [p for p, _ in mine]
     found = [torch.zeros_like(p) for p in leaves]
     leaves += edges()
+    cotangent = None
     if tangent is not None and leaves:
-        cotangent = likelihood.fisher_product(detached, tangent.detach().to(output.dtype))
-        found = gradients(output, leaves, cotangent)
+        tangent = tangent.detach().to(output.dtype)
+        cotangent = likelihood.fisher_product(detached, tangent)
+        found = gradients(output, leaves, cotangent, retain_graph=check is not None)
+    if check is not None and leaves and output.requires_grad:
+        w, pulled = cotangent, found
+        if w is None or not w.any():  # then nothing has been checked
+            w = torch.randn_like(detached)
+            pulled = gradients(output, leaves, w)
+        check(w, tangent, mine, pulled, inputs.autocast)
     products, rest = iter(found[: len(mine)]), found[len(mine) :]
     own = iter(likelihood.own_fisher_product(detached, [v for p, v in zip(params, vs, strict=True) if id(p) in noise]))
     return [next(own) if id(p) in noise else next(products) for p in params], rest
@@ -103,7 +221,7 @@ def forward_mode_product(
 
 
 def _double_backward(
-    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs, check: bool = False
+    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
 ) -> tuple[Tensor, Tensor | None]:
     """The same by differentiating Jᵀw, linear in w, by w."""
     output, params = passes.outputs(inputs), [p for p, _ in mine]
@@ -113,23 +231,14 @@ def _double_backward(
     pulled = gradients(output, params, w, create_graph=True)
     curved = [(g, v) for g, (_, v) in zip(pulled, mine, strict=True) if g.requires_grad]
     tangent = gradients([g for g, _ in curved], [w], [v for _, v in curved], retain_graph=True)[0] if curved else None
-    if check and tangent is not None:
-        there = torch.sum(w.detach() * tangent).double()  # ⟨w, J v⟩
-        back = torch.stack([torch.sum(g.detach() * v).double() for g, (_, v) in zip(pulled, mine, strict=True)])
-        if (there - back.sum()).abs() > 1e-2 * back.abs().sum():
-            raise RuntimeError(_IMPOSSIBLE)
     return output, tangent
 
 
-def _checked_double_backward(
-    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
-) -> tuple[Tensor, Tensor | None]:
-    """... and checked by ⟨w, J v⟩ = ⟨Jᵀw, v⟩: an opaque operation drops out of a second derivative without a word."""
-    return _double_backward(passes, mine, inputs, check=True)
-
-
 def hessian(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
-    """∇²ℓ v on drawn labels, by differentiating twice: F v in expectation."""
+    """∇²ℓ v on drawn labels, by differentiating twice: F v in expectation. ``antithetic`` where that fails, and where
+    ∇²ℓ is not symmetric: an opaque operation drops out of second derivatives without a word.
+    """
+    seed, mode = passes.seed(), passes.mode()
 
     def product() -> list[Tensor]:
         loss, _ = passes.drawn_loss(inputs)
@@ -137,32 +246,59 @@ def hessian(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tenso
         curved = [(g, v.to(g.dtype)) for g, v in zip(grads, vs, strict=True) if g.requires_grad]
         if not curved:
             return [torch.zeros_like(p) for p in params]
-        return gradients([g for g, _ in curved], params, [v for _, v in curved])
+        due = passes.attempts("hessian", "differentiates twice").check_due(mode)
+        found = gradients([g for g, _ in curved], params, [v for _, v in curved], retain_graph=due)
+        if due:
+            images = [(g, x.detach()) for g, x in zip(grads, found, strict=True) if g.requires_grad]
+            again = gradients([g for g, _ in images], params, [x for _, x in images])
+            there = sum(float(x.double().square().sum()) for x in found)  # ⟨Hv, Hv⟩ = ⟨v, H Hv⟩
+            back = sum(float(torch.sum(x * v).double()) for x, v in zip(again, vs, strict=True))
+            if abs(there - back) > _rounding(found, inputs.autocast) * max(there, abs(back)):
+                raise WrongDerivative("second derivatives are not symmetric: an operation hides from them")
+        return found
 
-    return passes.run(inputs, passes.seed(), product)
+    return _first_that_works(
+        passes,
+        "hessian",
+        {
+            "differentiates twice": lambda: passes.run(inputs, seed, product),
+            "is 'antithetic'": lambda: _antithetic(passes, params, vs, inputs, seed),
+        },
+    )
 
 
 def antithetic(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
     """‖v‖ (∇ℓ(θ+εv̂) − ∇ℓ(θ−εv̂))/2ε on one set of drawn labels: F v in expectation, up to O(ε²).
 
-    ε = ‖θ‖ ∛eps, eps that of the parameters' dtype: the balance of rounding and truncation. θ itself is never written
-    to.
+    θ itself is never written to.
     """
-    norm, size = _norm(vs), _norm(params)
-    unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
-    step = unit * torch.where(size > 0, size, 1) / torch.where(norm > 0, norm, 1)  # ε/‖v‖
-    seed = passes.seed()
+    return _antithetic(passes, params, vs, inputs, passes.seed())
+
+
+def _antithetic(
+    passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int
+) -> list[Tensor]:
+    step = _step(params, vs)
     labels = passes.run(inputs, seed, lambda: passes.draw(inputs))
 
     def side(sign: int) -> list[Tensor]:
-        moved = [
-            (p.detach() + (sign * step).to(v) * v).to(p.dtype).requires_grad_() for p, v in zip(params, vs, strict=True)
-        ]
+        moved = [_moved(p, v, sign * step) for p, v in zip(params, vs, strict=True)]
         named = {id(p): q for p, q in zip(params, moved, strict=True)}
         return passes.replaced(named, lambda: gradients(passes.nll(inputs, labels), moved))
 
     plus, minus = (passes.run(inputs, seed, partial(side, sign)) for sign in (1, -1))
     return [(a.to(v.dtype) - b) / (2 * step).to(v) for a, b, v in zip(plus, minus, vs, strict=True)]
+
+
+def _step(params: Sequence[Tensor], vs: Sequence[Tensor]) -> Tensor:
+    """ε/‖v‖, with ε = ‖θ‖ ∛eps, eps that of the parameters' dtype: the balance of rounding and truncation."""
+    norm, size = _norm(vs), _norm(params)
+    unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
+    return unit * torch.where(size > 0, size, 1) / torch.where(norm > 0, norm, 1)
+
+
+def _moved(p: Tensor, v: Tensor, by: Tensor) -> Tensor:
+    return (p.detach() + by.to(v) * v).to(p.dtype).requires_grad_()
 
 
 def drawn_gradient(passes: IsolatedPasses, params: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:

@@ -6,6 +6,7 @@ Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
+from .attempts import Attempts
 from .batch_rule import BatchRule
 from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
@@ -107,13 +109,27 @@ class IsolatedPasses:
         modules = list(self.model.modules())
         self._sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
-        self.forward_mode = True  # until an operation of the model turns out to lack a forward derivative
-        self.low_rank_mode = True  # until a layer with a low-rank gradient does not show what F v is made of
+        self._attempts: dict[tuple[str, str], Attempts] = {}
+        self._told: set[str] = set()
         self.generator = Seeds(seed)
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
         self.taps = taps  # which see the user's passes alone
         self._batches = BatchRule(self._raw_outputs, may_cut)
+
+    def attempts(self, fisher: str, way: str) -> Attempts:
+        """Of products of this kind in this way, which the model may not lend itself to."""
+        return self._attempts.setdefault((fisher, way), Attempts())
+
+    def mode(self) -> tuple[bool, ...]:
+        """Which modules are in training: what may change a model's operations."""
+        return tuple(module.training for module in self.root.modules())
+
+    def tell_once(self, subject: str, message: str) -> None:
+        """Warn of what the user should know, once."""
+        if subject not in self._told:
+            self._told.add(subject)
+            warnings.warn(message, stacklevel=4)
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""

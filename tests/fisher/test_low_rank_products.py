@@ -126,7 +126,8 @@ def test_what_was_tried_leaves_no_trace_in_batches_and_seeds() -> None:
         for p in net.parameters():
             nn.init.normal_(p)
         case = Case(net, aux_loader=loader)
-        case.optimizer._passes.low_rank_mode = low_rank_mode
+        if not low_rank_mode:
+            case.optimizer._passes.attempts("ggn", "low rank")._left_out = 99
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             found.append(
@@ -201,7 +202,7 @@ WITHOUT: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_an_operation_without_a_forward_derivative(name: str) -> None:
-    """... makes it the dense route for good, which says so once."""
+    """... makes it the dense route, which says so once."""
     case = Case(WITHOUT[name]())
     assert case.low_rank()[-1]
     with pytest.warns(UserWarning, match="differentiates twice from here on"):
@@ -234,4 +235,4 @@ def test_a_model_that_fails_is_left_as_it_was(where: str, kind: type[BaseExcepti
     after, left = case.kept()
     assert left == hooks and all(map(torch.equal, tensors, after))
     assert not any(p.grad_fn is not None for p in case.net.parameters())
-    check(case, taken=kind is not RuntimeError)
+    check(case)

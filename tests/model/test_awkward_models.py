@@ -119,7 +119,7 @@ class Opaque(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * g
 
 
-def test_an_operation_without_any_derivative_of_the_gradient_is_an_error() -> None:
+def test_an_operation_without_any_derivative_of_the_gradient_is_told_of() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -130,7 +130,7 @@ def test_an_operation_without_any_derivative_of_the_gradient_is_an_error() -> No
 
     net = Net()
     optimizer = FishLeg(net, likelihood=LIKELIHOOD)
-    with pytest.raises(RuntimeError, match=r"antithetic|once_differentiable|differentiate"):
+    with pytest.warns(UserWarning, match="takes differences of the model's outputs"):
         step(net, optimizer, torch.randn(12, 5))
     optimizer = FishLeg(net, likelihood=LIKELIHOOD, fisher="rank1")
     step(net, optimizer, torch.randn(12, 5))
@@ -148,7 +148,7 @@ class Bag(nn.Module):
 def test_inputs_that_cannot_be_cut_are_taken_whole() -> None:
     net, likelihood = Bag(), LIKELIHOOD
     text, offsets = torch.randint(50, (60,)), torch.arange(0, 60, 5)
-    with pytest.raises(RuntimeError, match="choose fisher='antithetic' or 'rank1'"):
+    with pytest.warns(UserWarning, match="takes differences of the model's outputs"):
         step(net, FishLeg(net, likelihood=likelihood, curvature_batch=4), text, offsets)
     optimizer = FishLeg(net, likelihood=likelihood, fisher="rank1", update_aux_every=1, curvature_batch=4)
     for _ in range(3):
