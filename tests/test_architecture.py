@@ -19,12 +19,13 @@ MAY_IMPORT = {
     "_version": ("", "a version is a string"),
     "availability": ("", "it is a pair"),
     "native": ("_version availability", "the extension knows neither torch nor the package"),
+    "denormals": ("native availability", "a processor's setting has nothing to do with the rest of the package"),
     "precision": ("", "torch's settings have nothing to do with the package"),
     "likelihoods": ("", "a likelihood knows outputs and targets alone"),
     "algebra": ("", "matrices and factors of Q know neither models nor optimizers"),
     "model": ("algebra", "blocks and layers know what their λ is, not who steps or learns it"),
     "backends": (
-        "algebra model precision native availability",
+        "algebra model precision denormals native availability",
         "ops are given all that they work on: they know no passes, no Fisher matrix, no options and no optimizer",
     ),
     "backends.reference": (

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_native, m) {
 
     fishleg::bind_step(m);
     fishleg::bind_anchor(m);
+    fishleg::bind_denormals(m);
     fishleg::bind_gemm(m);
 #if defined(FISHLEG_WITH_CUDA)
     fishleg::bind_cuda(m);

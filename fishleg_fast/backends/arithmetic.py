@@ -7,12 +7,16 @@ from contextlib import ExitStack
 
 import torch
 
+from ..denormals import denormals_flushed
 from ..model.block import Block
 from ..precision import kernel_precision, operand_dtype, precision_scope
 
 
 def own_arithmetic(blocks: Sequence[Block], precision: str | None) -> ExitStack:
-    """A context in which ops on ``blocks`` multiply at ``precision`` (None: torch's setting), and out of autocast."""
+    """A context in which ops on ``blocks`` multiply at ``precision`` (None: torch's setting), and out of autocast.
+
+    On a CPU denormal numbers count as zero.
+    """
     kernels, dtypes = kernel_precision(precision), {}
     for block in blocks:
         where = block.momentum.device, block.momentum.dtype
@@ -23,6 +27,8 @@ def own_arithmetic(blocks: Sequence[Block], precision: str | None) -> ExitStack:
     for kind in {block.momentum.device.type for block in blocks[:1]}:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
+        if kind == "cpu":
+            stack.enter_context(denormals_flushed())
     if precision is not None:
         stack.enter_context(precision_scope(precision))
     return stack
