@@ -6,7 +6,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,20 +112,17 @@ class InputTap(Pausable):
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.see(self.inner, args, kwargs)
+        seen = self.remember(args, kwargs)
+        # Looked up after that: torch.compile, where it cannot trace that, would take the method for model.forward, this.
+        outputs = self.inner(*args, **kwargs)
+        note_outputs(seen, outputs)
+        return outputs
 
-    def see(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> Any:
-        """``forward`` of these inputs, which are remembered, if a pass of the user's that needs gradients has them.
+    def remember(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> Inputs | None:
+        """Remember these inputs, if a pass of the user's that needs gradients has them.
 
         ``elsewhere``: even if they are not on the model's own device.
         """
-        seen = self._remember(args, kwargs, elsewhere)
-        outputs = forward(*args, **kwargs)
-        if seen is not None and not torch.compiler.is_compiling():  # a traced pass has no numbers to be remembered
-            seen.outputs = output_shapes(outputs)
-        return outputs
-
-    def _remember(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool) -> Inputs | None:
         untouched = torch.jit.is_tracing() or (not torch.compiler.is_compiling() and inside_functorch())
         if not torch.is_grad_enabled() or self.paused or untouched:
             return None
@@ -157,6 +153,12 @@ class InputTap(Pausable):
 _ATTRIBUTES = ("forward", "__getstate__", "_replicate_for_data_parallel")  # of the model that has a tap
 
 
+def note_outputs(seen: Inputs | None, outputs: Any) -> None:
+    """Add what the model made of the inputs that were seen."""
+    if seen is not None and not torch.compiler.is_compiling():  # a traced pass has no numbers to be remembered
+        seen.outputs = output_shapes(outputs)
+
+
 class _ReplicaTap:
     """Stands in for the forward of one replica of the model's, which computes with its own parameters."""
 
@@ -164,9 +166,11 @@ class _ReplicaTap:
         self.tap, self._replica = tap, weakref.ref(replica)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replica = self._replica()
+        replica, seen = self._replica(), self.tap.remember(args, kwargs, elsewhere=False)
         assert replica is not None  # it is what calls
-        return self.tap.see(partial(type(replica).forward, replica), args, kwargs, elsewhere=False)
+        outputs = type(replica).forward(replica, *args, **kwargs)
+        note_outputs(seen, outputs)
+        return outputs
 
 
 def _x_of(args: tuple, kwargs: dict[str, Any]) -> Any:
