@@ -21,6 +21,21 @@ class Diagnostics:
             ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
         )
         self._last: dict[str, Any] = {}
+        self._notices: list[str] = []
+
+    def note(self, message: str) -> None:
+        """To be warned of when all is done: warnings may be errors, which must not stop a step half-way."""
+        self._notices.append(message)
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn of what was noted; ``stacklevel`` as that of ``warnings.warn`` here."""
+        notices, self._notices = self._notices, []
+        for k, message in enumerate(notices):
+            try:
+                warnings.warn(message, stacklevel=stacklevel + 1)
+            except Warning:
+                self._notices = notices[k + 1 :]
+                raise
 
     @property
     def steps(self) -> int:
@@ -61,15 +76,12 @@ class Diagnostics:
             self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
         elif not ok:
             _refuse_bad_aux(blocks)
-            self.skip_step("the natural gradient is not finite", stacklevel=5)
+            self.skip_step("the natural gradient is not finite")
 
-    def skip_step(self, reason: str, stacklevel: int = 4) -> None:
-        """A step was not taken. The first is warned of."""
+    def skip_step(self, reason: str) -> None:
+        """A step was not taken. The first is to be warned of."""
         if not self._counts["skipped_steps"]:
-            warnings.warn(
-                f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on",
-                stacklevel=stacklevel,
-            )
+            self.note(f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on")
         self._counts["skipped_steps"] += 1
 
     @property

@@ -16,6 +16,7 @@ from .algebra.matrix import Matrix
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
 from .diagnostics import Diagnostics
+from .fisher import forward_mode
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
 from .model.assemble import (
@@ -29,7 +30,7 @@ from .model.assemble import (
 )
 from .model.block import Block
 from .model.gradients import GradientInPlace
-from .model.groups import GroupAssignment
+from .model.groups import GroupAssignment, with_beta
 from .options import (
     DAMPING,
     Settings,
@@ -41,9 +42,12 @@ from .options import (
     default_damping_scale,
 )
 from .passes.gradient_tap import GradientTap
+from .passes.inputs import EmptyBatch
 from .passes.isolated import Draw, IsolatedPasses, Nll
 from .passes.position_tap import PositionTap
 from .passes.statistics_tap import StatisticsTap
+
+_CALLER = 7  # how far above ``step`` its caller is: past the decorators, of torch.optim too
 
 
 class FishLeg(Optimizer):
@@ -60,7 +64,8 @@ class FishLeg(Optimizer):
         aux_loader: gives curvature batches, x or (x, ...), and is re-iterable. Without it they are taken from the
             inputs that the model was last given.
         params: parameters or parameter groups, as any torch optimizer takes them; everything trainable if omitted. A
-            group may set lr, weight_decay, beta and maximize.
+            group may set lr, weight_decay, beta and maximize. In a group, "momentum" is another name of beta, the one
+            by which schedulers cycle it.
 
     The step:
         lr: step size: a float or a scalar tensor.
@@ -172,6 +177,8 @@ class FishLeg(Optimizer):
     ) -> None:
         default_fisher = "hessian" if likelihood is None else "ggn"
         fisher = default_fisher if fisher is None else fisher
+        if fisher == "ggn":
+            forward_mode.load()
         check_sources(model, draw, nll, likelihood, aux_loader, fisher)
         damping_scale = damping_scale or default_damping_scale(normalize, init, anchor_every)
         damping = DAMPING.get(damping_scale, 1.0) if damping is None else damping
@@ -196,7 +203,7 @@ class FishLeg(Optimizer):
         self._groups = GroupAssignment(self._roots)
         self.blocks = []
         self._built = False
-        defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, maximize=maximize)
+        defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, momentum=beta, maximize=maximize)
         super().__init__(chosen_parameters(self._roots, params), defaults)
         everything = [p for group in self.param_groups for p in group["params"]]
         if not everything:
@@ -212,6 +219,7 @@ class FishLeg(Optimizer):
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
         self._diagnostics = Diagnostics(capturable, writer)
+        self._passes.tell = self._diagnostics.note
         self._publish_progress()
         self._look_ahead()
 
@@ -265,6 +273,7 @@ class FishLeg(Optimizer):
 
         ValueError if they are not the model's.
         """
+        param_group = with_beta(param_group)
         check_group({**self.defaults, **param_group})
         if param_group.get("normalize") and not self.settings.by_block:
             raise ValueError(
@@ -281,6 +290,7 @@ class FishLeg(Optimizer):
             self._follow_parameters()
             self._look_ahead()
 
+    @torch._disable_dynamo  # torch.compile(optimizer.step) is the step itself, as if it were not compiled
     @torch.inference_mode(False)  # in which F v would have no derivatives to come from
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -299,7 +309,7 @@ class FishLeg(Optimizer):
         try:
             if not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
                 self._follow_parameters()
-            self._groups.check(self.blocks)
+            self._groups.check(self.blocks, self.param_groups)
             with own_arithmetic(self.blocks, self.settings.precision):
                 blocks, gs = self._gather()
                 if blocks:
@@ -308,6 +318,7 @@ class FishLeg(Optimizer):
             for tap in self._taps:
                 tap.clear()
             self._look_ahead()
+        self._diagnostics.warn(_CALLER)
         return loss
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
@@ -349,20 +360,35 @@ class FishLeg(Optimizer):
         if not self.settings.capturable and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return
-        moved, updates = self._anchor(self.blocks, count, self._statistics), learner.updates_due(count)
-        for _ in range(updates):
-            used = learner.applications_in_update(blocks, gs) if moved else learner.applications_in_steps(blocks)
-            self._ops.refresh(blocks, used)
-            self._diagnostics.note_update(self.blocks, *learner.update(blocks, gs))
-            moved = True
+        learned = self._learn(blocks, gs, count) if self._teaches(norm) else False
         self._ops.refresh(blocks, learner.applications_in_steps(blocks))
         theta = self.settings.theta
         if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
             theta = replace(theta, normalize="rms")
         norms, ok = self._ops.theta_step(blocks, gs, theta)
         self._diagnostics.note_step(self.blocks, blocks, norms, ok)
-        if updates:
+        if learned:
             self._diagnostics.write()
+
+    def _teaches(self, norm: Tensor) -> bool:
+        """Whether a step with a gradient of this norm tells of the curvature: with anchor_from="training" it is where
+        that is from.
+        """
+        return self._statistics is None or self.settings.capturable or bool(norm)
+
+    def _learn(self, blocks: list[Block], gs: list[Matrix], count: int) -> bool:
+        """Anchor and update λ where that is due; whether it was updated. An empty batch has nothing to learn from."""
+        learner, learned = self._learner, False
+        try:
+            moved = self._anchor(self.blocks, count, self._statistics)
+            for _ in range(learner.updates_due(count)):
+                used = learner.applications_in_update(blocks, gs) if moved else learner.applications_in_steps(blocks)
+                self._ops.refresh(blocks, used)
+                self._diagnostics.note_update(self.blocks, *learner.update(blocks, gs))
+                moved = learned = True
+        except EmptyBatch:
+            pass
+        return learned
 
     def _normalization(self, block: Block) -> str | None:
         """How the block's update is scaled."""
@@ -403,6 +429,7 @@ class FishLeg(Optimizer):
                 drawn = self._learner.drawn_gradients(blocks)
                 self._diagnostics.note_update(self.blocks, *self._learner.update(blocks, drawn))
                 losses.append(self._diagnostics.aux_loss)
+        self._diagnostics.warn(4)
         return losses
 
     def diagnostics(self) -> dict[str, Any]:

@@ -262,11 +262,24 @@ def chosen_parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[A
 
 
 def check_membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor]) -> None:
-    """Every parameter is the model's or the likelihood's, and real floating point."""
+    """Every parameter is the model's or the likelihood's, real floating point, and not of a scripted module."""
     names = {id(p): prefix + name for prefix, root in roots for name, p in root.named_parameters()}
+    scripted = {
+        id(p): type(module).__name__
+        for _, root in roots
+        for module in root.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        for p in module.parameters(recurse=False)
+    }
     for p in params:
         if id(p) not in names:
             raise ValueError(f"params should be parameters of the model, but one of shape {tuple(p.shape)} is not")
+        if id(p) in scripted:
+            raise TypeError(
+                f"parameter {names[id(p)]!r} should be of a module that Python runs, but is of a scripted one "
+                f"({scripted[id(p)]}), whose layers are not to be seen: make the optimizer of the module that it was "
+                "scripted or traced from, or use torch.compile on that"
+            )
         if not p.is_floating_point():
             raise TypeError(f"parameter {names[id(p)]!r} should be real floating point but has dtype: {p.dtype}")
         if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

@@ -10,6 +10,12 @@ from torch import nn
 from .block import Block
 
 
+def with_beta(group: dict[str, Any]) -> dict[str, Any]:
+    """The group with "beta" and "momentum", where it has either: schedulers (OneCycleLR, CyclicLR) know the latter."""
+    either = next((group[name] for name in ("beta", "momentum") if name in group), None)
+    return group if either is None else {**group, "beta": either, "momentum": either}
+
+
 class Changes(NamedTuple):
     """What is to follow from parameters that came and went."""
 
@@ -26,6 +32,7 @@ class GroupAssignment:
     def __init__(self, roots: Sequence[tuple[str, nn.Module]]) -> None:
         self._roots = roots
         self._assigned: list[list[int]] = []  # the groups and parameters that the blocks were told of
+        self._betas: dict[int, float] = {}  # each group's when it was last looked at, by id
         self._places: dict[int, tuple[nn.Module, list[str]]] = {}  # by id, of the groups': root, and path in it
 
     def current(self, param_groups: Sequence[dict[str, Any]]) -> bool:
@@ -74,6 +81,7 @@ class GroupAssignment:
     def assign(self, blocks: Sequence[Block], param_groups: Sequence[dict[str, Any]]) -> None:
         """Tell the blocks their parameters' groups, and note where those parameters are."""
         self._assigned = _ids(param_groups)
+        self._betas = {id(group): self._betas.get(id(group), group["beta"]) for group in param_groups}
         group_of = {id(p): group for group in param_groups for p in group["params"]}
         for block in blocks:
             block.groups = [group_of[id(p)] for p in block.params]
@@ -82,8 +90,13 @@ class GroupAssignment:
             i: found[i] if i in found else self._places[i] for i in group_of if i in found or i in self._places
         }
 
-    def check(self, blocks: Sequence[Block]) -> None:
-        """ValueError where a block's groups differ in beta."""
+    def check(self, blocks: Sequence[Block], param_groups: Sequence[dict[str, Any]]) -> None:
+        """ValueError where a block's groups differ in beta, which a scheduler may have set as "momentum"."""
+        for group in param_groups:
+            beta = group.get("momentum", group["beta"])  # groups saved before there was that name have none
+            if beta == self._betas[id(group)]:
+                beta = group["beta"]
+            self._betas[id(group)] = group["beta"] = group["momentum"] = beta
         for block in blocks:
             if any(group is not block.groups[0] and group["beta"] != block.beta for group in block.groups[1:]):
                 raise ValueError(

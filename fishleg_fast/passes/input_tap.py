@@ -113,7 +113,7 @@ class InputTap(Pausable):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen = self.remember(args, kwargs)
-        # Looked up after that: torch.compile, where it cannot trace that, would take the method for model.forward, this.
+        # Looked up after that, where torch.compile cannot trace that: it would take the method for model.forward, this.
         outputs = self.inner(*args, **kwargs)
         note_outputs(seen, outputs)
         return outputs

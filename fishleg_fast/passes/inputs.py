@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,6 +154,10 @@ def _collect_leaves(tree: Any, samples: int | None, found: dict[int, Any]) -> No
         _collect_leaves(x, samples, found)
 
 
+class EmptyBatch(ValueError):
+    """A batch for the curvature has no samples."""
+
+
 @dataclass
 class Inputs:
     """A batch: what the model is called with, ``model(*args, **kwargs)``, and the x of a user's nll(model, x, y).
@@ -188,6 +193,13 @@ class Inputs:
         for tree in (self.args, self.kwargs, self.x):
             _collect_leaves(tree, samples, found)
         return list(found.values())
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing in any of its tensors, or in what the model made of them."""
+        tensors = [x for x in self.leaves() if isinstance(x, Tensor)]
+        nothing = bool(tensors) and not any(x.numel() for x in tensors)
+        return nothing or (bool(self.outputs) and not any(math.prod(shape) for shape in self.outputs or ()))
 
     def size(self) -> int:
         """How many samples ``rows`` can tell apart: 1 where the batch stays whole."""

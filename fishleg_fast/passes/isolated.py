@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .attempts import Attempts
 from .batch_rule import BatchRule
 from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
-from .inputs import Inputs, Memo, output_shapes, tree_map
+from .inputs import EmptyBatch, Inputs, Memo, output_shapes, tree_map
 from .loader import AuxBatches
 
 Draw = Callable[[nn.Module, Any], Any]
@@ -111,6 +112,7 @@ class IsolatedPasses:
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self._attempts: dict[tuple[str, str], Attempts] = {}
         self._told: set[str] = set()
+        self.tell: Callable[[str], None] = partial(warnings.warn, stacklevel=4)
         self.generator = Seeds(seed)
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
@@ -126,10 +128,10 @@ class IsolatedPasses:
         return tuple(module.training for module in self.root.modules())
 
     def tell_once(self, subject: str, message: str) -> None:
-        """Warn of what the user should know, once."""
+        """Tell what the user should know, once."""
         if subject not in self._told:
             self._told.add(subject)
-            warnings.warn(message, stacklevel=4)
+            self.tell(message)
 
     def seed(self) -> int:
         """A fresh seed from the optimizer's own generator."""
@@ -153,7 +155,8 @@ class IsolatedPasses:
     def inputs(self, size: int | str | None = None) -> Inputs:
         """The next batch, of at most ``size`` samples; "auto": 32, and of a batch trained on a quarter, but 4.
 
-        RuntimeError before the model was given any input, ValueError where the loader is empty.
+        RuntimeError before the model was given any input, ValueError where the loader is empty, EmptyBatch where the
+        batch is.
         """
         earlier = None
         if self.loader is not None:
@@ -167,6 +170,8 @@ class IsolatedPasses:
                 "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was "
                 "made. Run a forward pass before step() or pretrain_aux(), or pass aux_loader"
             )
+        if inputs.empty:
+            raise EmptyBatch("a curvature batch should have samples but has none")
         inputs = self._batches.resolved(inputs, earlier, size if isinstance(size, int) else None)
         if size == "auto":
             size = MOST if self.loader is not None else min(MOST, max(LEAST, inputs.size() // 4))
