@@ -1,15 +1,25 @@
-"""``python -m fishleg_fast``: versions, and each backend with the reason if it cannot be used here."""
+"""``python -m fishleg_fast``: versions, and each backend with the reason if it cannot be used here.
+
+``python -m fishleg_fast --estimate package.module:model``: what λ of a model takes, by counts. ``model`` is one, or a
+function without arguments that makes it, on torch's "meta" device if it likes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import platform
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
+from torch import nn
 
 from . import native
 from ._version import __version__
 from .backends import registry
+from .model.estimate import estimate
 
 
 def _triton_version() -> str:
@@ -49,5 +59,29 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def estimated(where: str) -> str:
+    """The table for a model named as ``package.module:name``. SystemExit with the reason where there is none."""
+    module, colon, name = where.partition(":")
+    if not colon:
+        raise SystemExit(f"--estimate should be like package.module:model but is: {where!r}")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(f"--estimate {where}: {error}") from error
+    model = found if isinstance(found, nn.Module) else found()
+    if not isinstance(model, nn.Module):
+        raise SystemExit(f"--estimate {where} should be a model, or make one, but makes: {type(model).__name__}")
+    return str(estimate(model))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m fishleg_fast", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--estimate", metavar="MODULE:MODEL", help="print what λ of this model takes instead")
+    args = parser.parse_args(argv)
+    print(estimated(args.estimate) if args.estimate else report())
+    return 0
+
+
 if __name__ == "__main__":
-    print(report())
+    sys.exit(main())

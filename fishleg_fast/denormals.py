@@ -27,7 +27,8 @@ def denormals_flushed() -> Iterator[None]:
         finally:
             native.extension().restore_denormals(settings)
         return
-    before = bool(torch.full((1,), _DENORMAL, dtype=torch.float32, device="cpu").mul_(1) == 0)  # torch tells no other way
+    tiny = torch.full((1,), _DENORMAL, dtype=torch.float32, device="cpu")
+    before = bool(tiny * 1 == 0)  # torch tells no other way
     torch.set_flush_denormal(True)
     try:
         yield

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),
-    "__main__": ("_version backends.registry native", "it reports the backends"),
+    "__main__": ("_version backends.registry model.estimate native", "it reports the backends, and a model's cost"),
 }
 
 

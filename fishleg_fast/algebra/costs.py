@@ -10,6 +10,19 @@ from torch import Tensor
 from .low_rank import LowRank
 from .matrix import Matrix
 
+DENSE = 1024  # a factor of at most this size is dense, whatever its block's other side is
+ASPECT = 4  # so is one of at most so many times the other side: λ is then no larger than so many blocks
+LARGEST = 8192  # no dense matrix is larger
+PARTS = 4  # a factor that would take more of them than this is diagonal
+
+
+def affordable_layout(m: int, n: int) -> tuple[tuple[str, ...], int]:
+    """Which factors of an (m, n) block are to be diagonal, and the size of a dense one, above which factors become
+    block-diagonal, so that λ and products with Q cost no more than a few times what the block itself does.
+    """
+    limit = min(max(DENSE, ASPECT * min(m, n)), LARGEST)
+    return tuple(side for side, k in (("R", m), ("L", n)) if k > PARTS * limit), limit
+
 
 def forming_pays(factor: Tensor, applications: int | None) -> bool:
     """Whether it pays to form RᵀR (or LLᵀ) for so many applications of it; None, unknown: many.

@@ -47,6 +47,14 @@ def transpose(factor: Factor) -> Factor:
     return factor if factor.ndim == 1 else factor.mT
 
 
+def describe(factor: Factor) -> str:
+    """A factor's layout in words: "dense 3 × 3", "diagonal 8000", "2 blocks of 577 × 577"."""
+    if factor.ndim == 1:
+        return f"diagonal {factor.numel()}"
+    size = " × ".join(map(str, factor.shape[-2:]))
+    return f"dense {size}" if factor.ndim == 2 else f"{factor.shape[0]} blocks of {size}"
+
+
 def cross(x: Tensor, y: Tensor, like: Factor) -> Factor:
     """x yᵀ for x, y (k, n), computed only where a factor laid out as ``like`` has entries."""
     if like.ndim == 2:

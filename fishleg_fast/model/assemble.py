@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..algebra.costs import affordable_layout
 from ..algebra.structures.base import Structure
 from ..algebra.structures.diagkron import DiagKron
 from ..algebra.structures.diagonal import Diagonal
@@ -71,12 +72,23 @@ def normalization_of(blocks: Sequence[Block]) -> str:
     return "spectral" if sizes and sum(sizes) >= 0 else "rms"
 
 
-def _make_structure(choice: StructureChoice, block: Block, spec: BlockSpec, max_factor_size: int | None) -> Structure:
-    options: dict[str, Any] = {"dtype": block.dtype, "device": block.parts[0].param.device}
+def _make_structure(
+    choice: StructureChoice,
+    block: Block,
+    spec: BlockSpec,
+    max_factor_size: int | str | None,
+    device: torch.device | None,
+) -> Structure:
+    options: dict[str, Any] = {"dtype": block.dtype, "device": device or block.parts[0].param.device}
     make = STRUCTURES[choice] if isinstance(choice, str) else choice
     if spec.elementwise or make is Diagonal:
         return Diagonal(block.shape, **options)
-    made = make(*block.shape, diagonal=spec.diagonal, max_factor_size=max_factor_size, **options)
+    m, n = block.shape
+    diagonal = spec.diagonal
+    if isinstance(max_factor_size, str):  # "auto"
+        unaffordable, max_factor_size = affordable_layout(m, n)
+        diagonal = tuple({*diagonal, *unaffordable})
+    made = make(m, n, diagonal=diagonal, max_factor_size=max_factor_size, **options)
     if not isinstance(made, Structure) or made.shape != block.shape:
         raise TypeError(
             f"structure for {block.name!r} should make a Structure of shape {block.shape} but made: {made!r}"
@@ -99,10 +111,14 @@ def build_blocks(
     model: nn.Module,
     parameters: list[nn.Parameter],
     structure: StructureChoice | Mapping[str, StructureChoice],
-    max_factor_size: int | None,
+    max_factor_size: int | str | None,
     prefix: str = "",
+    device: torch.device | None = None,
 ) -> list[Block]:
-    """Blocks over those of ``parameters`` that the model holds, in the model's order; each ends in exactly one."""
+    """Blocks over those of ``parameters`` that the model holds, in the model's order; each ends in exactly one.
+
+    λ is on ``device``, or where its parameters are.
+    """
     free = {id(p): p for p in parameters if p.numel()}
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -115,7 +131,7 @@ def build_blocks(
         tied = any(uses[id(part.param)] > 1 for part in parts)
         block = Block(prefix + name, parts, spec.axis, Structure(()), spec.suffix, None if tied else module)
         block.repeated = spec.repeated
-        block.structure = _make_structure(choice, block, spec, max_factor_size)
+        block.structure = _make_structure(choice, block, spec, max_factor_size, device)
         blocks.append(block)
 
     for path, module in model.named_modules():

@@ -82,6 +82,10 @@ class Structure:
         """Changes whenever λ is written to."""
         return tuple((id(t), t._version) for t in self.fishleg_aux.values())
 
+    def layout(self) -> dict[str, str]:
+        """How the Kronecker factors are laid out, in words, by name; empty where there are none."""
+        return {}
+
     @property
     def keeps_low_rank(self) -> bool:
         """Whether Q u is a low-rank matrix where u is one (see ``algebra.low_rank``)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..costs import low_rank_pays
-from ..factors import cross, diagonal, inverse_root, mul, rmul, trace, transpose
+from ..factors import cross, describe, diagonal, inverse_root, mul, rmul, trace, transpose
 from ..low_rank import LowRank
 from ..maths import Aux
 from ..matrix import Matrix, dense
@@ -60,6 +60,10 @@ class Kronecker(Structure):
     def _factors(self) -> tuple[Tensor, Tensor]:
         m, n = self.shape
         return _new_factor("R", m, *self._layout), _new_factor("L", n, *self._layout)
+
+    def layout(self) -> dict[str, str]:
+        """As above."""
+        return {name: describe(factor) for name, factor in zip("RL", self.fishleg_aux.values(), strict=False)}
 
     def low_rank_pays(self, rank: int) -> bool:
         """As above, by counts of multiply-adds."""
