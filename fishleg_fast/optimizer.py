@@ -309,7 +309,7 @@ class FishLeg(Optimizer):
         try:
             if not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
                 self._follow_parameters()
-            self._groups.check(self.blocks, self.param_groups)
+            self._groups.check(self.param_groups)
             with own_arithmetic(self.blocks, self.settings.precision):
                 blocks, gs = self._gather()
                 if blocks:
@@ -351,7 +351,7 @@ class FishLeg(Optimizer):
     def _suspects(self) -> Iterator[nn.Parameter]:
         """Parameters that the model may have lost: those without a gradient, and all where that is worth the time."""
         every = self._learner.updates_due(self._diagnostics.steps)
-        return (p for block in self.blocks for p in block.params if p.requires_grad and (every or p.grad is None))
+        return (p for block in self.blocks for p in block.params if (every or p.grad is None) and p.requires_grad)
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         learner, count = self._learner, self._diagnostics.steps

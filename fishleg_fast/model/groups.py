@@ -32,6 +32,7 @@ class GroupAssignment:
     def __init__(self, roots: Sequence[tuple[str, nn.Module]]) -> None:
         self._roots = roots
         self._assigned: list[list[int]] = []  # the groups and parameters that the blocks were told of
+        self._mixed: list[Block] = []  # whose parameters are in several groups
         self._betas: dict[int, float] = {}  # each group's when it was last looked at, by id
         self._places: dict[int, tuple[nn.Module, list[str]]] = {}  # by id, of the groups': root, and path in it
 
@@ -85,20 +86,21 @@ class GroupAssignment:
         group_of = {id(p): group for group in param_groups for p in group["params"]}
         for block in blocks:
             block.groups = [group_of[id(p)] for p in block.params]
+        self._mixed = [block for block in blocks if any(group is not block.groups[0] for group in block.groups)]
         found = {id(p): (root, name.split(".")) for _, root in self._roots for name, p in root.named_parameters()}
         self._places = {
             i: found[i] if i in found else self._places[i] for i in group_of if i in found or i in self._places
         }
 
-    def check(self, blocks: Sequence[Block], param_groups: Sequence[dict[str, Any]]) -> None:
+    def check(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """ValueError where a block's groups differ in beta, which a scheduler may have set as "momentum"."""
         for group in param_groups:
             beta = group.get("momentum", group["beta"])  # groups saved before there was that name have none
             if beta == self._betas[id(group)]:
                 beta = group["beta"]
             self._betas[id(group)] = group["beta"] = group["momentum"] = beta
-        for block in blocks:
-            if any(group is not block.groups[0] and group["beta"] != block.beta for group in block.groups[1:]):
+        for block in self._mixed:
+            if any(group["beta"] != block.beta for group in block.groups):
                 raise ValueError(
                     f"beta should be one for all parameters of {block.name!r}, but its groups differ in it"
                 )
