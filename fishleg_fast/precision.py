@@ -10,6 +10,7 @@ nearly float32 on tensor cores, and float32 wherever torch multiplies.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,22 +25,26 @@ PRECISIONS = {
     "medium": ("tf32", "tf32", "bf16"),
 }
 
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def precision_scope(precision: str) -> Iterator[None]:
     """float32 products at ``precision`` inside, and at the user's settings again outside.
 
     By the settings of each backend, which hold whether the user chose by them or by ``set_float32_matmul_precision``.
+    They are the process's: one thread at a time, lest another one's are taken for the user's.
     """
     places = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
-    for place, value in zip(places, PRECISIONS[precision][:2], strict=True):
-        place.fp32_precision = value
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
+    with _ONE_AT_A_TIME:
+        before = [place.fp32_precision for place in places]
+        for place, value in zip(places, PRECISIONS[precision][:2], strict=True):
             place.fp32_precision = value
+        try:
+            yield
+        finally:
+            for place, value in zip(places, before, strict=True):
+                place.fp32_precision = value
 
 
 @cache

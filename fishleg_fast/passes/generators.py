@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,12 +38,32 @@ class Seeds:
         self.set_state((self.draw(), 0))
 
 
+_ONE_AT_A_TIME = threading.RLock()  # what is seeded below, and forward derivatives' levels, are the whole process's
+
+
 @contextmanager
-def private_rng(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
-    """torch's generators seeded with ``seed`` inside, and as they were outside."""
+def private_rng(seed: int, devices: Iterable[torch.device], foreign: bool = True) -> Iterator[None]:
+    """torch's generators seeded with ``seed`` inside, and as they were outside; Python's and NumPy's too, where
+    ``foreign`` code may use them. One thread at a time.
+    """
     cuda = [d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"]
-    with torch.random.fork_rng(cuda):
+    with _ONE_AT_A_TIME, torch.random.fork_rng(cuda), _foreign_rng(seed) if foreign else nullcontext():
         torch.default_generator.manual_seed(seed)
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
         yield
+
+
+@contextmanager
+def _foreign_rng(seed: int) -> Iterator[None]:
+    before, numpy = random.getstate(), sys.modules.get("numpy.random")
+    legacy = None if numpy is None else numpy.get_state(legacy=False)
+    random.seed(seed)
+    if numpy is not None:
+        numpy.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        if numpy is not None:
+            numpy.set_state(legacy)

@@ -1,6 +1,7 @@
 """Auxiliary passes through the user's model that leave it as it was.
 
-Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random generators, the captured inputs.
+Untouched: parameters, ``.grad``, BatchNorm statistics and other buffers, random generators, the captured inputs, and
+what ``attributes`` knows of beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
 from .attempts import Attempts
+from .attributes import KeptApart, only_stock
 from .batch_rule import BatchRule
 from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
@@ -65,6 +67,11 @@ def output_tensor(outputs: Any) -> Tensor:
     return outputs
 
 
+def _version(tensor: Tensor) -> int:
+    """Raised by every write that autograd knows of."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Recorder:
     """Stands in for ``model.forward`` during a user's function, and notes what the model is given."""
 
@@ -108,7 +115,8 @@ class IsolatedPasses:
         self.device = next(self.root.parameters()).device
         self.devices = sorted({p.device for p in self.root.parameters()}, key=str)
         modules = list(self.model.modules())
-        self._sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        bags = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+        self._embeddings = [m for m in bags if m.sparse or m.max_norm is not None]
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self._attempts: dict[tuple[str, str], Attempts] = {}
         self._told: set[str] = set()
@@ -202,11 +210,14 @@ class IsolatedPasses:
     def run(self, inputs: Inputs, seed: int, function: Callable[[], Any]) -> Any:
         """``function()``, gradients enabled, apart from everything that the user's own passes use or change.
 
-        Random generators start from ``seed``, buffers are copies, autocast is as it was when the inputs were captured.
+        Random generators start from ``seed``, buffers are copies, and so are frozen parameters where they are not most
+        of the model; autocast is as it was when the inputs were captured. One pass at a time, in all threads.
         Backward passes belong inside too: a checkpointed module runs its forward again during them.
         """
+        modules, params = list(self.root.modules()), list(self.root.parameters())
+        foreign = self._own is not None or not only_stock(modules)
         with ExitStack() as stack:
-            stack.enter_context(private_rng(seed, self.devices))
+            stack.enter_context(private_rng(seed, self.devices, foreign))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no forward or double derivative
             stack.enter_context(torch.enable_grad())
             if self._recurrent and self.device.type == "cuda":  # neither do cuDNN's
@@ -219,15 +230,40 @@ class IsolatedPasses:
                 stack.enter_context(self.tap.pause())
             for tap in self.taps:
                 stack.enter_context(tap.pause())
-            for module in self._sparse:  # sparse gradients have no second derivative either
-                module.sparse = False
-                stack.callback(setattr, module, "sparse", True)
+            copies = self._copies(params)
+            if foreign:
+                known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *self.root.buffers())}
+                trainable = sum(p.numel() for p in params if p.requires_grad)
+                kept = KeptApart(known, trainable)
+                stack.callback(kept.restore)
+                kept.hold(modules, self._own or ())
+            for module in self._embeddings:
+                # Sparse gradients have no second derivative either. Weights that are too long have been shortened.
+                stack.callback(module.__dict__.update, sparse=module.sparse, max_norm=module.max_norm)
+                module.sparse, module.max_norm = False, None
+            stack.callback(self._tell_of_writes, [(p, _version(p)) for p in params if id(p) not in copies])
             try:
-                return self.replaced({id(b): b.clone() for b in self.root.buffers()}, function)
+                return self.replaced(copies, function)
             except Exception as error:
                 if inputs.part and error.args and isinstance(error.args[0], str):
                     error.args = (f"{error.args[0]}\n{_PART}", *error.args[1:])
                 raise
+
+    def _copies(self, params: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+        """What a pass has in place of buffers and, unless there is much of them, frozen parameters, by id."""
+        frozen = [p for p in params if not p.requires_grad]
+        few = 2 * sum(p.numel() for p in frozen) <= sum(p.numel() for p in params)
+        return {id(t): t.detach().clone() for t in (*self.root.buffers(), *(frozen if few else ()))}
+
+    def _tell_of_writes(self, before: Sequence[tuple[nn.Parameter, int]]) -> None:
+        written = {id(p) for p, version in before if _version(p) != version}
+        if written:
+            names = [name for name, p in self.root.named_parameters() if id(p) in written]
+            self.tell_once(
+                "written",
+                f"the model's forward writes to parameter {names[0].partition('.')[2]!r} in place, and did so in a "
+                "pass of FishLeg's too, which cannot be undone",
+            )
 
     def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
         """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""

@@ -19,6 +19,7 @@ from fishleg_fast.model.layers import layer_of
 from fishleg_fast.passes.inputs import Inputs
 from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import explicit_fisher, full, randn, relative
+from support.unseen import Unseen
 
 
 class Given(GaussianLikelihood):
@@ -253,7 +254,7 @@ def test_a_norm_of_ones_own_is_left_to_gradients() -> None:
 
 @pytest.mark.parametrize(("batch", "passes"), [(20, 1), (64, 1)])
 def test_one_pass_shows_all_layers_with_norms(batch: int, passes: int) -> None:
-    calls = []
+    calls = Unseen()
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
     model[0].register_forward_hook(lambda *_: calls.append(1))
     found = moments(model, GaussianLikelihood(), randn(batch, 3))

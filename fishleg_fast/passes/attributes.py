@@ -1,0 +1,262 @@
+"""What a model and the user's functions keep beside parameters and buffers, kept apart from the optimizer's passes.
+
+Hidden states, counters, lists and dicts in attributes of modules, in closures and globals that forward, hooks, draw and
+nll name, random generators of the user's own, and modules outside the model: during a pass tensors, arrays and
+generators among them are copies, and afterwards every place holds what it held.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import is_
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import is_array
+
+MOST = 1000  # entries of a container that are looked after; of a larger one only what is added
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_INTERNAL = frozenset(nn.Module().__dict__) | {"fishleg_aux"}
+_INERT = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
+
+
+def _ours(x: Any) -> bool:
+    """Whether a function, an object or a class is this package's."""
+    return str(getattr(x, "__module__", "")).startswith("fishleg_fast.")
+
+
+def only_stock(modules: Sequence[nn.Module]) -> bool:
+    """Whether all of it is torch's own code or this package's, which keeps nothing and draws by torch alone."""
+    return all(
+        type(module).__module__.startswith(("torch.nn.modules.", "fishleg_fast."))
+        and _ours(module.__dict__.get("forward", only_stock))
+        for module in modules
+    ) and not list(_user_hooks(modules))
+
+
+def _user_hooks(modules: Sequence[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        for name in _HOOKS:
+            hooks = module.__dict__.get(name)
+            if hooks:
+                yield from (hook for hook in hooks.values() if not _ours(hook))
+
+
+class KeptApart:
+    """One pass's copies, and what they stand for."""
+
+    def __init__(self, known: Mapping[int, tuple[Tensor, Tensor]], most: int) -> None:
+        """``known``: tensors and what stands for them, by id; ``most``: of how many parameters a module outside the
+        model is copied.
+        """
+        self._undo: list[Callable[[], Any]] = []
+        self._most = most
+        self._copies: dict[int, tuple[Any, Any]] = dict(known)
+        self._met: set[int] = set()
+        self._homes: set[str] = set()
+
+    def hold(self, modules: Sequence[nn.Module], functions: Sequence[Any]) -> None:
+        """Take the copies: of what the model's modules, their hooks and the user's functions keep."""
+        functions = [*functions, *_user_hooks(modules)]
+        self._met.update(map(id, modules))
+        homes = {type(module).__module__ for module in modules} | {
+            str(getattr(function, "__module__", "")) for function in functions
+        }
+        self._homes = {home for home in homes if not home.startswith(("torch.", "fishleg_fast."))}
+        for module in modules:
+            self._module(module)
+        for function in functions:
+            self._follow(function)
+
+    def restore(self) -> None:
+        """Every place holds again what it held."""
+        for undo in reversed(self._undo):
+            undo()
+
+    def _module(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
+            return
+        self._slots(module.__dict__, _INTERNAL)
+        if type(module).__module__ in self._homes:
+            self._follow(type(module).forward)
+
+    def _outside(self, module: nn.Module) -> None:
+        """A module that is none of the model's: its parameters and buffers too."""
+        small = sum(p.numel() for p in module.parameters()) <= self._most
+        for part in module.modules():
+            if id(part) not in self._met:
+                self._met.add(id(part))
+                self._module(part)
+                self._slots(part._buffers)
+                if small:
+                    self._slots(part._parameters)
+
+    def _slots(self, slots: dict[str, Any], but: frozenset[str] = frozenset()) -> None:
+        before = dict(slots)
+        for key, value in before.items():
+            if type(value) not in _INERT and key not in but:
+                new = self._apart(value)
+                if new is not value:
+                    slots[key] = new
+        self._undo.append(partial(_restore_mapping, slots, before))
+
+    def _apart(self, value: Any) -> Any:
+        """What stands for the value during the pass. A container stays, and so does what nobody knows to copy."""
+        if type(value) in _INERT:
+            return value
+        if id(value) in self._copies:
+            return self._copies[id(value)][1]
+        new = value
+        if isinstance(value, Tensor):
+            new = _copied(value)
+        elif isinstance(value, nn.Module):
+            self._outside(value)
+        elif isinstance(value, tuple):
+            items = [self._apart(x) for x in value]
+            if type(value) is tuple and not all(map(is_, items, value)):
+                new = tuple(items)
+        elif isinstance(value, (list, dict, set, deque)):
+            self._container(value)
+        elif isinstance(value, (FunctionType, MethodType, BuiltinFunctionType, partial)):
+            self._follow(value)
+        elif is_array(value):
+            new = value.copy()
+        elif (state := _generator_state(value)) is not None:
+            self._undo.append(state)
+        elif type(value).__module__ in self._homes and hasattr(value, "__dict__"):
+            self._object(value)
+        self._copies[id(value)] = value, new
+        return new
+
+    def _object(self, value: Any) -> None:
+        if id(value) not in self._met:
+            self._met.add(id(value))
+            self._slots(value.__dict__)
+
+    def _container(self, value: Any) -> None:
+        if id(value) in self._met:
+            return
+        self._met.add(id(value))
+        if len(value) > MOST:
+            self._undo.append(partial(_shorten, value, len(value)))
+        elif isinstance(value, dict):
+            self._slots(value)
+        else:
+            before = list(value)
+            if not isinstance(value, set):
+                for k, x in enumerate(before):
+                    new = self._apart(x)
+                    if new is not x:
+                        value[k] = new
+            self._undo.append(partial(_restore_items, value, before))
+
+    def _follow(self, function: Any) -> None:
+        """To what a function changes: its object, closure and the globals that it names."""
+        if isinstance(function, partial):
+            for x in (function.func, *function.args, *function.keywords.values()):
+                self._apart(x)
+            return
+        if _ours(function):
+            return
+        owner = getattr(function, "__self__", None)
+        if owner is not None and not isinstance(owner, (type, ModuleType)):
+            self._apart(owner)
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, FunctionType) or id(function) in self._met:
+            if type(function).__module__ in self._homes and hasattr(function, "__dict__"):
+                self._object(function)
+            return
+        self._met.add(id(function))
+        for cell in function.__closure__ or ():
+            self._cell(cell)
+        names = _global_names(function)
+        if names:
+            self._slots_named(function.__globals__, names)
+
+    def _cell(self, cell: CellType) -> None:
+        try:
+            before = cell.cell_contents
+        except ValueError:  # nothing yet
+            return
+        new = self._apart(before)
+        if new is not before:
+            cell.cell_contents = new
+        self._undo.append(partial(setattr, cell, "cell_contents", before))
+
+    def _slots_named(self, slots: dict[str, Any], names: Iterable[str]) -> None:
+        for name in names:
+            value = slots.get(name, slots)
+            if value is not slots:
+                new = self._apart(value)
+                if new is not value:
+                    slots[name] = new
+                self._undo.append(partial(slots.__setitem__, name, value))
+
+
+def _global_names(function: FunctionType) -> list[str]:
+    """The globals that a function names and that may change: no classes, no Python modules, no functions of others."""
+    found = []
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name, function)
+        others = isinstance(value, (type, ModuleType)) or _ours(value)
+        if isinstance(value, (FunctionType, BuiltinFunctionType)):
+            others |= value is function or value.__module__ != function.__module__
+        if not others:
+            found.append(name)
+    return found
+
+
+def _generator_state(value: Any) -> Callable[[], Any] | None:
+    """What sets back a random generator of the user's own; the global ones are seen to elsewhere."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if type(value) is random.Random:
+        return None if value is random._inst else partial(value.setstate, value.getstate())
+    if not type(value).__module__.startswith("numpy.random"):
+        return None
+    if hasattr(value, "set_state"):
+        whole = value is sys.modules["numpy.random"].mtrand._rand
+        return None if whole else partial(value.set_state, value.get_state())
+    source = getattr(value, "bit_generator", None)
+    return None if source is None else partial(setattr, source, "state", source.state)
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy off the graph; the tensor itself where its kind has none."""
+    try:
+        return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
+    except (RuntimeError, TypeError):
+        return value
+
+
+def _restore_mapping(slots: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if [*slots] != [*before]:  # their order too
+        slots.clear()
+    elif all(map(is_, slots.values(), before.values())):
+        return
+    for key, value in before.items():
+        slots[key] = value
+
+
+def _restore_items(container: Any, before: list[Any]) -> None:
+    if isinstance(container, set):
+        if container != set(before):
+            container.clear()
+            container.update(before)
+    elif len(container) != len(before) or not all(map(is_, container, before)):
+        container.clear()
+        container.extend(before)
+
+
+def _shorten(container: Any, size: int) -> None:
+    if isinstance(container, set):
+        return
+    while len(container) > size:
+        container.popitem() if isinstance(container, dict) else container.pop()
