@@ -57,6 +57,21 @@ class PackedMatrix:
         return other
 
 
+class PackedScratch:
+    """Memory for one block's operands, each of its name for as long as it is in use."""
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self._scratch: dict[tuple[str, int], PackedMatrix] = {}
+
+    def scratch(self, name: str, side: int, rows: int, columns: int) -> PackedMatrix:
+        """Memory of that name, from its last use if the size is the same."""
+        held = self._scratch.get((name, side))
+        if held is None or (held.rows, held.columns) != (rows, columns):
+            held = self._scratch[name, side] = PackedMatrix(self.engine, side, rows, columns)
+        return held
+
+
 class ProductBatch:
     """Packings and products of one engine, of which none needs another's result."""
 

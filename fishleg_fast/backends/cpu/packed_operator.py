@@ -6,26 +6,19 @@ from typing import Any
 
 from ...algebra.structures.base import LambdaVersion
 from ...model.block import Block
-from .packed_matrix import LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, ProductBatch
+from .packed_matrix import LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, PackedScratch, ProductBatch
 
 
-class PackedOperator:
+class PackedOperator(PackedScratch):
     """One block's λ, P and S as operands."""
 
     def __init__(self, block: Block, engine: str) -> None:
-        self.structure, self.engine = block.structure, engine
+        super().__init__(engine)
+        self.structure = block.structure
         self.m, self.n = block.shape
         self.P = PackedMatrix(engine, LEFT, self.m, self.m)
         self.S = PackedMatrix(engine, RIGHT, self.n, self.n)
         self._versions: dict[Any, LambdaVersion] = {}  # the λ that packed factors, or P and S ("PS"), are of
-        self._scratch: dict[tuple[str, int], PackedMatrix] = {}
-
-    def scratch(self, name: str, side: int, rows: int, columns: int) -> PackedMatrix:
-        """Memory for an operand, of that name for as long as it is in use."""
-        held = self._scratch.get((name, side))
-        if held is None or (held.rows, held.columns) != (rows, columns):
-            held = self._scratch[name, side] = PackedMatrix(self.engine, side, rows, columns)
-        return held
 
     def factor(self, batch: ProductBatch, name: str, side: int) -> PackedMatrix:
         """R, L, or a transpose, "R'" or "L'", of today's λ."""

@@ -14,20 +14,25 @@ from torch import Tensor
 
 from ...algebra.polar import COEFFICIENTS
 from ...model.block import Block
-from .packed_matrix import LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, ProductBatch
-from .packed_operator import PackedOperator
-from .state import packed_operator
+from .packed_matrix import ENGINES, LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, PackedScratch, ProductBatch, engines
+from .state import polar_scratch
 
 STEPS_PER_PRODUCT = 3  # with X, where products are exact enough
 
 
+def covers(block: Block, x: Tensor) -> bool:
+    """Whether the block's x is one for ``polar_factors``, whatever its structure is."""
+    engine = ENGINES.get(block.structure.operand_dtype or torch.float64)
+    return engine in engines() and x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
+
+
 def polar_factors(blocks: Sequence[Block], xs: Sequence[Tensor]) -> None:
-    """Replace each x (m, n), rows without gaps, by its polar factor. The blocks have packed products."""
+    """Replace each x (m, n) by its polar factor; all are covered."""
     if not blocks:
         return
-    operators = [packed_operator(b) for b in blocks]
-    batch = ProductBatch(operators[0].engine)
-    going = [_Iteration(operator, x, batch).steps() for operator, x in zip(operators, xs, strict=True)]
+    memory = [polar_scratch(b) for b in blocks]
+    batch = ProductBatch(memory[0].engine)
+    going = [_Iteration(mine, x, batch).steps() for mine, x in zip(memory, xs, strict=True)]
     while going:
         going = [iteration for iteration in going if next(iteration, False)]
         batch.run()
@@ -39,9 +44,9 @@ class _Iteration:
     Generators add to the batch, and yield where it has to be done before they can go on.
     """
 
-    def __init__(self, operator: PackedOperator, x: Tensor, batch: ProductBatch) -> None:
-        self.operator, self.batch, self.wide = operator, batch, x.shape[0] <= x.shape[1]
-        self.exact = operator.engine not in MATRIX_UNITS
+    def __init__(self, memory: PackedScratch, x: Tensor, batch: ProductBatch) -> None:
+        self.memory, self.batch, self.wide = memory, batch, x.shape[0] <= x.shape[1]
+        self.exact = memory.engine not in MATRIX_UNITS
         self.x = x if self.wide else x.T
         self.k, self.l = self.x.shape
         size = torch.linalg.vector_norm(x)
@@ -52,7 +57,7 @@ class _Iteration:
         """All of them."""
         together = STEPS_PER_PRODUCT if self.exact and 2 * self.k <= self.l else 1
         for first in range(0, len(COEFFICIENTS), together):
-            self._multiply_by_transpose(self.x, "polar X", self.A)
+            self._multiply_by_transpose(self.x, "X", self.A)
             yield True
             if together == 1:
                 yield from self._polynomial(first)
@@ -66,11 +71,11 @@ class _Iteration:
         whole: PackedMatrix | None = None
         for step in range(first, end):
             yield from self._polynomial(step)
-            B = self.batch.pack(self.A2, self._square(f"polar B{step - first}"))
-            whole = B if whole is None else self._commuting(B, whole, f"polar whole{step - first}")
+            B = self.batch.pack(self.A2, self._square(f"B{step - first}"))
+            whole = B if whole is None else self._commuting(B, whole, f"whole{step - first}")
             if step + 1 < end:
-                A = self.batch.pack(self.A, self._square("polar A"))
-                BA = self._commuting(B, A, "polar BA")
+                A = self.batch.pack(self.A, self._square("A"))
+                BA = self._commuting(B, A, "BA")
                 yield True
                 self.batch.multiply(BA, B.turned(), self.A, symmetric=True)
             yield True
@@ -79,7 +84,7 @@ class _Iteration:
 
     def _polynomial(self, step: int) -> Iterator[bool]:
         """B of the step in the place of A². Before the first, A is bounded."""
-        self._multiply_by_transpose(self.A, "polar A", self.A2)
+        self._multiply_by_transpose(self.A, "A", self.A2)
         yield True
         if step == 0:
             self._bound()
@@ -96,12 +101,12 @@ class _Iteration:
 
     def _square(self, name: str) -> PackedMatrix:
         """Memory for a left operand (k, k)."""
-        return self.operator.scratch(name, LEFT, self.k, self.k)
+        return self.memory.scratch(name, LEFT, self.k, self.k)
 
     def _multiply_by_transpose(self, x: Tensor, name: str, out: Tensor) -> None:
         """x xᵀ of a matrix that has k rows."""
-        left = self.batch.pack(x, self.operator.scratch(name, LEFT, *x.shape))
-        right = left.turned() if self.exact else self.operator.scratch(name, RIGHT, *x.T.shape)
+        left = self.batch.pack(x, self.memory.scratch(name, LEFT, *x.shape))
+        right = left.turned() if self.exact else self.memory.scratch(name, RIGHT, *x.T.shape)
         if not self.exact:
             self.batch.pack(x.T, right)
         self.batch.multiply(left, right, out, symmetric=True)
@@ -114,12 +119,12 @@ class _Iteration:
 
     def _move(self, B: Tensor | PackedMatrix) -> None:
         """X ← B X, in the layout of x; B is symmetric."""
-        p, k, l = self.operator, self.k, self.l
+        p, k, l = self.memory, self.k, self.l
         if isinstance(B, Tensor):
-            B = self.batch.pack(B, p.scratch("polar B", LEFT if self.wide else RIGHT, k, k))
+            B = self.batch.pack(B, p.scratch("B", LEFT if self.wide else RIGHT, k, k))
         elif not self.wide:
             B = B.turned()
         if self.wide:
-            self.batch.multiply(B, self.batch.pack(self.x, p.scratch("polar Y", RIGHT, k, l)), self.x)
+            self.batch.multiply(B, self.batch.pack(self.x, p.scratch("Y", RIGHT, k, l)), self.x)
         else:
-            self.batch.multiply(self.batch.pack(self.x.T, p.scratch("polar Y", LEFT, l, k)), B, self.x.T)
+            self.batch.multiply(self.batch.pack(self.x.T, p.scratch("Y", LEFT, l, k)), B, self.x.T)

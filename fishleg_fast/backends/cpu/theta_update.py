@@ -56,7 +56,7 @@ def _flatten(plan: StepPlan, flat: Sequence[int], given: Mapping[int, Tensor]) -
     """Give the plan polar factors in the place of what it was given for these blocks. Returns the norms of that."""
     nats = [given[k] for k in flat]
     lengths = [torch.linalg.vector_norm(nat) for nat in nats]
-    packed = [packed_products.covers(plan.blocks[k]) for k in flat]
+    packed = [polar.covers(plan.blocks[k], nat) for k, nat in zip(flat, nats, strict=True)]
     polar.polar_factors(
         [plan.blocks[k] for k, mine in zip(flat, packed, strict=True) if mine],
         [nat for nat, mine in zip(nats, packed, strict=True) if mine],

@@ -200,9 +200,7 @@ def test_where_float32_fails_float64_follows(operands: torch.dtype, monkeypatch:
     assert all(map(torch.equal, state(blocks[0]), before))
     called = []
     monkeypatch.setattr(anchoring, "_start", lambda engine, found, damping: found[:1])
-    monkeypatch.setattr(
-        reference_anchoring, "start_kfac", lambda found, damping: called.append((found, damping))
-    )
+    monkeypatch.setattr(reference_anchoring, "start_kfac", lambda found, damping: called.append((found, damping)))
     anchor(blocks, [shown(40, 30)] * 2, decay=0.5, damping=0.1)
     assert called == [(blocks[:1], 0.1)]
 

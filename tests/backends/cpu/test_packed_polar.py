@@ -10,7 +10,7 @@ from fishleg_fast.algebra.polar import polar_factors as exact_polynomials
 from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends.cpu.packed_matrix import LEFT, RIGHT, engines
 from fishleg_fast.backends.cpu.polar import polar_factors
-from fishleg_fast.backends.cpu.state import packed_operator
+from fishleg_fast.backends.cpu.state import polar_scratch
 from fishleg_fast.model.block import Block
 from support.blocks import make_block
 from support.dense import randn, relative
@@ -28,11 +28,11 @@ def blocks_of(shapes: list[tuple[int, int]], operands: torch.dtype = torch.float
     for m, n in shapes:
         block = make_block(Kron(m, n, dtype=torch.float32), [torch.zeros(m, n)])
         block.structure.operand_dtype = operands
-        operator, k, l = packed_operator(block), min(m, n), max(m, n)
-        names = [f"polar {name}" for name in ("A", "B", "B0", "B1", "B2", "whole1", "whole2", "BA")]
+        operator, k, l = polar_scratch(block), min(m, n), max(m, n)
+        names = ("A", "B", "B0", "B1", "B2", "whole1", "whole2", "BA")
         for name, side, size in [
             *((name, side, (k, k)) for name in names for side in (LEFT, RIGHT)),
-            ("polar X", LEFT, (k, l)), ("polar X", RIGHT, (l, k)), ("polar Y", LEFT, (l, k)), ("polar Y", RIGHT, (k, l)),
+            ("X", LEFT, (k, l)), ("X", RIGHT, (l, k)), ("Y", LEFT, (l, k)), ("Y", RIGHT, (k, l)),
         ]:  # fmt: skip
             operator.scratch(name, side, *size).memory.fill_(0xFF)
         made.append(block)
