@@ -111,6 +111,13 @@ class InputTap(Pausable):
     def __wrapped__(self) -> Callable[..., Any]:  # for inspect.signature(model.forward)
         return self.inner
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__code__":  # which torch.export asks for
+            return self.inner.__code__
+        asks = name == "__globals__"
+        remedy = "; torch.jit.script takes a model before its optimizer is made, or when that is gone" if asks else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{remedy}")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen = self.remember(args, kwargs)
         # Looked up after that, where torch.compile cannot trace that: it would take the method for model.forward, this.

@@ -60,6 +60,8 @@ def _mapping_like(tree: Mapping, items: dict[Any, Any]) -> Any:
 def _sequence_like(tree: Sequence, items: list[Any]) -> Any:
     if type(tree) is list:
         return items
+    if type(tree) is tuple:  # torch.compile knows no identity of tuples
+        return tuple(items)
     if all(a is b for a, b in zip(tree, items, strict=True)):
         return tree
     try:

@@ -125,3 +125,26 @@ def test_another_librarys_forward_stays() -> None:
     del optimizer
     gc.collect()
     assert (net(torch.ones(3, 4)) == 7).all() and "__getstate__" not in net.__dict__
+
+
+EXPORTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "trace": lambda net, x: torch.jit.trace(net, x)(x),
+    "export": lambda net, x: torch.export.export(net, (x,)).module()(x),
+    "fx": lambda net, x: torch.fx.symbolic_trace(net)(x),
+    "compile": lambda net, x: torch.compile(net, backend="eager", fullgraph=True)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("build", [Net, lambda: nn.Sequential(nn.Linear(4, 2), nn.Tanh())])
+@pytest.mark.parametrize("way", EXPORTS)
+def test_a_model_is_exported_while_an_optimizer_has_it(way: str, build: Callable[[], nn.Module]) -> None:
+    torch._dynamo.reset()
+    net, x = build(), torch.randn(3, 4)
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD)
+    torch.testing.assert_close(EXPORTS[way](net, x), net(x))
+    with pytest.raises(AttributeError, match=r"jit\.script takes a model before its optimizer is made, or when"):
+        torch.jit.script(net)
+    del optimizer
+    gc.collect()
+    torch.testing.assert_close(torch.jit.script(net)(x), net(x))
