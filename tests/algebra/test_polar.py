@@ -35,12 +35,13 @@ def spectra(k: int, condition: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("condition", [1.0, 10.0, 1e3])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("exact", [False, True])
 def test_singular_values_come_near_one(
-    size: float, shape: tuple[int, int], condition: float, dtype: torch.dtype
+    exact: bool, size: float, shape: tuple[int, int], condition: float, dtype: torch.dtype
 ) -> None:
     for name, singular in spectra(min(shape), condition).items():
         x, want = with_spectrum(shape, singular)
-        (got,) = polar_factors([(size * x).to(dtype)])
+        (got,) = polar_factors([(size * x).to(dtype)], exact)
         values = torch.linalg.svdvals(got.double())
         assert 0.9 <= values.min() and values.max() <= 1.1, (name, values.min(), values.max())
         assert relative(got.double(), want) <= 0.09
@@ -48,19 +49,21 @@ def test_singular_values_come_near_one(
         assert overlap >= 0.99  # of directions
 
 
-def test_what_is_small_stays_below_one_and_keeps_its_sign() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_small_stays_below_one_and_keeps_its_sign(exact: bool) -> None:
     """Singular values below the smallest grow, but not past 1.1: they are noise, or on their way down."""
     singular = torch.logspace(0, -8, 40, dtype=torch.float64)
-    x, _ = with_spectrum((40, 60), singular)
+    x, _ = with_spectrum((40, 90), singular)
     U, s, Vh = torch.linalg.svd(x, full_matrices=False)
-    (got,) = polar_factors([x])
+    (got,) = polar_factors([x], exact)
     moved = torch.diagonal(U.T @ got @ Vh.T)
     assert (moved > 0).all() and (moved <= 1.1).all() and (moved[s < SMALLEST] > s[s < SMALLEST]).all()
 
 
-def test_a_matrix_of_low_rank_keeps_its_null_space() -> None:
-    x, want = with_spectrum((30, 50), torch.tensor([3.0, 2.0, 0.1], dtype=torch.float64))
-    (got,) = polar_factors([x])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_matrix_of_low_rank_keeps_its_null_space(exact: bool) -> None:
+    x, want = with_spectrum((30, 70), torch.tensor([3.0, 2.0, 0.1], dtype=torch.float64))
+    (got,) = polar_factors([x], exact)
     values = torch.linalg.svdvals(got)
     assert relative(got, want) <= 0.09 and values[3:].max() <= 1e-9
 
@@ -73,6 +76,14 @@ def test_zeros_stay_zeros_and_nothing_given_is_written_to() -> None:
     assert torch.equal(found[0], xs[0]) and all(map(torch.equal, xs, before))
     alone = [polar_factors([x])[0] for x in xs]
     assert all(relative(a, b) <= 1e-5 for a, b in zip(found[1:], alone[1:], strict=True) if a.numel())
+
+
+@pytest.mark.parametrize("shape", [(30, 60), (64, 257), (257, 64), (20, 21)])
+def test_steps_on_the_gram_matrix_are_the_same_steps(shape: tuple[int, int]) -> None:
+    for singular in spectra(min(shape), 1e3).values():
+        x, _ = with_spectrum(shape, singular)
+        (one,), (other,) = polar_factors([x]), polar_factors([x], exact=True)
+        assert relative(other, one) <= 1e-10
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -256,8 +256,7 @@ class Structure:
 
     @torch.no_grad()
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float, decay: float) -> bool:
-        """moments ← decay·moments + weight·new, in place. False where new ones are not finite; nothing is written then.
-        """
+        """moments ← decay·moments + weight·new, in place. False where new is not finite; nothing is written then."""
         found = self.layer_moments(*new) if isinstance(new, LayerStatistics) else new
         if not finite(found):
             return False

@@ -1,8 +1,6 @@
 """Polar factors, as ``algebra.polar`` has them, by packed products of all blocks: symmetric ones by half their tiles.
 
-In float32 most of it happens to A = X Xᵀ alone: with B = aI + bA + cA², which A commutes with, the next step's A is
-B²A, and several steps end in one product of X and all their B. X is renewed after every third step, and A formed of it:
-else A's rounding errors, as large as its smallest eigenvalues are small, would end up in X.
+That pays for large matrices. torch's batched products, which need no packing, are faster for small ones.
 """
 
 from __future__ import annotations
@@ -12,18 +10,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...algebra.polar import COEFFICIENTS
+from ...algebra.polar import COEFFICIENTS, STEPS_PER_PRODUCT, steps_on_gram
 from ...model.block import Block
 from .packed_matrix import ENGINES, LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, PackedScratch, ProductBatch, engines
 from .state import polar_scratch
 
-STEPS_PER_PRODUCT = 3  # with X, where products are exact enough
+LEAST = 256  # of the smaller side that pays
 
 
 def covers(block: Block, x: Tensor) -> bool:
-    """Whether the block's x is one for ``polar_factors``, whatever its structure is."""
+    """Whether the block's x is for ``polar_factors``, whatever its structure is."""
     engine = ENGINES.get(block.structure.operand_dtype or torch.float64)
-    return engine in engines() and x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
+    return engine in engines() and x.dtype == torch.float32 and x.is_contiguous() and min(x.shape) >= LEAST
 
 
 def polar_factors(blocks: Sequence[Block], xs: Sequence[Tensor]) -> None:
@@ -55,7 +53,7 @@ class _Iteration:
 
     def steps(self) -> Iterator[bool]:
         """All of them."""
-        together = STEPS_PER_PRODUCT if self.exact and 2 * self.k <= self.l else 1
+        together = STEPS_PER_PRODUCT if self.exact and steps_on_gram(self.k, self.l) else 1
         for first in range(0, len(COEFFICIENTS), together):
             self._multiply_by_transpose(self.x, "X", self.A)
             yield True

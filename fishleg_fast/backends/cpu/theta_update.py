@@ -62,7 +62,7 @@ def _flatten(plan: StepPlan, flat: Sequence[int], given: Mapping[int, Tensor]) -
         [nat for nat, mine in zip(nats, packed, strict=True) if mine],
     )
     others = [nat for nat, mine in zip(nats, packed, strict=True) if not mine]
-    for nat, factor in zip(others, polar_factors(others), strict=True):
+    for nat, factor in zip(others, polar_factors(others, exact=True), strict=True):
         nat.copy_(factor)
     for k, nat in zip(flat, nats, strict=True):
         plan.native.give(k, Source.PRODUCT, nat.data_ptr(), 0, reference.RMS * max(nat.shape) ** 0.5)

@@ -146,7 +146,8 @@ def flattened(flat: Sequence[bool], nats: Sequence[Tensor]) -> list[Tensor]:
     """The polar factor of each nat that is to give way to it."""
     found = list(nats)
     chosen = [k for k, mine in enumerate(flat) if mine]
-    for k, factor in zip(chosen, polar_factors([nats[k] for k in chosen]), strict=True):
+    exact = all(nats[k].device.type == "cpu" for k in chosen)  # elsewhere TF32 may be on
+    for k, factor in zip(chosen, polar_factors([nats[k] for k in chosen], exact), strict=True):
         found[k] = factor
     return found
 
