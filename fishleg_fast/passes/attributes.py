@@ -53,11 +53,12 @@ class KeptApart:
     """One pass's copies, and what they stand for."""
 
     def __init__(self, known: Mapping[int, tuple[Tensor, Tensor]], most: int) -> None:
-        """``known``: tensors and what stands for them, by id; ``most``: of how many parameters a module outside the
-        model is copied.
+        """``known``: tensors and what stands for them, by id; ``most``: how many numbers are copied, of tensors, arrays
+        and modules outside the model. Of what is beyond that only whether it was written to can be told.
         """
+        self.written = False
         self._undo: list[Callable[[], Any]] = []
-        self._most = most
+        self._left = most
         self._copies: dict[int, tuple[Any, Any]] = dict(known)
         self._met: set[int] = set()
         self._homes: set[str] = set()
@@ -89,19 +90,18 @@ class KeptApart:
 
     def _outside(self, module: nn.Module) -> None:
         """A module that is none of the model's: its parameters and buffers too."""
-        small = sum(p.numel() for p in module.parameters()) <= self._most
         for part in module.modules():
             if id(part) not in self._met:
                 self._met.add(id(part))
                 self._module(part)
                 self._slots(part._buffers)
-                if small:
-                    self._slots(part._parameters)
+                self._slots(part._parameters)
 
     def _slots(self, slots: dict[str, Any], but: frozenset[str] = frozenset()) -> None:
         before = dict(slots)
-        for key, value in before.items():
-            if type(value) not in _INERT and key not in but:
+        for key in before.keys() - but if but else before:
+            value = before[key]
+            if type(value) not in _INERT:
                 new = self._apart(value)
                 if new is not value:
                     slots[key] = new
@@ -115,7 +115,7 @@ class KeptApart:
             return self._copies[id(value)][1]
         new = value
         if isinstance(value, Tensor):
-            new = _copied(value)
+            new = self._tensor(value)
         elif isinstance(value, nn.Module):
             self._outside(value)
         elif isinstance(value, tuple):
@@ -127,13 +127,29 @@ class KeptApart:
         elif isinstance(value, (FunctionType, MethodType, BuiltinFunctionType, partial)):
             self._follow(value)
         elif is_array(value):
-            new = value.copy()
+            new = value.copy() if self._affords(value.size) else value
         elif (state := _generator_state(value)) is not None:
             self._undo.append(state)
         elif type(value).__module__ in self._homes and hasattr(value, "__dict__"):
             self._object(value)
         self._copies[id(value)] = value, new
         return new
+
+    def _affords(self, numbers: int) -> bool:
+        """Whether so many more may be copied."""
+        if numbers > self._left:
+            return False
+        self._left -= numbers
+        return True
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        if self._affords(0 if value.is_nested else value.numel()):
+            return _copied(value)
+        self._undo.append(partial(self._watch, value, version(value)))
+        return value
+
+    def _watch(self, value: Tensor, before: int) -> None:
+        self.written |= version(value) != before
 
     def _object(self, value: Any) -> None:
         if id(value) not in self._met:
@@ -234,6 +250,11 @@ def _copied(value: Tensor) -> Tensor:
         return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
     except (RuntimeError, TypeError):
         return value
+
+
+def version(tensor: Tensor) -> int:
+    """Raised by every write that autograd knows of."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _restore_mapping(slots: dict[Any, Any], before: dict[Any, Any]) -> None:

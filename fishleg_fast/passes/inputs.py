@@ -220,7 +220,8 @@ class Inputs:
         memo = {} if memo is None else memo
         args, kwargs, x = (tree_map(fn, tree, memo) for tree in (self.args, self.kwargs, self.x))
         over_batch = tuple(memo[id(leaf)][1] if id(leaf) in memo else leaf for leaf in self.over_batch)
-        return replace(self, args=args, kwargs=kwargs, x=x, over_batch=over_batch)
+        known = self.autocast, self.tapped, self.outputs, self.samples
+        return Inputs(args, kwargs, x, *known, over_batch, self.part)
 
     def copied(self) -> Inputs:
         """Apart from the graph and the memory of the user's tensors: a model may write to its inputs."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
 from .attempts import Attempts
-from .attributes import KeptApart, only_stock
+from .attributes import KeptApart, only_stock, version
 from .batch_rule import BatchRule
 from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
@@ -67,9 +67,16 @@ def output_tensor(outputs: Any) -> Tensor:
     return outputs
 
 
-def _version(tensor: Tensor) -> int:
-    """Raised by every write that autograd knows of."""
-    return 0 if tensor.is_inference() else tensor._version
+def _tensors(slots: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
+    """Each tensor once."""
+    return list({id(t): t for tensors in slots for _, t in tensors.items() if t is not None}.values())
+
+
+def _copies(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> dict[int, Tensor]:
+    """What a pass has in place of buffers and, unless they are most of the model, frozen parameters, by id."""
+    frozen = [p for p in params if not p.requires_grad]
+    few = bool(frozen) and 2 * sum(p.numel() for p in frozen) <= sum(p.numel() for p in params)
+    return {id(t): t.detach().clone() for t in (*buffers, *(frozen if few else ()))}
 
 
 class _Recorder:
@@ -214,7 +221,8 @@ class IsolatedPasses:
         of the model; autocast is as it was when the inputs were captured. One pass at a time, in all threads.
         Backward passes belong inside too: a checkpointed module runs its forward again during them.
         """
-        modules, params = list(self.root.modules()), list(self.root.parameters())
+        modules = list(self.root.modules())
+        params, buffers = _tensors(module._parameters for module in modules), _tensors(m._buffers for m in modules)
         foreign = self._own is not None or not only_stock(modules)
         with ExitStack() as stack:
             stack.enter_context(private_rng(seed, self.devices, foreign))
@@ -230,18 +238,17 @@ class IsolatedPasses:
                 stack.enter_context(self.tap.pause())
             for tap in self.taps:
                 stack.enter_context(tap.pause())
-            copies = self._copies(params)
+            copies = _copies(params, buffers)
             if foreign:
-                known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *self.root.buffers())}
-                trainable = sum(p.numel() for p in params if p.requires_grad)
-                kept = KeptApart(known, trainable)
-                stack.callback(kept.restore)
+                known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *buffers)}
+                kept = KeptApart(known, max(2**20, sum(p.numel() for p in params if p.requires_grad)))
+                stack.callback(self._restore, kept)
                 kept.hold(modules, self._own or ())
             for module in self._embeddings:
                 # Sparse gradients have no second derivative either. Weights that are too long have been shortened.
                 stack.callback(module.__dict__.update, sparse=module.sparse, max_norm=module.max_norm)
                 module.sparse, module.max_norm = False, None
-            stack.callback(self._tell_of_writes, [(p, _version(p)) for p in params if id(p) not in copies])
+            stack.callback(self._look_for_writes, [(p, version(p)) for p in params if id(p) not in copies])
             try:
                 return self.replaced(copies, function)
             except Exception as error:
@@ -249,21 +256,23 @@ class IsolatedPasses:
                     error.args = (f"{error.args[0]}\n{_PART}", *error.args[1:])
                 raise
 
-    def _copies(self, params: Sequence[nn.Parameter]) -> dict[int, Tensor]:
-        """What a pass has in place of buffers and, unless there is much of them, frozen parameters, by id."""
-        frozen = [p for p in params if not p.requires_grad]
-        few = 2 * sum(p.numel() for p in frozen) <= sum(p.numel() for p in params)
-        return {id(t): t.detach().clone() for t in (*self.root.buffers(), *(frozen if few else ()))}
+    def _restore(self, kept: KeptApart) -> None:
+        kept.restore()
+        if kept.written:
+            self._tell_of_writes("a large tensor of its own")
 
-    def _tell_of_writes(self, before: Sequence[tuple[nn.Parameter, int]]) -> None:
-        written = {id(p) for p, version in before if _version(p) != version}
+    def _look_for_writes(self, before: Sequence[tuple[Tensor, int]]) -> None:
+        written = {id(p) for p, known in before if version(p) != known}
         if written:
-            names = [name for name, p in self.root.named_parameters() if id(p) in written]
-            self.tell_once(
-                "written",
-                f"the model's forward writes to parameter {names[0].partition('.')[2]!r} in place, and did so in a "
-                "pass of FishLeg's too, which cannot be undone",
-            )
+            names = [name.partition(".")[2] for name, p in self.root.named_parameters() if id(p) in written]
+            self._tell_of_writes(f"parameter {names[0]!r}")
+
+    def _tell_of_writes(self, what: str) -> None:
+        self.tell_once(
+            "written",
+            f"the model's forward writes to {what} in place, and did so in a pass of FishLeg's too, which cannot be "
+            "undone",
+        )
 
     def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
         """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""

@@ -330,20 +330,25 @@ def test_both_sides_of_a_difference_are_one_network(coin: str) -> None:
         assert len({round(s, 6) for s in exact}) == 2  # and not always the same network
 
 
-def test_what_cannot_be_undone_is_told_once() -> None:
-    class Clipped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(6, 3)
+PLACES: dict[str, Callable[[Any], Tensor]] = {
+    "parameter 'a.weight'": lambda net: net.a.weight,
+    "parameter 'frozen.weight'": lambda net: net.frozen.weight,
+    "a large tensor of its own": lambda net: net.bank,
+}
 
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.layer.weight.mul_(0.99)
-            return self.layer(x)
 
-    net, likelihood = Clipped(), GaussianLikelihood()
+@pytest.mark.parametrize("what", PLACES)
+def test_what_cannot_be_undone_is_told_once(what: str) -> None:
+    """A trainable parameter, and what is more than the model."""
+
+    def write(net: Any, h: Tensor) -> None:
+        with torch.no_grad():
+            PLACES[what](net).mul_(0.99)
+
+    net, likelihood = Net(write, bank=torch.zeros(2**20 + 1)), GaussianLikelihood()
+    net.frozen = nn.Linear(100, 100).requires_grad_(False)
     optimizer = FishLeg(net, likelihood=likelihood, update_aux_every=1, fisher="rank1")
-    with pytest.warns(UserWarning, match=r"writes to parameter 'layer.weight' in place") as told:
+    with pytest.warns(UserWarning, match=f"writes to {what} in place") as told:
         for _ in range(4):
             likelihood.nll(torch.zeros(40, 3), net(torch.randn(40, 6))).backward()
             optimizer.step()
