@@ -96,7 +96,7 @@ def _of_block(block: Block) -> BlockEstimate:
     # Of each factor's gradient: a product of the block's sides, and one with the factor.
     gradients = 2 * sum(t.numel() * vectors for t, vectors in factors) + 2 * sum(e * width for e, width in widths)
     k, l = min(m, n), max(m, n)
-    size = torch.empty((), dtype=block.dtype).element_size()
+    size = block.dtype.itemsize
     return BlockEstimate(
         block.name, block.shape, layout,
         state_bytes=size * (m * n + 3 * _entries(aux.values()) + _entries(moments.values())),
