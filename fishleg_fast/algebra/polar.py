@@ -70,7 +70,7 @@ def _polar_by_gram(x: Tensor) -> Tensor:
     _shrink(x)
     for first in range(0, len(COEFFICIENTS), STEPS_PER_PRODUCT):
         A = x @ x.mT
-        whole = torch.empty(0)  # of this stage's steps
+        whole = x.new_empty(0)  # of this stage's steps
         for step in range(first, first + STEPS_PER_PRODUCT):
             a, b, c = COEFFICIENTS[step]
             A2 = A @ A
