@@ -248,6 +248,10 @@ class IsolatedPasses:
                 # Sparse gradients have no second derivative either. Weights that are too long have been shortened.
                 stack.callback(module.__dict__.update, sparse=module.sparse, max_norm=module.max_norm)
                 module.sparse, module.max_norm = False, None
+            for p in params:  # hooks on gradients are for those that are trained on
+                if hooks := p._backward_hooks:
+                    p._backward_hooks = None
+                    stack.callback(setattr, p, "_backward_hooks", hooks)
             stack.callback(self._look_for_writes, [(p, version(p)) for p in params if id(p) not in copies])
             try:
                 return self.replaced(copies, function)

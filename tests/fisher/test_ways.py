@@ -16,6 +16,7 @@ from fishleg_fast.fisher import products
 from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import explicit_fisher, flat, randn, relative, split_like
 from support.low_rank_case import Case
+from support.unseen import Unseen
 
 X = randn(6, 6, seed=1)
 
@@ -147,6 +148,24 @@ def test_low_rank_products_are_checked_too(name: str) -> None:
         for _ in range(5):
             for x, y in zip(case.both()[0], case.explicit("gaussian"), strict=True):
                 assert relative(dense(x), y) <= 1e-10
+
+
+@pytest.mark.parametrize("name", list(products.FISHER))
+def test_hooks_on_gradients_are_no_part_of_the_fisher_matrix(name: str) -> None:
+    """They see the gradients that are trained on, and no others."""
+    net = Net(lambda h, net: h.sin()).double()
+    want, calls = product(passes_of(net), name), Unseen()
+    handle = net.a.weight.register_hook(lambda g: (calls.append(1), 2 * g)[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(product(passes_of(net), name), want) and not len(calls)
+    net(X).sum().backward()
+    hooked = net.a.weight.grad.clone()
+    assert len(calls) == 1
+    handle.remove()
+    net.zero_grad()
+    net(X).sum().backward()
+    assert torch.equal(hooked, 2 * net.a.weight.grad) and len(calls) == 1
 
 
 def test_what_depends_on_the_mode_is_checked_again_with_it() -> None:

@@ -139,10 +139,9 @@ def test_what_was_one_object_stays_one() -> None:
 def test_an_array_that_the_model_writes_to_stays_the_user_s() -> None:
     class Writing(Net):
         def forward(self, given: Any) -> Tensor:
-            out = super().forward(given)
             if self.writing:
-                given *= 0
-            return out
+                given *= 0.5
+            return super().forward(given)
 
     net, likelihood, array = Writing(GIVEN["array"][1]), GaussianLikelihood(), X.numpy().copy()
     net.writing = False
