@@ -59,7 +59,8 @@ class FishLeg(Optimizer):
     What is trained, and on what:
         model: any module. Plain torch layers get a Kronecker-factored Q each, other parameters a diagonal one.
         draw: ``draw(model, x)``: labels sampled from the model. Goes with ``nll``; the likelihood does without both.
-        nll: ``nll(model, x, y)``: the mean negative log-likelihood, a scalar.
+        nll: ``nll(model, x, y)``: the mean negative log-likelihood, a scalar. Where that is no mean over samples,
+            ``nll.terms(model, x, y)`` says of how many independent terms it is one.
         likelihood: scores the model's outputs. Its own trainable parameters are trained too.
         aux_loader: gives curvature batches, x or (x, ...), and is re-iterable. Without it they are taken from the
             inputs that the model was last given.
@@ -95,9 +96,11 @@ class FishLeg(Optimizer):
         damping_scale: None: "relative", but "absolute" where the Fisher matrix is not estimated (init="sgd" and
             anchor_every=0) or Q's own scale counts (normalize "trust" or None).
         fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
-            None: "ggn" with a likelihood, "hessian" without.
+            None: "ggn" with a likelihood, "hessian" without. Where an operation of the model lacks a derivative, both
+            go on by differences, with a warning.
         curvature_batch: at most so many samples in a Fisher-vector product; "auto": 32, and of a batch trained on a
-            quarter, but 4; None: the whole batch.
+            quarter, but 4; None: the whole batch. A batch is cut along what provably runs over it, and else stays
+            whole.
         update_aux_every: steps between updates of λ; negative: that many updates a step; 0: λ is not learned.
         aux_lr, aux_betas, aux_eps: of Adam on λ.
         u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".

@@ -109,7 +109,7 @@ class KeptApart:
 
     def _apart(self, value: Any) -> Any:
         """What stands for the value during the pass. A container stays, and so does what nobody knows to copy."""
-        if type(value) in _INERT:
+        if type(value) in _INERT or isinstance(value, torch.optim.Optimizer):
             return value
         if id(value) in self._copies:
             return self._copies[id(value)][1]
@@ -192,9 +192,8 @@ class KeptApart:
         self._met.add(id(function))
         for cell in function.__closure__ or ():
             self._cell(cell)
-        names = _global_names(function)
-        if names:
-            self._slots_named(function.__globals__, names)
+        if function.__module__ in self._homes:
+            self._slots_named(function.__globals__, _global_names(function))
 
     def _cell(self, cell: CellType) -> None:
         try:
