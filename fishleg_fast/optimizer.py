@@ -29,6 +29,7 @@ from .model.assemble import (
     normalization_of,
 )
 from .model.block import Block
+from .model.estimate import Estimate, estimate
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment, with_beta
 from .options import (
@@ -88,7 +89,9 @@ class FishLeg(Optimizer):
         structure: "kron", "diagkron", "sumkron", "diagonal", or a callable (m, n, **options) -> Structure such as
             ``functools.partial(SumKron, terms=3)``; or a dict of layer-name patterns (fnmatch's) to those, of which
             the first match counts, "kron" elsewhere.
-        max_factor_size: larger Kronecker factors become block-diagonal.
+        max_factor_size: larger Kronecker factors become block-diagonal. "auto": of a block whose smaller side is k
+            those above max(1024, 4k), or 8192, and diagonal where that would take more than four parts
+            (vocabularies); diagnostics() tells. None: all are dense.
         damping: with damping_scale="relative" δ > 0, of which a block's γ is δ²·√(f·F̄)/T: f is the mean eigenvalue of
             the block's Fisher matrix, F̄ that over all blocks, T how many terms the loss of a batch is the mean of. The
             loss's scale does not matter then, and γ follows the noise in a gradient, whose variance is f/T on average.
@@ -169,7 +172,7 @@ class FishLeg(Optimizer):
         normalize: str | Mapping[str, str] | None = "auto",
         kappa: float = 1e-3,
         curvature_batch: int | str | None = "auto",
-        max_factor_size: int | None = 8192,
+        max_factor_size: int | str | None = "auto",
         thin_gradients: bool = True,
         precision: str | None = None,
         backend: str | None = None,
@@ -292,6 +295,20 @@ class FishLeg(Optimizer):
         if self._built:
             self._follow_parameters()
             self._look_ahead()
+
+    @staticmethod
+    def estimate(
+        model: nn.Module,
+        structure: StructureChoice | Mapping[str, StructureChoice] = "kron",
+        max_factor_size: int | str | None = "auto",
+    ) -> Estimate:
+        """What FishLeg would take for this model, before anything is allocated: memory of λ in bytes, arithmetic in
+        floating-point operations, by block and in all. ``print`` it for a table.
+
+        The model may be on torch's "meta" device. Blocks as of an optimizer with those arguments; its passes through
+        the model, which take what the user's own take, are not in it.
+        """
+        return estimate(model, structure, max_factor_size)
 
     @torch._disable_dynamo  # torch.compile(optimizer.step) is the step itself, as if it were not compiled
     @torch.inference_mode(False)  # in which F v would have no derivatives to come from
@@ -440,9 +457,14 @@ class FishLeg(Optimizer):
 
         steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: those that were not finite;
         aux_loss: 𝒜 at the latest update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name.
-        aux_loss and grad_norm are None until there is one.
+        aux_loss and grad_norm are None until there is one. normalize: how each block's update is scaled; factors: how
+        the Kronecker factors of each block are laid out.
         """
-        return {**self._diagnostics.report(), "normalize": {b.name: self._normalization(b) for b in self.blocks}}
+        return {
+            **self._diagnostics.report(),
+            "normalize": {b.name: self._normalization(b) for b in self.blocks},
+            "factors": {b.name: layout for b in self.blocks if (layout := b.structure.layout())},
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("FishLeg cannot be copied or pickled, since it is bound to its model; use state_dict()")

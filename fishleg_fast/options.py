@@ -49,7 +49,7 @@ class Settings:
     capturable: bool
     # λ and its learning
     structure: StructureChoice | Mapping[str, StructureChoice]
-    max_factor_size: int | None
+    max_factor_size: int | str | None
     damping: float
     damping_scale: str
     fisher: str
@@ -97,7 +97,7 @@ class Settings:
         check_count("update_aux_every", self.update_aux_every, least=-1_000_000)
         check_count("anchor_every", self.anchor_every)
         check_count("seed", self.seed)
-        if self.max_factor_size is not None:
+        if self.max_factor_size not in (None, "auto"):
             check_count("max_factor_size", self.max_factor_size, least=1)
         if self.curvature_batch not in (None, "auto"):
             check_count("curvature_batch", self.curvature_batch, least=1)
