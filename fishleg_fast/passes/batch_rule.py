@@ -172,7 +172,7 @@ class BatchRule:
         return all(self._needed(inputs, k, whole, output_tensors(outputs), rows) for k in others)
 
     def _needed(self, inputs: Inputs, left_out: int, whole: Shapes, outputs: Sequence[Tensor], rows: int) -> bool:
-        """Whether a pass over a part fails, or makes no difference, where one leaf is left whole."""
+        """Whether a pass over a part fails, or makes no difference to outputs of that part, where one leaf is whole."""
         rest = tuple(x for k, x in enumerate(inputs.over_batch) if k != left_out)
         try:
             found = self._run(replace(inputs, over_batch=rest).rows(0, rows))
@@ -183,7 +183,8 @@ class BatchRule:
         assert inputs.samples is not None
         if not shrunk(whole, output_shapes(found), inputs.samples, rows):
             return True
-        return all(map(torch.equal, outputs, output_tensors(found)))
+        pairs = zip(outputs, output_tensors(found), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs if shape_of(a) == shape_of(b))
 
 
 def _may_index(leaves: Sequence[Any], samples: int, rows: int) -> bool:

@@ -78,6 +78,8 @@ CUT: dict[str, tuple] = {
     "a list of mappings": (lambda a, b, xs: mlp(a, b, torch.stack([x["x"] for x in xs])), ([{"x": t} for t in x()],)),
     "flat outputs": (lambda a, b, x: mlp(a, b, x).reshape(-1, 3), (x(B, 4, 5),)),
     "several outputs": (lambda a, b, x: (mlp(a, b, x), a(x), x.new_zeros(4)), (x(),)),
+    "three of a kind": (lambda a, b, x, y, z: (mlp(a, b, x), a(y), a(z)), (x(), x(B, 5) + 1, x(B, 5) + 2)),
+    "losses too": (lambda a, b, x, y: {"loss": (mlp(a, b, x) * y).mean(), "logits": mlp(a, b, x)}, (x(), x(B, 3))),
     "an unused one": (lambda a, b, x, labels: mlp(a, b, x), (x(), torch.arange(B) % 3)),
     "longest sequence": (lambda a, b, x, n: mlp(a, b, x[:, : max(n)]), (x(B, 4, 5), LENGTHS)),
 }  # fmt: skip
@@ -88,6 +90,7 @@ LATER: dict[str, tuple] = {
     "a mask": (attention, lambda n: (x(n, 7, 5), x(7, 7))),
     "a mask for all": (attention, lambda n: (x(n, 7, 5), x(1, 7, 7))),
     "prototypes": (lambda a, b, x, p: b(a(x) @ a(p).T @ a(p)), lambda n: (x(n), x(B))),
+    "prototypes that are outputs": (lambda a, b, x, p: (b(a(x) + a(p).mean(0)), a(p)), lambda n: (x(n), x(B))),
     "their mean": (lambda a, b, x, p: mlp(a, b, x + p.mean(0)), lambda n: (x(n), x(B))),
     "a vector": (lambda a, b, x, p: mlp(a, b, x * p.sum()), lambda n: (x(n), x(B, 1)[:, 0])),
     "numbers in a list": (lambda a, b, x, p: mlp(a, b, x * sum(p)), lambda n: (x(n), [0.1] * B)),
@@ -114,6 +117,7 @@ def passes_of(model: nn.Module, may_cut: bool = True) -> IsolatedPasses:
 
 
 def first(outputs: Any) -> Tensor:
+    outputs = outputs["logits"] if isinstance(outputs, dict) else outputs
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
@@ -144,11 +148,11 @@ def test_a_second_size_proves_what_runs_over_the_batch(name: str) -> None:
     model = Model(call)
     passes = passes_of(model)
     for _ in range(2):
-        whole = model(*args(B))
+        whole = first(model(*args(B)))
         inputs = passes.inputs(WANTED)
-        assert inputs.size() == 1 and torch.equal(model(*inputs.args), whole)
+        assert inputs.size() == 1 and torch.equal(first(model(*inputs.args)), whole)
     model(*args(20))  # which no pass of the optimizer's has seen
-    whole = model(*args(B))
+    whole = first(model(*args(B)))
     check_part(model, passes.inputs(WANTED), whole)
 
 
