@@ -122,7 +122,7 @@ def low_rank_ggn(
         return linearized_ggn(passes, params, vs, inputs, linearize, layers.edges, check if due else None)
 
     try:
-        products, gradients = passes.run(inputs, passes.seed(), product)
+        products, gradients = passes.run(inputs, passes.seed(), product, twice=True)
     except torch.OutOfMemoryError:
         raise
     except WrongDerivative:

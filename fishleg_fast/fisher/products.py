@@ -48,7 +48,7 @@ def ggn(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], 
             due = passes.attempts("ggn", way).check_due(mode)
             return linearized_ggn(passes, params, vs, inputs, linearize, check=check_tangent if due else None)[0]
 
-        return lambda: passes.run(inputs, seed, product)
+        return lambda: passes.run(inputs, seed, product, twice=True)
 
     return _first_that_works(
         passes,
@@ -261,7 +261,7 @@ def hessian(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tenso
         passes,
         "hessian",
         {
-            "differentiates twice": lambda: passes.run(inputs, seed, product),
+            "differentiates twice": lambda: passes.run(inputs, seed, product, twice=True),
             "is 'antithetic'": lambda: _antithetic(passes, params, vs, inputs, seed),
         },
     )

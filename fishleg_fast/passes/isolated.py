@@ -67,15 +67,20 @@ def output_tensor(outputs: Any) -> Tensor:
     return outputs
 
 
+SMALL = 2**20  # numbers that are copied for a pass however few the model trains
+LEAST, MOST = 4, 32  # samples in a batch whose size is "auto"
+
+
 def _tensors(slots: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
     """Each tensor once."""
     return list({id(t): t for tensors in slots for _, t in tensors.items() if t is not None}.values())
 
 
 def _copies(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> dict[int, Tensor]:
-    """What a pass has in place of buffers and, unless they are most of the model, frozen parameters, by id."""
+    """What a pass has in place of buffers and, unless they are most of a large model, frozen parameters, by id."""
     frozen = [p for p in params if not p.requires_grad]
-    few = bool(frozen) and 2 * sum(p.numel() for p in frozen) <= sum(p.numel() for p in params)
+    count = sum(p.numel() for p in frozen)
+    few = count <= max(SMALL, sum(p.numel() for p in params) - count)
     return {id(t): t.detach().clone() for t in (*buffers, *(frozen if few else ()))}
 
 
@@ -94,7 +99,6 @@ class _Recorder:
 _PART = (
     "(in a pass of FishLeg's over a part of a batch; if the model takes whole batches only, pass curvature_batch=None)"
 )
-LEAST, MOST = 4, 32  # samples in a batch whose size is "auto"
 
 
 class IsolatedPasses:
@@ -214,11 +218,12 @@ class IsolatedPasses:
             if any(id(x) not in memo for x in replace(inputs, x=None).leaves(inputs.samples)):
                 inputs.over_batch = ()  # the model is given something else than x
 
-    def run(self, inputs: Inputs, seed: int, function: Callable[[], Any]) -> Any:
+    def run(self, inputs: Inputs, seed: int, function: Callable[[], Any], twice: bool = False) -> Any:
         """``function()``, gradients enabled, apart from everything that the user's own passes use or change.
 
         Random generators start from ``seed``, buffers are copies, and so are frozen parameters where they are not most
-        of the model; autocast is as it was when the inputs were captured. One pass at a time, in all threads.
+        of a large model; autocast is as it was when the inputs were captured. One pass at a time, in all threads.
+        ``twice``: forward-mode or second derivatives are taken, which fused kernels do not have.
         Backward passes belong inside too: a checkpointed module runs its forward again during them.
         """
         modules = list(self.root.modules())
@@ -226,11 +231,12 @@ class IsolatedPasses:
         foreign = self._own is not None or not only_stock(modules)
         with ExitStack() as stack:
             stack.enter_context(private_rng(seed, self.devices, foreign))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no forward or double derivative
             stack.enter_context(torch.enable_grad())
-            if self._recurrent and self.device.type == "cuda":  # neither do cuDNN's
+            if twice:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if twice and self._recurrent and self.device.type == "cuda":
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            if "torch._dynamo" in sys.modules:  # nor do modules compiled in place
+            if "torch._dynamo" in sys.modules:  # modules compiled in place have first derivatives alone
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if inputs.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, inputs.autocast))
@@ -241,7 +247,7 @@ class IsolatedPasses:
             copies = _copies(params, buffers)
             if foreign:
                 known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *buffers)}
-                kept = KeptApart(known, max(2**20, sum(p.numel() for p in params if p.requires_grad)))
+                kept = KeptApart(known, max(SMALL, sum(p.numel() for p in params if p.requires_grad)))
                 stack.callback(self._restore, kept)
                 kept.hold(modules, self._own or ())
             for module in self._embeddings:

@@ -339,14 +339,14 @@ PLACES: dict[str, Callable[[Any], Tensor]] = {
 
 @pytest.mark.parametrize("what", PLACES)
 def test_what_cannot_be_undone_is_told_once(what: str) -> None:
-    """A trainable parameter, and what is more than the model."""
+    """A trainable parameter, and what is large and more than the model."""
 
     def write(net: Any, h: Tensor) -> None:
         with torch.no_grad():
             PLACES[what](net).mul_(0.99)
 
     net, likelihood = Net(write, bank=torch.zeros(2**20 + 1)), GaussianLikelihood()
-    net.frozen = nn.Linear(100, 100).requires_grad_(False)
+    net.frozen = nn.Linear(1025, 1025).requires_grad_(False)
     optimizer = FishLeg(net, likelihood=likelihood, update_aux_every=1, fisher="rank1")
     with pytest.warns(UserWarning, match=f"writes to {what} in place") as told:
         for _ in range(4):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fishleg_fast import FishLeg
 from fishleg_fast.algebra.structures.base import LayerStatistics
 from fishleg_fast.fisher import moments, products
 from fishleg_fast.fisher.layer_pass import Share
@@ -16,6 +17,7 @@ from fishleg_fast.model.assemble import build_blocks
 from fishleg_fast.passes.inputs import Inputs
 from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import randn
+from support.unseen import Unseen
 
 
 class Everything(nn.Module):
@@ -181,3 +183,31 @@ def test_the_input_tap_is_silent_during_a_pass() -> None:
     with torch.no_grad():
         twin.weight.zero_()
         assert torch.equal(twin(x), twin.bias.expand(8, 2)) and passes.tap.last is held  # a copy computes with its own
+
+
+@pytest.mark.parametrize("fisher,twice", [("ggn", True), ("hessian", True), ("antithetic", False), ("rank1", False)])
+def test_fused_attention_is_given_up_for_second_derivatives_alone(fisher: str, twice: bool) -> None:
+    """Anchoring and products of first derivatives take the kernel that the user's own passes take."""
+    anchoring, learning = Unseen(), Unseen()
+
+    class Attends(nn.Linear):
+        def __init__(self, seen: Unseen) -> None:
+            super().__init__(4, 3)
+            self.seen = seen
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return super().forward(x)
+
+    net, likelihood = nn.Sequential(Attends(anchoring)), GaussianLikelihood()
+    optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, anchor_every=0, update_aux_every=0)
+    likelihood.nll(torch.zeros(8, 3), net(torch.ones(8, 4))).backward()
+    optimizer.step()  # anchors
+    assert len(anchoring) >= 2 and all(anchoring)
+    net = nn.Sequential(Attends(learning))
+    optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, init="sgd", anchor_every=0, update_aux_every=1)
+    likelihood.nll(torch.zeros(8, 3), net(torch.ones(8, 4))).backward()
+    optimizer.step()  # learns
+    kernels = list(learning)
+    assert len(kernels) >= 2 and kernels[0] and (False in kernels) == twice
+    assert torch.backends.cuda.flash_sdp_enabled()
