@@ -3,7 +3,7 @@
     python -m benchmarks.cpu.denormals
 
 Each case makes the same model twice, once with numbers that a processor without flush-to-zero takes a hundred cycles
-for. Timed is `optimizer.step()` alone, anchoring and learning of λ included; forward and backward passes are the user's.
+for. Timed is `optimizer.step()` alone, anchoring and learning of λ included; the passes before it are the user's.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append((name, f"{1e3 * clean:.2f}", f"{1e3 * tiny:.2f}", f"{ratio:.2f}"))
         print(rows[-1], flush=True)
     text = (
-        "# Steps with denormal numbers\n\nMilliseconds of `optimizer.step()`, the mean of four steps with one anchoring and "
-        "two updates of λ: medians over rounds in which both take turns.\n\n"
+        "# Steps with denormal numbers\n\nMilliseconds of `optimizer.step()`, the mean of four with one anchoring "
+        "and two updates of λ: medians over rounds in which both take turns.\n\n"
         + table(("", "clean numbers", "denormal numbers", "ratio"), rows)
         + f"\n\n{date.today()}, {cpu_name()}, {args.threads} thread(s), Python {platform.python_version()}, torch "
         f"{torch.__version__}, fishleg_fast {__version__}: `python -m benchmarks.cpu.denormals`\n"
