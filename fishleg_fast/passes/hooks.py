@@ -34,6 +34,7 @@ class LayerHooks(Pausable):
     """Sees forward passes of blocks' layers in the user's own passes, for as long as ``user`` lives."""
 
     def __init__(self, user: object) -> None:
+        super().__init__()
         self._handles: dict[int, Any] = {}  # by id of the block, which the hook keeps
         weakref.finalize(user, _remove, self._handles)
 
@@ -53,7 +54,7 @@ class LayerHooks(Pausable):
     def blind(self) -> bool:
         """Whether this is not a pass to be seen: paused, or traced by something that tensors must not leave."""
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch()
-        return self.paused or tracing
+        return tracing or self.paused  # a trace is not to depend on the latter
 
 
 def _remove(handles: dict[int, Any]) -> None:

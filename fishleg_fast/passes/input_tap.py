@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_rule import Call
-from .inputs import Inputs, output_shapes, seen_leaf
+from .inputs import Inputs, output_shapes, seen_leaf, tree_map
 
 
 def inside_functorch() -> bool:
@@ -23,7 +23,8 @@ def inside_functorch() -> bool:
 class Pausable:
     """What sees the user's passes, and not the optimizer's own."""
 
-    paused = False
+    def __init__(self) -> None:
+        self.paused = False  # no default of the class's: torch.compile would see another object after the first pause
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -44,6 +45,7 @@ class InputTap(Pausable):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._model = weakref.ref(model)
         self._instance_forward = model.__dict__.get("forward")  # some other library's stand-in
         self._users = 0
@@ -137,9 +139,9 @@ class InputTap(Pausable):
         device = next((p.device for p in model.parameters()), None) if model is not None else None
         kind = "cpu" if device is None else device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        found = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True)
         tensors: list[Tensor] = []
-        found = found.map(lambda t: tensors.append(t) or seen_leaf(t))  # type: ignore[func-returns-value]
+        args, kwargs = tree_map(lambda t: tensors.append(t) or seen_leaf(t), (args, kwargs))  # type: ignore[func-returns-value]
+        found = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True)
         if not elsewhere and any(t.device != device for t in tensors):
             return None
         if not torch.compiler.is_compiling():

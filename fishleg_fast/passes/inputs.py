@@ -25,7 +25,8 @@ def tree_map(fn: Callable[[Tensor], Any], tree: Any, memo: Memo | None = None) -
     it is.
     """
     memo = {} if memo is None else memo
-    if id(tree) in memo:
+    traced = torch.compiler.is_compiling()  # the trace would hold for these very objects alone, whose ids it has met
+    if not traced and id(tree) in memo:
         return memo[id(tree)][1]
     new = tree
     if isinstance(tree, Tensor):
@@ -36,7 +37,8 @@ def tree_map(fn: Callable[[Tensor], Any], tree: Any, memo: Memo | None = None) -
         new = _mapping_like(tree, {key: tree_map(fn, value, memo) for key, value in tree.items()})
     elif isinstance(tree, (tuple, list)):
         new = _sequence_like(tree, [tree_map(fn, x, memo) for x in tree])
-    memo[id(tree)] = tree, new
+    if not traced:
+        memo[id(tree)] = tree, new
     return new
 
 

@@ -20,6 +20,7 @@ class PositionTap(LayerHooks):
 
     def __init__(self, user: object) -> None:
         super().__init__(user)
+        self._traced = False  # by torch.compile, which compiles anew where a hook is gone
         self.news = True  # whether a block has been told something, or has come, since someone took note
 
     def watch(self, blocks: Sequence[Block]) -> None:
@@ -30,8 +31,12 @@ class PositionTap(LayerHooks):
                 self.hook(block, partial(self._on_forward, block))
 
     def _on_forward(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch():
+        if torch.compiler.is_compiling():
+            self._traced = True
+            return
+        if torch.jit.is_tracing() or inside_functorch() or block.repeated is not None:
             return
         if args and isinstance(args[0], Tensor):
             block.repeated, self.news = layer_of(module).repeated(args[0]), True
-            self.unwatch([block])
+            if not self._traced:
+                self.unwatch([block])

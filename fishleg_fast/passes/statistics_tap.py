@@ -40,7 +40,7 @@ class StatisticsTap(LayerHooks):
                 self.hook(block, partial(self._on_forward, block))
 
     def _on_forward(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.open or self.blind or module is not block.layer:
+        if self.blind or not self.open or module is not block.layer:
             return
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(partial(self._on_backward, block, args[0].detach()))
