@@ -241,9 +241,10 @@ class FishLeg(Optimizer):
     def _follow_parameters(self) -> None:
         """Have blocks for the groups' parameters: new ones for those that came, none for those that left.
 
-        ValueError where a group has a parameter that is not the model's.
+        ValueError where a group has a parameter that is not the model's, TypeError where one cannot be trained.
         """
         gone, new = self._groups.changes(self.blocks, self.param_groups)
+        check_membership(self._roots, new)
         if gone:
             leaving = set(map(id, gone))
             self.blocks = [block for block in self.blocks if id(block) not in leaving]

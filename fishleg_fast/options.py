@@ -162,7 +162,7 @@ class Settings:
 
 
 def default_damping_scale(normalize: str | Mapping[str, str] | None, init: str, anchor_every: int) -> str:
-    """"relative" where Q's own scale does not matter and the Fisher matrix's is estimated."""
+    """ "relative" where Q's own scale does not matter and the Fisher matrix's is estimated."""
     estimated = init == "kfac" or bool(anchor_every)
     return "relative" if estimated and normalize not in ("trust", None) else "absolute"
 
@@ -262,7 +262,7 @@ def chosen_parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[A
 
 
 def check_membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor]) -> None:
-    """Every parameter is the model's or the likelihood's, real floating point, and not of a scripted module."""
+    """Every parameter is the model's or the likelihood's, plain, real floating point, and not of a scripted module."""
     names = {id(p): prefix + name for prefix, root in roots for name, p in root.named_parameters()}
     scripted = {
         id(p): type(module).__name__
@@ -279,6 +279,12 @@ def check_membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Te
                 f"parameter {names[id(p)]!r} should be of a module that Python runs, but is of a scripted one "
                 f"({scripted[id(p)]}), whose layers are not to be seen: make the optimizer of the module that it was "
                 "scripted or traced from, or use torch.compile on that"
+            )
+        if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # whose memory is not what its shape says
+            raise TypeError(
+                f"parameter {names[id(p)]!r} should be a plain torch.nn.Parameter but is a {type(p).__name__}, a "
+                "tensor subclass: make the optimizer of the module as it is before fully_shard, quantization or what "
+                "else wraps its parameters; training that is distributed over several processes is not supported yet"
             )
         if not p.is_floating_point():
             raise TypeError(f"parameter {names[id(p)]!r} should be real floating point but has dtype: {p.dtype}")
