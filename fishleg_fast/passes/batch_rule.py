@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .attempts import Attempts
 from .inputs import Inputs, Shapes, is_array, output_shapes, output_tensors, shape_of
@@ -108,8 +110,21 @@ def shrunk(whole: Shapes, part: Shapes, samples: int, rows: int) -> bool:
     return lead is not None
 
 
+class _Reads(TorchDispatchMode):
+    """Watches whether any operation is given a tensor. Of what else a model is given nothing is known: it may be."""
+
+    def __init__(self, watched: Any) -> None:
+        super().__init__()
+        self.watched, self.any = watched, not isinstance(watched, Tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        self.any = self.any or any(x is self.watched for x in tree_leaves((args, kwargs)))
+        return func(*args, **kwargs)
+
+
 class BatchRule:
-    """Tells what of a batch runs over its samples; ``run(inputs)`` gives the outputs of a pass.
+    """Tells what of a batch runs over its samples; ``run(inputs)`` gives the outputs of a pass, which may write to them.
 
     ``may_cut``: False keeps every batch whole.
     """
@@ -160,8 +175,8 @@ class BatchRule:
         if len(inputs.over_batch) > 1 and _may_index(inputs.over_batch, samples, rows):
             return False
         try:
-            whole = inputs.outputs or output_shapes(self._run(inputs))
-            outputs = self._run(inputs.rows(0, rows))
+            whole = inputs.outputs or output_shapes(self._run(inputs.copied()))
+            outputs = self._run(inputs.rows(0, rows).copied())
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever the model raises: it takes whole batches only
@@ -175,7 +190,7 @@ class BatchRule:
         """Whether a pass over a part fails, or makes no difference to outputs of that part, where one leaf is whole."""
         rest = tuple(x for k, x in enumerate(inputs.over_batch) if k != left_out)
         try:
-            found = self._run(replace(inputs, over_batch=rest).rows(0, rows))
+            found = self._run(replace(inputs, over_batch=rest).rows(0, rows).copied())
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -183,8 +198,29 @@ class BatchRule:
         assert inputs.samples is not None
         if not shrunk(whole, output_shapes(found), inputs.samples, rows):
             return True
-        pairs = zip(outputs, output_tensors(found), strict=True)
-        return all(torch.equal(a, b) for a, b in pairs if shape_of(a) == shape_of(b))
+        return _same(outputs, output_tensors(found)) and self._can_tell(inputs, left_out, outputs, rows)
+
+    def _can_tell(self, inputs: Inputs, k: int, outputs: Sequence[Tensor], rows: int) -> bool:
+        """Whether outputs of a part tell anything of its k-th leaf, or have nothing to do with it. A last layer of
+        zeros, to begin with, hides what is before it.
+        """
+        assert inputs.samples is not None
+        part, last = inputs.rows(0, rows), inputs.rows(inputs.samples - rows, inputs.samples)
+        mixed = part.map(lambda t: t, {id(part.over_batch[k]): (part.over_batch[k], last.over_batch[k])}).copied()
+        try:
+            with _Reads(mixed.over_batch[k]) as reads:
+                found = output_tensors(self._run(mixed))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        return not reads.any or (len(found) == len(outputs) and not _same(outputs, found))
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether those of the same shapes are the same."""
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if shape_of(a) == shape_of(b))
 
 
 def _may_index(leaves: Sequence[Any], samples: int, rows: int) -> bool:

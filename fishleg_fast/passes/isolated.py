@@ -298,9 +298,7 @@ class IsolatedPasses:
     def _raw_outputs(self, inputs: Inputs) -> Any:
         """What a pass returns, to be looked at: of the model, or the user's own draw where nothing else is known."""
         own = self._own is not None and self.loader is not None
-        inputs = inputs.copied()
-        outputs = self.run(inputs, 0, lambda: self.draw(inputs) if own else self._called(inputs))
-        return outputs
+        return self.run(inputs, 0, lambda: self.draw(inputs) if own else self._called(inputs))
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """The model's outputs, as the likelihood takes them."""

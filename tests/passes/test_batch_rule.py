@@ -81,7 +81,6 @@ CUT: dict[str, tuple] = {
     "three of a kind": (lambda a, b, x, y, z: (mlp(a, b, x), a(y), a(z)), (x(), x(B, 5) + 1, x(B, 5) + 2)),
     "losses too": (lambda a, b, x, y: {"loss": (mlp(a, b, x) * y).mean(), "logits": mlp(a, b, x)}, (x(), x(B, 3))),
     "an unused one": (lambda a, b, x, labels: mlp(a, b, x), (x(), torch.arange(B) % 3)),
-    "longest sequence": (lambda a, b, x, n: mlp(a, b, x[:, : max(n)]), (x(B, 4, 5), LENGTHS)),
 }  # fmt: skip
 
 # ... and those where it takes a call of another size; what they are then given
@@ -94,6 +93,7 @@ LATER: dict[str, tuple] = {
     "their mean": (lambda a, b, x, p: mlp(a, b, x + p.mean(0)), lambda n: (x(n), x(B))),
     "a vector": (lambda a, b, x, p: mlp(a, b, x * p.sum()), lambda n: (x(n), x(B, 1)[:, 0])),
     "numbers in a list": (lambda a, b, x, p: mlp(a, b, x * sum(p)), lambda n: (x(n), [0.1] * B)),
+    "longest sequence": (lambda a, b, x, n: mlp(a, b, x[:, : max(n)]), lambda n: (x(n, 4, 5), LENGTHS[:n])),
 }  # fmt: skip
 
 # ... and those which are never cut, whatever the sizes of other calls
@@ -166,6 +166,43 @@ def test_what_belongs_together_stays_whole(name: str) -> None:
         inputs = passes.inputs(WANTED)
         assert inputs.size() == 1 and not inputs.part
         assert torch.equal(model(*inputs.args), whole)
+
+
+def attends(a: nn.Module, b: nn.Module, x: Tensor, memory: Tensor) -> Tensor:
+    h = a(x) @ a(memory).T
+    return b(h.softmax(1) @ a(memory))
+
+
+def gated(a: nn.Module, b: nn.Module, x: Tensor, memory: Tensor) -> Tensor:
+    return x[:, :3] + b(a(memory).mean(0))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12])
+@pytest.mark.parametrize("call", [attends, gated])
+def test_outputs_that_hide_what_they_depend_on_prove_nothing(call: Callable, scale: float) -> None:
+    """A last layer of zeros, or of numbers that vanish beside others, until it has learned something."""
+    model = Model(call)
+    with torch.no_grad():
+        for p in model.b.parameters():
+            p.mul_(scale)
+    passes = passes_of(model)
+    for _ in range(5):
+        model(x(), x(B, 5) * 2)
+        assert passes.inputs(WANTED).size() == 1
+    model.b = nn.Linear(6, 3)
+    for _ in range(20):
+        whole = model(x(), x(B, 5) * 2)
+        inputs = passes.inputs(WANTED)
+        assert inputs.size() == 1 and torch.equal(model(*inputs.args), whole)
+
+
+def test_a_last_layer_of_zeros_is_no_hindrance_where_all_is_cut() -> None:
+    for call, args in (CUT["an unused one"], CUT["one tensor"]):
+        model = Model(call)
+        nn.init.zeros_(model.b.weight)
+        passes = passes_of(model)
+        whole = first(model(*args))
+        check_part(model, passes.inputs(WANTED), whole)
 
 
 def test_graphs_of_several_sizes_stay_whole() -> None:
