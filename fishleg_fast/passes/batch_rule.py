@@ -124,7 +124,7 @@ class _Reads(TorchDispatchMode):
 
 
 class BatchRule:
-    """Tells what of a batch runs over its samples; ``run(inputs)`` gives the outputs of a pass, which may write to them.
+    """Tells what of a batch runs over its samples; ``run(inputs)`` gives the outputs of a pass, and may write to them.
 
     ``may_cut``: False keeps every batch whole.
     """

@@ -332,13 +332,12 @@ class IsolatedPasses:
         return self.likelihood_loss(inputs)
 
     def _terms(self, inputs: Inputs, labels: Any) -> int:
-        """Of the user's own nll: what its ``terms`` says, else the samples of the batch, else the rows of labels."""
+        """Of the user's own nll: what its ``terms`` says, else the rows of labels, else the samples of the batch."""
         assert self._own is not None
         terms = getattr(self._own[1], "terms", None)
         if callable(terms):
             return int(terms(self.model, inputs.x, labels))
-        rows = next((shape[0] for shape in output_shapes(labels) if shape), 1)
-        return inputs.samples or rows
+        return next((shape[0] for shape in output_shapes(labels) if shape), inputs.samples or 1)
 
     def likelihood_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
         """``drawn_loss`` by the likelihood where there is one: one forward pass, and the exact number of terms."""

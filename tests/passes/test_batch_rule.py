@@ -301,7 +301,11 @@ def test_over_how_many_terms_an_own_nll_is_the_mean() -> None:
 
     assert terms(x(), mlp) == B
     assert terms(list(x(B, 3, 5)), CUT["a list of images"][0]) == B
-    assert terms(SimpleNamespace(x=x()), lambda a, b, o: mlp(a, b, o.x)) == B  # as many as labels
+    assert terms(SimpleNamespace(x=x()), lambda a, b, o: mlp(a, b, o.x)) == B
+    for steps in (1, 2, 6, 7, B):  # time first: of which the labels' rows may be a multiple
+        assert terms(x(steps, B, 5), lambda a, b, x: mlp(a, b, x).mean(0)) == B
+        assert terms([x(steps, B, 5), x(3)], lambda a, b, xs: mlp(a, b, xs[0]).sum(0)) == B
+    assert terms(x(B, 4, 5), lambda a, b, x: mlp(a, b, x).reshape(-1, 3)) == 4 * B  # each position is labelled
 
     def weighed(model: nn.Module, x: Any, y: Tensor) -> Tensor:
         return nll(model, x, y)
