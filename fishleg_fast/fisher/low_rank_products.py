@@ -6,7 +6,7 @@ output gradients and its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,14 @@ from ..model.block import Block
 from ..model.layers import layer_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
-from .products import WrongDerivative, check_tangent, forward_mode_product, linearized_ggn
+from .products import (
+    Found,
+    WrongDerivative,
+    again_if_checkpointed,
+    check_tangent,
+    forward_mode_product,
+    linearized_ggn,
+)
 
 
 class LowRankTangents:
@@ -28,8 +35,13 @@ class LowRankTangents:
 
     def __init__(self, blocks: Sequence[Block], vs: Sequence[LowRank]) -> None:
         self.blocks, self._vs = blocks, vs
-        self._seen: list[tuple[int, Tensor, Any]] = []  # block, its layer's input, where its output's gradient will be
         self._handles: list[Any] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything seen."""
+        self._seen: list[tuple[int, Tensor, Any]] = []  # block, its layer's input, where its output's gradient will be
+        self.all_seen = False  # what follows is a checkpointed module's second time, in the backward pass
         self._hidden = False  # whether some call did not show what it does
 
     def __enter__(self) -> LowRankTangents:
@@ -40,7 +52,11 @@ class LowRankTangents:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:  # before the backward pass, in which checkpointed modules run once more
+        self.remove()
+
+    def remove(self) -> None:
+        """No call from here on is theirs."""
+        for handle in self._handles:
             handle.remove()
 
     def _hook(self, k: int) -> Any:
@@ -55,7 +71,8 @@ class LowRankTangents:
             v = self._vs[k].to(x.dtype)
             tangent = ((rows[0] @ v.H.T) @ v.E).reshape(output.shape)
             moved = output + forward_ad.make_dual(torch.zeros_like(tangent), tangent)
-            self._seen.append((k, x, get_gradient_edge(moved)))
+            if not self.all_seen:
+                self._seen.append((k, x, get_gradient_edge(moved)))
             return moved
 
         return hook
@@ -100,10 +117,19 @@ def low_rank_ggn(
     layers, before = LowRankTangents(blocks, low_rank_vs), passes.generator.get_state()
 
     def linearize(
-        passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
-    ) -> tuple[Tensor, Tensor | None]:
+        passes: IsolatedPasses,
+        mine: Sequence[tuple[Tensor, Tensor]],
+        inputs: Inputs,
+        then: Callable[[Tensor, Tensor | None], Found],
+    ) -> Found:
+        def after(output: Tensor, tangent: Tensor | None) -> Found:
+            layers.all_seen = True
+            if not passes.checkpointed:
+                layers.remove()
+            return then(output, tangent)
+
         with layers:
-            return forward_mode_product(passes, mine, inputs)
+            return forward_mode_product(passes, mine, inputs, after)
 
     def check(
         w: Tensor,
@@ -117,12 +143,19 @@ def low_rank_ggn(
             others = [dot(x, v) for x, v in zip(found, low_rank_vs, strict=True)]
             check_tangent(w, tangent, mine, pulled[: len(mine)], autocast, others)
 
-    def product() -> tuple[list[Tensor], list[Tensor]]:
-        due = passes.attempts("ggn", "low rank").check_due(passes.mode())
-        return linearized_ggn(passes, params, vs, inputs, linearize, layers.edges, check if due else None)
+    seed, due = passes.seed(), passes.attempts("ggn", "low rank").check_due(passes.mode())
+
+    def product() -> Found:
+        layers.clear()
+        return passes.run(
+            inputs,
+            seed,
+            lambda: linearized_ggn(passes, params, vs, inputs, linearize, layers.edges, check if due else None),
+            twice=True,
+        )
 
     try:
-        products, gradients = passes.run(inputs, passes.seed(), product, twice=True)
+        products, gradients = again_if_checkpointed(passes, product)
     except torch.OutOfMemoryError:
         raise
     except WrongDerivative:

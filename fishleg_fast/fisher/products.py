@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 
-Linearize = Callable[[IsolatedPasses, Sequence[tuple[Tensor, Tensor]], Inputs], tuple[Tensor, "Tensor | None"]]
+Result = TypeVar("Result")
+Found = tuple[list[Tensor], list[Tensor]]
+# (passes, parameters and their v, inputs, then) -> then(the outputs with their graph, J v or None if it is zero)
+Linearize = Callable[
+    [IsolatedPasses, Sequence[tuple[Tensor, Tensor]], Inputs, Callable[[Tensor, "Tensor | None"], Found]], Found
+]
 TangentCheck = Callable[[Tensor, "Tensor | None", Sequence[tuple[Tensor, Tensor]], Sequence[Tensor], Any], None]
 Product = Callable[[IsolatedPasses, Sequence[Tensor], Sequence[Tensor], Inputs], list[Tensor]]
 
@@ -45,10 +51,18 @@ def ggn(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], 
 
     def exactly(way: str, linearize: Linearize) -> Callable[[], list[Tensor]]:
         def product() -> list[Tensor]:
-            due = passes.attempts("ggn", way).check_due(mode)
-            return linearized_ggn(passes, params, vs, inputs, linearize, check=check_tangent if due else None)[0]
+            check = check_tangent if passes.attempts("ggn", way).check_due(mode) else None
+            return again_if_checkpointed(
+                passes,
+                lambda: passes.run(
+                    inputs,
+                    seed,
+                    lambda: linearized_ggn(passes, params, vs, inputs, linearize, check=check)[0],
+                    twice=True,
+                ),
+            )
 
-        return lambda: passes.run(inputs, seed, product, twice=True)
+        return product
 
     return _first_that_works(
         passes,
@@ -122,17 +136,23 @@ def _by_differences(
     tangent = (plus - minus) / (2 * step).to(plus)
 
     def linearize(
-        passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
-    ) -> tuple[Tensor, Tensor | None]:
-        return passes.outputs(inputs), tangent
+        passes: IsolatedPasses,
+        mine: Sequence[tuple[Tensor, Tensor]],
+        inputs: Inputs,
+        then: Callable[[Tensor, Tensor | None], Found],
+    ) -> Found:
+        return then(passes.outputs(inputs), tangent)
 
     return passes.run(inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, linearize)[0])
 
 
 def _no_tangent(
-    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
-) -> tuple[Tensor, Tensor | None]:
-    return passes.outputs(inputs), None
+    passes: IsolatedPasses,
+    mine: Sequence[tuple[Tensor, Tensor]],
+    inputs: Inputs,
+    then: Callable[[Tensor, Tensor | None], Found],
+) -> Found:
+    return then(passes.outputs(inputs), None)
 
 
 def _of_model(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -184,13 +204,27 @@ def linearized_ggn(
     linearize: Linearize,
     edges: Callable[[], list[Any]] = list,
     check: TangentCheck | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> Found:
     """F v of the parameters, and Jᵀ H_out J v at the edges."""
+    mine = _of_model(passes, params, vs)
+    return linearize(passes, mine, inputs, partial(_pulled_back, passes, params, vs, inputs, mine, edges, check))
+
+
+def _pulled_back(
+    passes: IsolatedPasses,
+    params: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    inputs: Inputs,
+    mine: Sequence[tuple[Tensor, Tensor]],
+    edges: Callable[[], list[Any]],
+    check: TangentCheck | None,
+    output: Tensor,
+    tangent: Tensor | None,
+) -> Found:
+    """``linearized_ggn`` from the outputs and J v on."""
     likelihood = passes.likelihood
     assert likelihood is not None
     noise = {id(p) for p in likelihood.parameters()}
-    mine = _of_model(passes, params, vs)
-    output, tangent = linearize(passes, mine, inputs)
     detached = output.detach()
     leaves: list[Any] = [p for p, _ in mine]
     found = [torch.zeros_like(p) for p in leaves]
@@ -212,26 +246,52 @@ def linearized_ggn(
 
 
 def forward_mode_product(
-    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
-) -> tuple[Tensor, Tensor | None]:
-    """The outputs, with their graph, and J v; None where they do not depend on the parameters."""
+    passes: IsolatedPasses,
+    mine: Sequence[tuple[Tensor, Tensor]],
+    inputs: Inputs,
+    then: Callable[[Tensor, Tensor | None], Found],
+) -> Found:
+    """By tangents that the forward pass carries. Where checkpointed modules run once more during the backward pass that
+    follows, these have to carry them too, and all of that pass does; elsewhere it goes without, at half the cost.
+    """
+
+    def outputs() -> tuple[Tensor, Tensor | None]:
+        return forward_ad.unpack_dual(passes.outputs(inputs))
+
     with forward_ad.dual_level():
         duals = {id(p): forward_ad.make_dual(p, v) for p, v in mine}
-        return forward_ad.unpack_dual(passes.replaced(duals, lambda: passes.outputs(inputs)))
+        if passes.checkpointed:
+            return passes.replaced(duals, lambda: then(*outputs()))
+        found = passes.replaced(duals, outputs)
+    return then(*found)
+
+
+def again_if_checkpointed(passes: IsolatedPasses, product: Callable[[], Result]) -> Result:
+    """``product()``, by ``forward_mode_product``: once more where modules turn out to be checkpointed."""
+    try:
+        return product()
+    except CheckpointError:
+        if passes.checkpointed:
+            raise
+    passes.checkpointed = True
+    return product()
 
 
 def _double_backward(
-    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], inputs: Inputs
-) -> tuple[Tensor, Tensor | None]:
-    """The same by differentiating Jᵀw, linear in w, by w."""
+    passes: IsolatedPasses,
+    mine: Sequence[tuple[Tensor, Tensor]],
+    inputs: Inputs,
+    then: Callable[[Tensor, Tensor | None], Found],
+) -> Found:
+    """By differentiating Jᵀw, linear in w, by w."""
     output, params = passes.outputs(inputs), [p for p, _ in mine]
     if not output.requires_grad or not params:
-        return output, None
+        return then(output, None)
     w = torch.randn_like(output).requires_grad_()
     pulled = gradients(output, params, w, create_graph=True)
     curved = [(g, v) for g, (_, v) in zip(pulled, mine, strict=True) if g.requires_grad]
     tangent = gradients([g for g, _ in curved], [w], [v for _, v in curved], retain_graph=True)[0] if curved else None
-    return output, tangent
+    return then(output, tangent)
 
 
 def hessian(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:

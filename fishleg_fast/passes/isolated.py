@@ -130,6 +130,7 @@ class IsolatedPasses:
         self._embeddings = [m for m in bags if m.sparse or m.max_norm is not None]
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self._attempts: dict[tuple[str, str], Attempts] = {}
+        self.checkpointed = False  # whether modules were seen to run once more during a backward pass
         self._told: set[str] = set()
         self.tell: Callable[[str], None] = partial(warnings.warn, stacklevel=4)
         self.generator = Seeds(seed)

@@ -43,7 +43,7 @@ class Checkpointed(nn.Module):
         return self.c(checkpoint(self.b, h, use_reentrant=False) if self.on else self.b(h))
 
 
-@pytest.mark.filterwarnings("ignore:fisher='ggn' differentiates twice")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("fisher", ["ggn", "hessian", "antithetic", "rank1"])
 def test_activation_checkpointing_changes_nothing(fisher: str) -> None:
     x, results = torch.randn(12, 5), []
