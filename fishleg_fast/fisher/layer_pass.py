@@ -7,7 +7,7 @@ they are made of some samples at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,19 +60,24 @@ class LayerPass:
 
     def run(self, passes: IsolatedPasses, inputs: Inputs) -> float:
         """The pass, which belongs inside ``passes.run``. Returns over how many terms its loss is the mean."""
-        hooks = [b.layer.register_forward_hook(partial(self._on_forward, b)) for b in self._blocks if b.layer]
+        hooks = [  # before the user's, which may change the output
+            b.layer.register_forward_hook(partial(self._on_forward, b), prepend=True) for b in self._blocks if b.layer
+        ]
         try:
             loss, self._terms = passes.likelihood_loss(inputs)
         finally:  # before the backward pass, in which checkpointed modules run once more
             for hook in hooks:
                 hook.remove()
         self.unseen = [b for b in self._blocks if id(b) not in self._calls]
-        parts = [part for b in self.unseen for part in b.parts] if self.of_unseen else []
-        params = {id(part.param): part.param for part in parts if part.param.requires_grad}
+        params = {id(p): p for p in self._wanted(passes) if p.requires_grad}
         calls = [(block, call) for block in self._blocks for call in self._calls.get(id(block), ())]
         with torch.autocast(passes.device.type, enabled=False):  # what is made of rows is as exact as λ
             self._backward(loss, calls, params)
         return self._terms
+
+    def _wanted(self, passes: IsolatedPasses) -> Iterable[nn.Parameter]:
+        """Whose gradients are wanted beside those of layers' outputs."""
+        return [p for b in self.unseen for p in b.params] if self.of_unseen else []
 
     def _backward(self, loss: Tensor, calls: Sequence[tuple[Block, Call]], params: dict[int, nn.Parameter]) -> None:
         ends = _ends([call.edge.node for _, call in calls])
@@ -167,6 +172,18 @@ def _statistics(block: Block, calls: Sequence[Call], terms: float) -> LayerStati
     return layer.statistics(block, a, e, terms)
 
 
+def parts_of(block: Block, call: Call) -> Iterator[tuple[Tensor, Tensor]]:
+    """The call's input and output gradient, of so many samples at a time as their rows allow."""
+    assert block.layer is not None and call.e is not None
+    layer = layer_of(block.layer)
+    rows = layer.rows(block, call.x[:1], call.e[:1]) if layer.separable(block.layer, call.x, call.e) else None
+    if rows is not None:
+        samples = max(1, ENTRIES // max(rows[0].numel(), 1))
+        yield from zip(call.x.split(samples), call.e.split(samples), strict=True)
+    else:
+        yield call.x, call.e
+
+
 def _in_parts(block: Block, calls: Sequence[Call], terms: float) -> Iterator[Share] | None:
     """The same, of some samples at a time; None where that is impossible, or some numbers are not finite."""
     assert block.layer is not None
@@ -180,8 +197,7 @@ def _in_parts(block: Block, calls: Sequence[Call], terms: float) -> Iterator[Sha
         if rows is None or not isinstance(layer.statistics(block, *rows, terms), LayerStatistics):
             return None
         positions += rows[0].shape[0] * c.x.shape[0]
-        samples = max(1, ENTRIES // max(rows[0].numel(), 1))
-        parts += zip(c.x.split(samples), c.e.split(samples), strict=True)
+        parts += parts_of(block, c)
 
     def shares() -> Iterator[Share]:
         for k, (x, e) in enumerate(parts):

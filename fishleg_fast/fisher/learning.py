@@ -17,6 +17,7 @@ from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
+from .layer_check import check_layers
 from .layer_pass import Share
 from .low_rank_products import low_rank_ggn
 from .moments import moments
@@ -144,8 +145,10 @@ class CurvatureLearner:
         if tap is None:
             terms = moments(self.passes, due, self.passes.inputs(), take)
         else:
+            check_layers(self.passes, due, self.passes.inputs())
             found, terms = tap.take(due)
-            take(Share(due, [_of_gradient(b) if m is None else m for b, m in zip(due, found, strict=True)]))
+            shown = [m if b.layer_agrees else None for b, m in zip(due, found, strict=True)]
+            take(Share(due, [_of_gradient(b) if m is None else m for b, m in zip(due, shown, strict=True)]))
         self.terms = terms or self.terms
         moved = [b for b in due if id(b) in averaged]
         if self.options.relative_damping:

@@ -12,6 +12,7 @@ from ..algebra.maths import Aux
 from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
+from .layer_check import check_layers
 from .layer_pass import LayerPass, Share
 from .products import gradients
 
@@ -22,11 +23,15 @@ def moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs, tak
     """Hand ``take`` what tells each block's second moments on drawn labels, as its structure averages them. Returns how
     many independent terms the batch's loss is the mean of.
 
-    A layer's inputs and output gradients where a pass shows them, else moments from several gradients of the block.
+    A layer's inputs and output gradients where a pass shows them and they make the block's gradient, else moments from
+    several gradients of the block.
     """
-    layers = LayerPass([b for b in blocks if b.structure.moments], take, of_unseen=_chunks(inputs) == 1)
+    check_layers(passes, blocks, inputs)
+    told = [b for b in blocks if b.structure.moments]
+    wrong = [b for b in told if b.layer_agrees is False]
+    layers = LayerPass([b for b in told if b.layer_agrees is not False], take, of_unseen=_chunks(inputs) == 1)
     terms = passes.run(inputs, passes.seed(), partial(layers.run, passes, inputs))
-    rest = layers.hidden
+    rest = [*layers.hidden, *wrong]
     if layers.of_unseen and layers.unseen:
         found = [b.structure.gradient_moments([_gradient_of(b, layers.gradients, terms)]) for b in layers.unseen]
         take(Share(layers.unseen, found))

@@ -82,6 +82,7 @@ class Block:
     scratch_memory: Tensor | None = None  # (m, n)
     backend_states: dict[type, BackendState] = field(default_factory=dict)  # what each backend keeps on it, by class
     repeated: bool | None = None  # whether a sample uses the weights at several positions, tokens or pixels; if known
+    layer_agrees: bool | None = None  # whether what the layer shows is the gradient; None: not compared yet
     spectral: bool = True  # whether the update gives way to its polar factor under normalize="spectral"
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
 

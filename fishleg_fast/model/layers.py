@@ -77,6 +77,13 @@ class Layer:
             return None
         return a, e
 
+    def product(self, block: Block, a: Tensor, e: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """eᵀ(a r) (m,), of the rows and a vector r (n,), and Σ over positions of |eᵢ|²(aᵢ·r)²."""
+        groups = max(a.shape[0] // max(e.shape[0], 1), 1)
+        y = (a.to(r.dtype) @ r).reshape(groups, e.shape[0])
+        e = e.to(r.dtype).unflatten(1, (groups, -1))  # (positions, groups, m/groups)
+        return torch.einsum("gp,pgm->gm", y, e).reshape(-1), (y.T.square() * e.square().sum(2)).sum()
+
     def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
         """What tells the block's second moments, from the rows of all calls of its layer.
 
@@ -153,6 +160,10 @@ class Embedding(Layer):
             return words, e
         real = words != block.layer.padding_idx
         return words[real], e[real]
+
+    def product(self, block: Block, a: Tensor, e: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        y = e.to(r.dtype) @ r
+        return y.new_zeros(block.shape[0]).index_add_(0, a, y), y.square().sum()
 
     def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
         """rows = how often each word occurs (the second moment of one-hot inputs), columns = count·Σ e eᵀ."""

@@ -39,9 +39,9 @@ class LayerHooks(Pausable):
         weakref.finalize(user, _remove, self._handles)
 
     def hook(self, block: Block, call: Callable[..., None]) -> None:
-        """Have ``call(module, args, output)`` called after each forward pass of the block's layer."""
+        """Have ``call(module, args, output)`` called after each forward pass of the block's layer, before others' hooks."""
         assert block.layer is not None
-        self._handles[id(block)] = block.layer.register_forward_hook(_Hook(call))
+        self._handles[id(block)] = block.layer.register_forward_hook(_Hook(call), prepend=True)
 
     def unwatch(self, blocks: Sequence[Block]) -> None:
         """See no more of these blocks' layers."""

@@ -306,9 +306,16 @@ class IsolatedPasses:
         return output_tensor(self._called(inputs))
 
     def _called(self, inputs: Inputs) -> Any:
-        past_hooks = inputs.tapped and self.tap is not None and self.model.__dict__.get("forward") is self.tap
-        call = self.tap.inner if past_hooks and self.tap is not None else self.model
-        return call(*inputs.args, **inputs.kwargs)
+        tap: Any = self.tap if inputs.tapped else None
+        if tap is None or self.model.__dict__.get("forward") is not tap:
+            return self.model(*inputs.args, **inputs.kwargs)
+        outputs = tap.inner(*inputs.args, **inputs.kwargs)
+        # What was seen is past the model's pre-hooks, which apply once; the others change what it returns.
+        for key, hook in list(self.model._forward_hooks.items()):
+            given = (inputs.args, inputs.kwargs) if key in self.model._forward_hooks_with_kwargs else (inputs.args,)
+            changed = hook(self.model, *given, outputs)
+            outputs = outputs if changed is None else changed
+        return outputs
 
     def draw(self, inputs: Inputs) -> Any:
         """Labels drawn from the model, off the graph: the user's functions may differentiate by their inputs."""

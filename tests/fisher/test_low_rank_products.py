@@ -66,7 +66,7 @@ MODELS: dict[str, tuple] = {  # which gradients are low-rank, the model, and wha
     "used twice": (LOW_RANK, lambda: custom(lambda f, x: f(torch.sin(f(x)))), {"shape": (2, 6)}),
     "used twice at once": (LOW_RANK, lambda: custom(lambda f, x: f(x) * f(2 * x)), {"shape": (2, 6)}),
     "some calls without rows": (LOW_RANK, lambda: custom(lambda f, x: f(x) + f(x[:0]).sum())),
-    "hook before": (FIRST_DENSE, lambda: changed(lambda net: net[0].register_forward_hook(doubled))),
+    "hook before": (LOW_RANK, lambda: changed(lambda net: net[0].register_forward_hook(doubled))),
     "hook after": (LOW_RANK, mlp, {"after": lambda net: net[0].register_forward_hook(doubled)}),
     "hook in front": (FIRST_DENSE, mlp, {"after": lambda net: net[0].register_forward_hook(doubled, prepend=True)}),
     "pre-hook": (LOW_RANK, lambda: changed(lambda net: net[0].register_forward_pre_hook(lambda m, a: torch.sin(a[0])))),

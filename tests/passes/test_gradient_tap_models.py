@@ -57,7 +57,7 @@ BUILT: dict[str, tuple] = {  # what is low-rank, the model, and what is done to 
     "weight hook, small": (FIRST_DENSE, lambda: changed(lambda f: f.weight.register_hook(lambda g: 1.001 * g))),
     "bias hook": (FIRST_DENSE, lambda: blind_bias(1.0)),
     "bias hook, large inputs": (FIRST_DENSE, lambda: blind_bias(100.0)),
-    "forward hook before": (FIRST_DENSE, lambda: changed(lambda f: f.register_forward_hook(doubled))),
+    "forward hook before": (LOW_RANK, lambda: changed(lambda f: f.register_forward_hook(doubled))),
     "forward hook after": (LOW_RANK, two_layers, lambda t: t.net[0].register_forward_hook(doubled)),
     "forward hook in front": (FIRST_DENSE, two_layers, lambda t: t.net[0].register_forward_hook(doubled, prepend=True)),
     "forward pre-hook": (LOW_RANK, two_layers, lambda t: t.net[0].register_forward_pre_hook(lambda m, a: 2 * a[0])),
