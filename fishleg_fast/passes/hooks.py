@@ -39,7 +39,7 @@ class LayerHooks(Pausable):
         weakref.finalize(user, _remove, self._handles)
 
     def hook(self, block: Block, call: Callable[..., None]) -> None:
-        """Have ``call(module, args, output)`` called after each forward pass of the block's layer, before others' hooks."""
+        """Have ``call(module, args, output)`` called after each pass of the block's layer, before others' hooks."""
         assert block.layer is not None
         self._handles[id(block)] = block.layer.register_forward_hook(_Hook(call), prepend=True)
 

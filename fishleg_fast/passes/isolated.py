@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
 from .attempts import Attempts
-from .attributes import KeptApart, only_stock, version
+from .attributes import KeptApart, only_stock
 from .batch_rule import BatchRule
 from .generators import Seeds, private_rng
 from .input_tap import InputTap, Pausable
-from .inputs import EmptyBatch, Inputs, Memo, output_shapes, tree_map
+from .inputs import EmptyBatch, Inputs, Memo, Writes, output_shapes, tree_map, version
 from .loader import AuxBatches
 
 Draw = Callable[[nn.Module, Any], Any]
@@ -134,6 +134,7 @@ class IsolatedPasses:
         self._told: set[str] = set()
         self.tell: Callable[[str], None] = partial(warnings.warn, stacklevel=4)
         self.generator = Seeds(seed)
+        self._writes = Writes()
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
         self.taps = taps  # which see the user's passes alone
@@ -305,9 +306,23 @@ class IsolatedPasses:
         """The model's outputs, as the likelihood takes them."""
         return output_tensor(self._called(inputs))
 
+    def _apart(self, inputs: Inputs, call: Callable[[Inputs], Any]) -> Any:
+        """``call(inputs)``, with copies where it writes to them: several passes are given one batch."""
+        if not (self._writes.expected or (self.tap is not None and self.tap.writes.seen)):
+            return call(inputs)
+        inputs = inputs.copied()
+        tensors = [x for x in inputs.leaves() if isinstance(x, Tensor)]
+        versions = [*map(version, tensors)]
+        found = call(inputs)
+        self._writes.look(tensors, versions)
+        return found
+
     def _called(self, inputs: Inputs) -> Any:
-        tap: Any = self.tap if inputs.tapped else None
-        if tap is None or self.model.__dict__.get("forward") is not tap:
+        return self._apart(inputs, self._called_once)
+
+    def _called_once(self, inputs: Inputs) -> Any:
+        tap, past_hooks = self.tap, inputs.tapped and self.model.__dict__.get("forward") is self.tap
+        if tap is None or not past_hooks:
             return self.model(*inputs.args, **inputs.kwargs)
         outputs = tap.inner(*inputs.args, **inputs.kwargs)
         # What was seen is past the model's pre-hooks, which apply once; the others change what it returns.
@@ -320,7 +335,8 @@ class IsolatedPasses:
     def draw(self, inputs: Inputs) -> Any:
         """Labels drawn from the model, off the graph: the user's functions may differentiate by their inputs."""
         if self._own is not None:
-            return tree_map(Tensor.detach, self._own[0](self.model, inputs.x))
+            draw = self._own[0]
+            return tree_map(Tensor.detach, self._apart(inputs, lambda inputs: draw(self.model, inputs.x)))
         assert self.likelihood is not None
         outputs = self.outputs(inputs).detach()
         with torch.no_grad():
@@ -328,7 +344,8 @@ class IsolatedPasses:
 
     def nll(self, inputs: Inputs, labels: Any) -> Tensor:
         if self._own is not None:
-            return self._own[1](self.model, inputs.x, labels)
+            nll = self._own[1]
+            return self._apart(inputs, lambda inputs: nll(self.model, inputs.x, labels))
         assert self.likelihood is not None
         return self.likelihood.nll(labels, self.outputs(inputs))
 
