@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import is_array
+from .inputs import is_array, version
 
 MOST = 1000  # entries of a container that are looked after; of a larger one only what is added
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -249,11 +249,6 @@ def _copied(value: Tensor) -> Tensor:
         return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
     except (RuntimeError, TypeError):
         return value
-
-
-def version(tensor: Tensor) -> int:
-    """Raised by every write that autograd knows of."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _restore_mapping(slots: dict[Any, Any], before: dict[Any, Any]) -> None:

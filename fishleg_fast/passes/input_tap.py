@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_rule import Call
-from .inputs import Inputs, output_shapes, seen_leaf, tree_map
+from .inputs import Inputs, Writes, output_shapes, own_leaf, seen_leaf, tree_map, version
 
 
 def inside_functorch() -> bool:
@@ -49,6 +49,7 @@ class InputTap(Pausable):
         self._model = weakref.ref(model)
         self._instance_forward = model.__dict__.get("forward")  # some other library's stand-in
         self._users = 0
+        self.writes = Writes()
         self.last: Inputs | None = None
         self.earlier: Call | None = None  # the latest one before that of another size
         self._size: int | None = None  # of the first tensor in the last
@@ -121,14 +122,16 @@ class InputTap(Pausable):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{remedy}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        seen = self.remember(args, kwargs)
+        note_outputs = self.remember(args, kwargs)
         # Looked up after that, where torch.compile cannot trace that: it would take the method for model.forward, this.
         outputs = self.inner(*args, **kwargs)
-        note_outputs(seen, outputs)
+        if note_outputs is not None:
+            note_outputs(outputs)
         return outputs
 
-    def remember(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> Inputs | None:
-        """Remember these inputs, if a pass of the user's that needs gradients has them.
+    def remember(self, args: tuple, kwargs: dict[str, Any], elsewhere: bool = True) -> Callable[[Any], None] | None:
+        """Remember these inputs, if a pass of the user's that needs gradients has them. What is returned is to be told
+        what the model makes of them.
 
         ``elsewhere``: even if they are not on the model's own device.
         """
@@ -139,18 +142,28 @@ class InputTap(Pausable):
         device = next((p.device for p in model.parameters()), None) if model is not None else None
         kind = "cpu" if device is None else device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        traced = torch.compiler.is_compiling()
+        leaf = own_leaf if (self.writes.seen if traced else self.writes.expected) else seen_leaf
         tensors: list[Tensor] = []
-        args, kwargs = tree_map(lambda t: tensors.append(t) or seen_leaf(t), (args, kwargs))  # type: ignore[func-returns-value]
+        args, kwargs = tree_map(lambda t: tensors.append(t) or leaf(t), (args, kwargs))  # type: ignore[func-returns-value]
         found = Inputs(args, kwargs, _x_of(args, kwargs), autocast, tapped=True)
         if not elsewhere and any(t.device != device for t in tensors):
             return None
-        if not torch.compiler.is_compiling():
-            size = next((t.shape[0] for t in tensors if not t.is_nested and t.ndim), None)
-            if self.last is not None and self.last.outputs is not None and size != self._size:
-                self.earlier = Call.of(self.last)
-            self._size = size
+        if traced:  # there are no numbers to be remembered
+            self.last = found
+            return None
+        size = next((t.shape[0] for t in tensors if not t.is_nested and t.ndim), None)
+        if self.last is not None and self.last.outputs is not None and size != self._size:
+            self.earlier = Call.of(self.last)
+        self._size = size
         self.last = found
-        return found
+        versions = [*map(version, tensors)]
+
+        def note_outputs(outputs: Any) -> None:
+            found.outputs = output_shapes(outputs)
+            self.writes.look(tensors, versions)
+
+        return note_outputs
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.inner, memo)
@@ -162,12 +175,6 @@ class InputTap(Pausable):
 _ATTRIBUTES = ("forward", "__getstate__", "_replicate_for_data_parallel")  # of the model that has a tap
 
 
-def note_outputs(seen: Inputs | None, outputs: Any) -> None:
-    """Add what the model made of the inputs that were seen."""
-    if seen is not None and not torch.compiler.is_compiling():  # a traced pass has no numbers to be remembered
-        seen.outputs = output_shapes(outputs)
-
-
 class _ReplicaTap:
     """Stands in for the forward of one replica of the model's, which computes with its own parameters."""
 
@@ -175,10 +182,11 @@ class _ReplicaTap:
         self.tap, self._replica = tap, weakref.ref(replica)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replica, seen = self._replica(), self.tap.remember(args, kwargs, elsewhere=False)
+        replica, note_outputs = self._replica(), self.tap.remember(args, kwargs, elsewhere=False)
         assert replica is not None  # it is what calls
         outputs = type(replica).forward(replica, *args, **kwargs)
-        note_outputs(seen, outputs)
+        if note_outputs is not None:
+            note_outputs(outputs)
         return outputs
 
 

@@ -84,7 +84,7 @@ def graph_leaf(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(like.requires_grad)
 
 
-def _own(tensor: Tensor) -> Tensor:
+def own_leaf(tensor: Tensor) -> Tensor:
     """A copy off the graph; the tensor itself where its kind has none."""
     try:
         return graph_leaf(tensor.detach().clone(), tensor)
@@ -158,6 +158,24 @@ def _collect_leaves(tree: Any, samples: int | None, found: dict[int, Any]) -> No
         _collect_leaves(x, samples, found)
 
 
+def version(tensor: Tensor) -> int:
+    """Raised by every write that autograd knows of."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Writes:
+    """Whether a model writes to its inputs in place, so that it has to be given copies, or what it was given has to be
+    copied before. Of its first call that is not known, and so these are copied too.
+    """
+
+    def __init__(self) -> None:
+        self.seen, self.expected = False, True
+
+    def look(self, tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+        """After a call of the model: the ``versions`` of what it was given are those from before that."""
+        self.seen = self.expected = self.seen or [*map(version, tensors)] != versions
+
+
 class EmptyBatch(ValueError):
     """A batch for the curvature has no samples."""
 
@@ -228,7 +246,7 @@ class Inputs:
     def copied(self) -> Inputs:
         """Apart from the graph and the memory of the user's tensors: a model may write to its inputs."""
         memo: Memo = {id(x): (x, x.copy()) for x in self.leaves() if is_array(x)}
-        return self.map(_own, memo)
+        return self.map(own_leaf, memo)
 
 
 def _rows_of(leaf: Any, start: int, stop: int) -> Any:
