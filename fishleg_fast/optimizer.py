@@ -238,12 +238,13 @@ class FishLeg(Optimizer):
         if self._statistics is not None:
             self._statistics.open = bool(self._learner.anchor_due(self.blocks, self._diagnostics.steps))
 
-    def _follow_parameters(self) -> None:
-        """Have blocks for the groups' parameters: new ones for those that came, none for those that left.
+    def _follow_parameters(self, settled: bool = True) -> None:
+        """Have blocks for the groups' parameters: new ones for those that came, none for those that left. Groups that
+        are not ``settled`` may get more parameters before the next step.
 
         ValueError where a group has a parameter that is not the model's, TypeError where one cannot be trained.
         """
-        gone, new = self._groups.changes(self.blocks, self.param_groups)
+        gone, new = self._groups.changes(self.blocks, self.param_groups, settled)
         check_membership(self._roots, new)
         if gone:
             leaving = set(map(id, gone))
@@ -254,7 +255,7 @@ class FishLeg(Optimizer):
                 detach(root, gone)
             self._positions.news = True
         self._take_up(new)
-        self._groups.assign(self.blocks, self.param_groups)
+        self._groups.assign(self.blocks, self.param_groups, settled)
         checkpoint.publish(self.blocks, self.param_groups, self.state)
 
     def _take_up(self, params: list[nn.Parameter]) -> None:
@@ -294,7 +295,7 @@ class FishLeg(Optimizer):
         group = self.param_groups[-1]
         group.setdefault("base_lr", float(group["lr"]))  # before any schedule
         if self._built:
-            self._follow_parameters()
+            self._follow_parameters(settled=False)
             self._look_ahead()
 
     @staticmethod

@@ -208,3 +208,93 @@ def test_a_branch_without_gradients_and_a_module_that_is_gone_are_no_fault() -> 
     del net["b"]
     step("a")
     assert [b.name for b in optimizer.blocks] == ["a"]
+
+
+def head_of_two(net: nn.Sequential) -> None:
+    net[2] = nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4))
+
+
+def bottleneck_of_one(net: nn.Sequential) -> None:
+    net[0] = nn.Sequential(nn.Linear(6, 12))
+
+
+def weight_norm(net: nn.Sequential) -> None:
+    nn.utils.parametrizations.weight_norm(net[2])
+
+
+def another_name(net: nn.Sequential) -> None:
+    del net[2]
+    net.append(nn.Identity())
+    net.append(nn.Linear(12, 4))
+
+
+CONTAINERS: dict[str, tuple[Callable[[nn.Sequential], None], str, list[str]]] = {
+    "head": (head_of_two, "2.weight", ["2.0.weight", "2.0.bias", "2.1.weight", "2.1.bias"]),
+    "first": (bottleneck_of_one, "0.weight", ["0.0.weight", "0.0.bias"]),
+    "weight_norm": (
+        weight_norm,
+        "2.weight",
+        ["2.parametrizations.weight.original0", "2.parametrizations.weight.original1"],
+    ),
+    "another name": (another_name, "2.weight", ["3.weight", "3.bias"]),
+}
+
+
+def step_on(net: nn.Module, optimizer: FishLeg) -> None:
+    x, y = data(0)
+    optimizer.zero_grad()
+    LIKELIHOOD.nll(y, net(x)).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("remedy", ["one group", "a group each", "frozen", "taken out"])
+def test_what_came_elsewhere_as_a_groups_parameter_left_is_told(kind: str, remedy: str) -> None:
+    change, left, came = CONTAINERS[kind]
+    net, optimizer = make(update_aux_every=1)
+    train(net, optimizer, 2)
+    change(net)
+    before = weights(net)
+    named = dict(net.named_parameters())
+    with pytest.raises(
+        ValueError, match=rf"was '{left}' .*in no group: {', '.join(map(repr, came))}; .*add_param_group"
+    ):
+        step_on(net, optimizer)
+    assert same(before, weights(net))
+    if remedy == "one group":
+        optimizer.add_param_group({"params": [named[name] for name in came]})
+    elif remedy == "a group each":
+        for name in came:
+            optimizer.add_param_group({"params": named[name]})
+    elif remedy == "frozen":
+        for name in came:
+            named[name].requires_grad_(False)
+    else:
+        inside = set(map(id, net.parameters()))
+        optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if id(p) in inside]
+    for _ in range(2):
+        step_on(net, optimizer)
+    moved = {name for (name, p), old in zip(net.named_parameters(), before, strict=True) if not torch.equal(p, old)}
+    assert moved == (set(named) if "group" in remedy else set(named) - set(came))
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_only_some_of_what_came_is_in_a_group(kind: str) -> None:
+    change, _, came = CONTAINERS[kind]
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    change(net)
+    named = dict(net.named_parameters())
+    optimizer.add_param_group({"params": [named[came[0]]]})
+    with pytest.raises(ValueError, match=rf"in no group: {', '.join(map(repr, came[1:]))};"):
+        step_on(net, optimizer)
+
+
+def test_parameters_of_no_group_from_the_start_are_the_users_own_choice() -> None:
+    net, _ = make()
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD, params=net[2].parameters())
+    before = weights(net)
+    step_on(net, optimizer)
+    net[2] = nn.Identity()
+    step_on(net, optimizer)
+    assert same(before[:2], weights(net)) and not optimizer.blocks
