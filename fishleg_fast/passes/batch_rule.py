@@ -126,11 +126,12 @@ class _Reads(TorchDispatchMode):
 class BatchRule:
     """Tells what of a batch runs over its samples; ``run(inputs)`` gives the outputs of a pass, and may write to them.
 
-    ``may_cut``: False keeps every batch whole.
+    ``may_cut``: False keeps every batch whole. ``fatal``: an index that is out of range ends the process, as on a GPU;
+    on a CPU it is an error, and says that the batch is to stay whole.
     """
 
-    def __init__(self, run: Callable[[Inputs], Any], may_cut: bool) -> None:
-        self.may_cut, self._run = may_cut, run
+    def __init__(self, run: Callable[[Inputs], Any], may_cut: bool, fatal: bool = False) -> None:
+        self.may_cut, self._run, self._fatal = may_cut, run, fatal
         self._earlier: dict[Hashable, Call] = {}  # by structure: the latest call before one of another size
         self._latest: dict[Hashable, Call] = {}
         self._right: set[Hashable] = set()
@@ -172,7 +173,7 @@ class BatchRule:
 
     def _holds(self, inputs: Inputs, samples: int, rows: int, proven: bool) -> bool:
         """Whether passes over a part show that its outputs are those of a part, and that all of it has to be cut."""
-        if len(inputs.over_batch) > 1 and _may_index(inputs.over_batch, samples, rows):
+        if self._fatal and _may_index(inputs, samples, rows):
             return False
         try:
             whole = inputs.outputs or output_shapes(self._run(inputs.copied()))
@@ -223,14 +224,32 @@ def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs if shape_of(a) == shape_of(b))
 
 
-def _may_index(leaves: Sequence[Any], samples: int, rows: int) -> bool:
-    """Whether one of several may hold indices into the batch: an error on a CPU, the end of the process on a GPU."""
-    whole_numbers = [
-        x
-        for x in leaves
-        if isinstance(x, Tensor)
-        and x.device.type != "cpu"
-        and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
-        and x.numel()
-    ]
-    return any(rows <= int(x.max()) < samples for x in whole_numbers)
+def _may_index(inputs: Inputs, samples: int, rows: int) -> bool:
+    """Whether something in the inputs may hold indices into what is cut, beyond a part of it."""
+    cut = {id(x) for x in inputs.over_batch}
+    entries = max((x.numel() for x in inputs.over_batch if isinstance(x, Tensor)), default=samples)
+    for leaf in inputs.leaves(samples):
+        least, most = _extremes(leaf)
+        if id(leaf) in cut:  # tokens and lengths are seldom such numbers
+            found = rows <= most < samples
+        else:  # those into several dimensions as one, too
+            found = rows <= most < entries or -entries <= least < -rows
+        if found:
+            return True
+    return False
+
+
+def _extremes(x: Any) -> tuple[int, int]:
+    """The least and the greatest whole number in a tensor, an array, or sequences of them and of numbers; or 0."""
+    if isinstance(x, Tensor):
+        dense = not x.is_nested and x.layout is torch.strided
+        whole = dense and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+        return (int(x.min()), int(x.max())) if whole and x.numel() else (0, 0)
+    if is_array(x):
+        return (int(x.min()), int(x.max())) if x.dtype.kind in "iu" and x.size else (0, 0)
+    if isinstance(x, int):
+        return x, x
+    if isinstance(x, (list, tuple)) and not isinstance(x, PackedSequence):
+        pairs = [_extremes(item) for item in x]
+        return min((least for least, _ in pairs), default=0), max((most for _, most in pairs), default=0)
+    return 0, 0

@@ -138,7 +138,7 @@ class IsolatedPasses:
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
         self.taps = taps  # which see the user's passes alone
-        self._batches = BatchRule(self._raw_outputs, may_cut)
+        self._batches = BatchRule(self._raw_outputs, may_cut, fatal=any(d.type != "cpu" for d in self.devices))
 
     def attempts(self, fisher: str, way: str) -> Attempts:
         """Of products of this kind in this way, which the model may not lend itself to."""

@@ -205,6 +205,49 @@ def test_a_last_layer_of_zeros_is_no_hindrance_where_all_is_cut() -> None:
         check_part(model, passes.inputs(WANTED), whole)
 
 
+EDGES = torch.randint(B - 8, (2, 99), generator=torch.Generator().manual_seed(0))
+EDGES[0, 0], EDGES[1, 0] = 19, 0  # in every batch of 20 and more
+INDICES: dict[str, Callable[[int], Any]] = {
+    "neighbours": lambda n: torch.arange(n).roll(1)[:, None],
+    "neighbours in lists": lambda n: torch.arange(n).roll(1).tolist(),
+    "neighbours in an array": lambda n: torch.arange(n).roll(1).numpy(),
+    "edges": lambda n: EDGES.clamp(max=n - 1),
+    "a list": lambda n: [0, 5, n - 1],
+    "an array": lambda n: np.array([[0, 5, 19]]),
+    "from the end": lambda n: torch.tensor([-1, -20]),
+    "a list of tensors": lambda n: [torch.tensor(0), torch.tensor(19)],
+    "positions in all": lambda n: torch.tensor([0, 5 * n - 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_no_part_is_tried_in_which_an_index_is_out_of_range(name: str) -> None:
+    """Which would end the process on a GPU."""
+
+    def call(a: nn.Module, b: nn.Module, x: Tensor, index: Any) -> Tensor:
+        index = torch.as_tensor(index)
+        size = len(x) if name != "positions in all" else x.numel()
+        outside.append(bool((index >= size).any() or (index < -size).any()))
+        return mlp(a, b, x) + index.clamp(-size, size - 1).to(x).mean()
+
+    outside = Unseen()
+    passes = passes_of(Model(call))
+    passes._batches._fatal = True
+    for n in (B, 20, B, 40, B, B, B):
+        passes.model(x(n), INDICES[name](n))
+        for rows in (WANTED, 12):
+            assert passes.inputs(rows).size() in (1, n)
+    assert not any(outside) and len(outside) >= 7
+
+
+def test_tokens_and_lengths_are_cut_where_an_index_out_of_range_is_fatal() -> None:
+    for numbers in (torch.arange(B * 4).reshape(B, 4) + B, torch.tensor(LENGTHS)[:, None]):
+        passes = passes_of(Model(lambda a, b, x, numbers: mlp(a, b, x) + numbers[:, :1]))
+        passes._batches._fatal = True
+        passes.model(x(), numbers)
+        assert passes.inputs(WANTED).size() == WANTED
+
+
 def test_graphs_of_several_sizes_stay_whole() -> None:
     model = Model(graph)
     passes = passes_of(model)
