@@ -382,7 +382,11 @@ class FishLeg(Optimizer):
         if not self.settings.capturable and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return
-        learned = self._learn(blocks, gs, count) if self._teaches(norm) else False
+        if self._teaches(norm):
+            learned = self._learn(blocks, gs, count)
+        else:
+            learned = False
+            learner.postpone(count)
         self._ops.refresh(blocks, learner.applications_in_steps(blocks))
         theta = self.settings.theta
         if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
@@ -399,7 +403,9 @@ class FishLeg(Optimizer):
         return self._statistics is None or self.settings.capturable or bool(norm)
 
     def _learn(self, blocks: list[Block], gs: list[Matrix], count: int) -> bool:
-        """Anchor and update λ where that is due; whether it was updated. An empty batch has nothing to learn from."""
+        """Anchor and update λ where that is due; whether it was updated. An empty batch has nothing to learn from:
+        that is then due at the next step.
+        """
         learner, learned = self._learner, False
         try:
             moved = self._anchor(self.blocks, count, self._statistics)
@@ -409,7 +415,9 @@ class FishLeg(Optimizer):
                 self._diagnostics.note_update(self.blocks, *learner.update(blocks, gs))
                 moved = learned = True
         except EmptyBatch:
-            pass
+            learner.postpone(count)
+        else:
+            learner.settle()
         return learned
 
     def _normalization(self, block: Block) -> str | None:
@@ -483,7 +491,7 @@ class FishLeg(Optimizer):
     def _publish_progress(self) -> None:
         """Counters, and where generators and loaders are, in the first group."""
         now = {
-            "version": checkpoint.VERSION, **self._diagnostics.counts(), "terms": self._learner.terms,
+            "version": checkpoint.VERSION, **self._diagnostics.counts(), **self._learner.state(),
             **self._passes.state(),
         }  # fmt: skip
         for number, group in enumerate(self.param_groups):
@@ -502,6 +510,6 @@ class FishLeg(Optimizer):
         self._follow_parameters()
         self._diagnostics.load(progress)
         self._passes.load(progress)
-        self._learner.terms = progress["terms"]
+        self._learner.load(progress)
         self._publish_progress()
         self._look_ahead()

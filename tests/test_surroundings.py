@@ -70,6 +70,46 @@ def test_an_empty_batch_leaves_the_moments_of_training_alone() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, moments(), strict=True))
 
 
+def alternate(net: nn.Module, optimizer: FishLeg, pattern: list[int], steps: range) -> list[tuple[int, int]]:
+    """(aux_steps, anchors) after each step, of batches that are empty where the pattern has a zero."""
+    counts = []
+    for k in steps:
+        x, y = data(k)
+        if pattern[k % len(pattern)]:
+            step(net, optimizer, x, partial(LIKELIHOOD.nll, y))
+        else:
+            step(net, optimizer, EMPTY, lambda out: out.square().sum())
+        counts.append((optimizer.diagnostics()["aux_steps"], optimizer.diagnostics()["anchors"]))
+    return counts
+
+
+@pytest.mark.parametrize("anchor_from", ["drawn", "training"])
+@pytest.mark.parametrize("pattern", [[0, 1], [0, 0, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0]])
+@pytest.mark.parametrize("updates, anchors", [(2, 4), (4, 2), (5, 0), (0, 3), (-2, 4)])
+def test_what_falls_on_an_empty_batch_is_due_at_the_next(
+    updates: int, anchors: int, pattern: list[int], anchor_from: str
+) -> None:
+    """Once, however often it fell there; also in a run that is resumed meanwhile."""
+    settings = dict(update_aux_every=updates, anchor_every=anchors, anchor_from=anchor_from)
+    expected, told, owed_update, owed_anchor, started = [], [0, 0], 0, False, False
+    for k in range(24):
+        owed_update = max(owed_update, -updates if updates < 0 else int(updates > 0 and k % updates == 0))
+        owed_anchor = owed_anchor or bool(anchors and k and k % anchors == 0) or not started
+        if pattern[k % len(pattern)]:
+            told = [told[0] + owed_update, told[1] + owed_anchor]
+            owed_update, owed_anchor, started = 0, False, True
+        expected.append(tuple(told))
+    net, optimizer = make(**settings)
+    assert alternate(net, optimizer, pattern, range(24)) == expected
+    first, state = make(**settings)
+    alternate(first, state, pattern, range(9))
+    second, resumed = make(**settings)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(state.state_dict())
+    assert alternate(second, resumed, pattern, range(9, 24)) == expected[9:]
+    assert same(weights(net), weights(second))
+
+
 def test_what_is_not_empty_though_a_tensor_of_it_is() -> None:
     class Graph(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ class CurvatureLearner:
     def __init__(self, passes: IsolatedPasses, options: CurvatureOptions, ops: Ops) -> None:
         self.passes, self.options, self.ops = passes, options, ops
         self.terms = 1.0  # over which the loss of a batch is the mean
+        self.owed_updates, self.owed_anchor = 0, False  # that were due where there was nothing to learn from
 
     def _curvature_batch(self) -> Inputs:
         return self.passes.inputs(self.options.curvature_batch)
@@ -116,7 +118,7 @@ class CurvatureLearner:
     def updates_due(self, step: int) -> int:
         """How many updates of λ come before this step."""
         every = self.options.update_aux_every
-        return -every if every < 0 else int(every > 0 and step % every == 0)
+        return max(self.owed_updates, -every if every < 0 else int(every > 0 and step % every == 0))
 
     def anchor_due(self, blocks: Sequence[Block], step: int) -> list[Block]:
         """The blocks whose Q starts, or is estimated anew, before this step."""
@@ -125,9 +127,29 @@ class CurvatureLearner:
     def _anchor_due(self, block: Block, step: int) -> bool:
         if not block.moments or not any(part.param.requires_grad for part in block.parts):
             return False
-        every = self.options.anchor_every
         start = self.options.init == "kfac" and not block.moments_weight
-        return start or (every > 0 and step > 0 and step % every == 0)
+        return start or self._anchor_scheduled(step)
+
+    def _anchor_scheduled(self, step: int) -> bool:
+        every = self.options.anchor_every
+        return self.owed_anchor or (every > 0 and step > 0 and step % every == 0)
+
+    def postpone(self, step: int) -> None:
+        """What was due before this step stays due."""
+        self.owed_updates, self.owed_anchor = self.updates_due(step), self._anchor_scheduled(step)
+
+    def settle(self) -> None:
+        """What was due has been done."""
+        self.owed_updates, self.owed_anchor = 0, False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the blocks' own."""
+        return {"terms": self.terms, "owed_updates": self.owed_updates, "owed_anchor": self.owed_anchor}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take up what ``state`` gave, or what was saved before anything was owed."""
+        self.terms = saved["terms"]
+        self.owed_updates, self.owed_anchor = saved.get("owed_updates", 0), saved.get("owed_anchor", False)
 
     def anchor(self, blocks: Sequence[Block], due: Sequence[Block], tap: StatisticsTap | None = None) -> None:
         """Q of the blocks that are due from the moving average of the Fisher's Kronecker factors, to which this batch's
