@@ -6,7 +6,7 @@ parameter, counters in the first group's "fishleg".
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -121,3 +121,15 @@ def publish(blocks: Sequence[Block], param_groups: Sequence[dict], state: Mutabl
     for p in chain.from_iterable(group["params"] for group in param_groups):
         if p not in state:  # empty, or not the model's any more
             state[p] = {"step": torch.zeros((), device="cpu")}
+
+
+def forgotten(blocks: Sequence[Block], state: Mapping[Tensor, Any]) -> list[Block]:
+    """The blocks that the user has let go of the state of, as for an optimizer's start anew, by any of its parameters;
+    and those that share parameters with them.
+    """
+    gone: list[Block] = []
+    absent = {id(p) for b in blocks for p in b.params if p not in state}
+    while len(found := [b for b in blocks if any(id(p) in absent for p in b.params)]) > len(gone):
+        gone = found
+        absent.update(id(p) for b in gone for p in b.params)
+    return gone

@@ -246,6 +246,9 @@ class FishLeg(Optimizer):
         """
         gone, new = self._groups.changes(self.blocks, self.param_groups, settled)
         check_membership(self._roots, new)
+        anew = [b for b in checkpoint.forgotten(self.blocks, self.state) if b not in gone]
+        new += {id(p): p for b in anew for p in b.params if p.numel()}.values()
+        gone += anew
         if gone:
             leaving = set(map(id, gone))
             self.blocks = [block for block in self.blocks if id(block) not in leaving]
@@ -256,7 +259,11 @@ class FishLeg(Optimizer):
             self._positions.news = True
         self._take_up(new)
         self._groups.assign(self.blocks, self.param_groups, settled)
+        self._publish()
+
+    def _publish(self) -> None:
         checkpoint.publish(self.blocks, self.param_groups, self.state)
+        self._published = len(self.state)
 
     def _take_up(self, params: list[nn.Parameter]) -> None:
         """Blocks, λ and state for parameters that have none yet."""
@@ -321,15 +328,16 @@ class FishLeg(Optimizer):
         A step whose gradient or update is not finite is skipped and counted in ``diagnostics()``: parameters, λ and
         moving averages keep their values. RuntimeError where λ itself is not finite.
 
-        Parameters that were replaced in the model and in their group are taken up, with a fresh λ. ValueError where a
-        group has one that is not the model's.
+        Parameters that were replaced in the model and in their group are taken up, with a fresh λ, and those whose
+        ``state`` was let go of start anew. ValueError where a group has one that is not the model's.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         try:
-            if not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
+            forgotten = len(self.state) < self._published
+            if forgotten or not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
                 self._follow_parameters()
             self._groups.check(self.param_groups)
             with own_arithmetic(self.blocks, self.settings.precision):
@@ -507,6 +515,7 @@ class FishLeg(Optimizer):
         restored = checkpoint.match(self.blocks, self.param_groups, state_dict)
         super().load_state_dict(state_dict)  # groups; it would also cast λ to the parameters' dtype
         checkpoint.restore(self.blocks, restored)
+        self._publish()
         self._follow_parameters()
         self._diagnostics.load(progress)
         self._passes.load(progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -298,3 +299,76 @@ def test_parameters_of_no_group_from_the_start_are_the_users_own_choice() -> Non
     net[2] = nn.Identity()
     step_on(net, optimizer)
     assert same(before[:2], weights(net)) and not optimizer.blocks
+
+
+def new_dict(optimizer: FishLeg, *paths: str) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def clear(optimizer: FishLeg, *paths: str) -> None:
+    optimizer.state.clear()
+
+
+def pop(optimizer: FishLeg, *paths: str) -> None:
+    for path in paths:
+        del optimizer.state[optimizer.model.get_parameter(path)]
+
+
+EVERYTHING = {
+    "points",
+    "first",
+    "conv",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.out_proj",
+    "norm",
+    "head.1",
+}
+
+
+@pytest.mark.parametrize("call", ["step", "state_dict", "load"])
+@pytest.mark.parametrize(
+    "forget, paths, names",
+    [
+        (new_dict, [], EVERYTHING),
+        (clear, [], EVERYTHING),
+        (pop, ["points"], {"points"}),
+        (pop, ["first.bias"], {"first"}),
+        (pop, ["conv.weight", "conv.bias", "norm.weight"], {"conv", "norm"}),
+        (pop, ["attention.in_proj_bias"], {"attention.q", "attention.k", "attention.v"}),
+    ],
+)
+def test_what_lost_its_state_starts_anew(forget: Callable, paths: list[str], names: set[str], call: str) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = follow(net, SETTINGS)
+    train(net, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept, fresh = copy.deepcopy(net), copy.deepcopy(net)
+    going_on = follow(kept, SETTINGS)
+    going_on.load_state_dict(saved)
+    before = {b.name: b for b in optimizer.blocks}
+    forget(optimizer, *paths)
+    if call == "state_dict":
+        assert {int(entry["step"]) for entry in optimizer.state_dict()["state"].values() if "step" in entry} <= {0, 3}
+    elif call == "load":  # what is loaded counts
+        optimizer.load_state_dict(saved)
+    for each, its in ((net, optimizer), (kept, going_on), (fresh, follow(fresh, SETTINGS))):
+        train(each, its, 1, start=3)
+    assert {b.name for b in optimizer.blocks if before[b.name] is not b} == names
+    found = [dict(each.named_parameters()) for each in (net, kept, fresh)]
+    anew = {id(p) for b in optimizer.blocks if b.name in names for p in b.params}
+    for name, p in found[0].items():
+        assert torch.equal(p, found[2 if id(p) in anew and call != "load" else 1][name]), name
+        assert not torch.equal(found[1][name], found[2][name]), name
+    assert set(map(id, optimizer.state)) == set(map(id, net.parameters()))
+
+
+def test_what_the_user_adds_to_the_state_is_no_loss() -> None:
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    before = list(optimizer.blocks)
+    optimizer.state["mine"] = {"note": 1}
+    train(net, optimizer, 2, start=2)
+    assert optimizer.blocks == before and optimizer.state["mine"] == {"note": 1}
