@@ -1,17 +1,19 @@
 """What a model and the user's functions keep beside parameters and buffers, kept apart from the optimizer's passes.
 
 Hidden states, counters, lists and dicts in attributes of modules, in closures and globals that forward, hooks, draw and
-nll name, random generators of the user's own, and modules outside the model: during a pass tensors, arrays and
-generators among them are copies, and afterwards every place holds what it held.
+nll name, objects with attributes, random generators of the user's own, and modules outside the model: during a pass
+tensors, arrays and generators among them are copies, and afterwards every place holds what it held.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -22,6 +24,12 @@ from torch import Tensor, nn
 from .inputs import is_array, version
 
 MOST = 1000  # entries of a container that are looked after; of a larger one only what is added
+OBJECTS = 100  # of classes that are defined elsewhere than the model's and the user's functions
+# Of torch's own objects nothing is to be set back, and of some others things that threads change.
+_NOT_FOLLOWED = frozenset(
+    "torch fishleg_fast builtins numpy threading logging queue multiprocessing concurrent asyncio socket subprocess io "
+    "weakref".split()
+)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _INTERNAL = frozenset(nn.Module().__dict__) | {"fishleg_aux"}
 _INERT = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
@@ -62,6 +70,7 @@ class KeptApart:
         self._copies: dict[int, tuple[Any, Any]] = dict(known)
         self._met: set[int] = set()
         self._homes: set[str] = set()
+        self._objects = OBJECTS  # of classes from elsewhere, that may still be followed
 
     def hold(self, modules: Sequence[nn.Module], functions: Sequence[Any]) -> None:
         """Take the copies: of what the model's modules, their hooks and the user's functions keep."""
@@ -130,7 +139,12 @@ class KeptApart:
             new = value.copy() if self._affords(value.size) else value
         elif (state := _generator_state(value)) is not None:
             self._undo.append(state)
-        elif type(value).__module__ in self._homes and hasattr(value, "__dict__"):
+        elif isinstance(value, bytearray):
+            if self._affords(len(value)):
+                self._undo.append(partial(value.__setitem__, slice(None), bytes(value)))
+        elif isinstance(value, count):
+            new = _same_count(value)
+        else:
             self._object(value)
         self._copies[id(value)] = value, new
         return new
@@ -152,9 +166,16 @@ class KeptApart:
         self.written |= version(value) != before
 
     def _object(self, value: Any) -> None:
-        if id(value) not in self._met:
-            self._met.add(id(value))
-            self._slots(value.__dict__)
+        """The attributes of an object; of those of classes from elsewhere only so many are followed."""
+        attributes, home = _attributes(value), type(value).__module__
+        if attributes is None or id(value) in self._met:
+            return
+        if home not in self._homes:
+            if not self._objects or home.partition(".")[0] in _NOT_FOLLOWED:
+                return
+            self._objects -= 1
+        self._met.add(id(value))
+        self._slots(attributes)
 
     def _container(self, value: Any) -> None:
         if id(value) in self._met:
@@ -186,8 +207,7 @@ class KeptApart:
             self._apart(owner)
         function = getattr(function, "__func__", function)
         if not isinstance(function, FunctionType) or id(function) in self._met:
-            if type(function).__module__ in self._homes and hasattr(function, "__dict__"):
-                self._object(function)
+            self._object(function)
             return
         self._met.add(id(function))
         for cell in function.__closure__ or ():
@@ -226,6 +246,21 @@ def _global_names(function: FunctionType) -> list[str]:
         if not others:
             found.append(name)
     return found
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """Of an object itself, past what its class makes of the question; None if it has none, or is a class."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except (AttributeError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _same_count(value: count) -> count:
+    """Another ``itertools.count`` that goes on from the same number; the same one where that is no whole number."""
+    found = re.fullmatch(r"count\((-?\d+)(?:, (-?\d+))?\)", repr(value))  # Python 3.14 copies them no more
+    return value if found is None else count(int(found[1]), int(found[2] or 1))
 
 
 def _generator_state(value: Any) -> Callable[[], Any] | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import itertools
 import random
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood
 from fishleg_fast.fisher import products
+from fishleg_fast.passes.attributes import OBJECTS, KeptApart
+from support.meters import AverageMeter, Link, Worker
 
 COUNT = 0  # a global that hooks and forwards count in
 LOG: list[float] = []
@@ -179,6 +184,18 @@ def noisy(net: Any, h: Tensor) -> Tensor:
     return 1 + net.statistics.mean.mean()
 
 
+def elsewhere(net: Any, h: Tensor) -> Tensor:
+    """Counters of others' classes."""
+    net.space.calls += 1
+    net.space.inner.sizes.append(len(h))
+    net.space.inner.mean = h.detach().mean(0)
+    net.options.seen = {"calls": net.space.calls}
+    net.meters["loss"].update(float(h.detach().mean()))
+    net.raw[0] += 1
+    net.raw.extend(b"x")
+    return 1 + net.space.inner.mean + net.meters["loss"].total + next(net.number) + next(net.steps) + net.raw[0]
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "rnn": lambda: Recurrent(nn.GRU(6, 6, batch_first=True)),
     "lstm": lambda: Recurrent(nn.LSTM(6, 6, batch_first=True)),
@@ -193,6 +210,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         "old numpy": np.random.RandomState(1), "coin": random.Random(2).randrange,
     }),
     "object": lambda: Net(noisy, statistics=Statistics()),
+    "others' objects": lambda: Net(
+        elsewhere, space=SimpleNamespace(calls=0, inner=SimpleNamespace(sizes=[])), options=argparse.Namespace(),
+        meters={"loss": AverageMeter()}, raw=bytearray(3), number=itertools.count(), steps=itertools.count(5, -2),
+    ),
     "average": lambda: Average(lerp, False),
     "average by .data": lambda: Average(lerp_data, False),
     "average anew": lambda: Average(set_data, False),
@@ -236,7 +257,9 @@ def everything(x: Any, met: dict[int, Any] | None = None) -> Any:
             k: v for k, v in x.__dict__.items() if not k.endswith(("hooks", "kwargs", "called")) and k not in _TAPPED
         }
         return type(x).__name__, everything(own, met)
-    if isinstance(x, Statistics):
+    if isinstance(x, (itertools.count, bytearray)):
+        return repr(x)
+    if isinstance(x, (Statistics, SimpleNamespace, argparse.Namespace, AverageMeter)):
         return everything(x.__dict__, met)
     if getattr(x, "__name__", "") == "<lambda>" and not x.__code__.co_argcount:
         return everything(x(), met)
@@ -286,6 +309,28 @@ def test_training_with_it_leaves_what_training_without_it_leaves(name: str, fish
         got = train(MODELS[name], fishleg)
     for step, (a, b) in enumerate(zip(want, got, strict=True)):
         assert a[0] == b[0] and a[1] == b[1] and a[2] == b[2], step
+
+
+def test_what_another_thread_adds_stays() -> None:
+    net = Net(lambda net, h: None, worker=Worker())
+    kept = KeptApart({}, 1000)
+    kept.hold([net], [])
+    net.worker.waiting.put(1)
+    kept.restore()
+    assert net.worker.waiting.qsize() == 1 and net.worker.waiting.get() == 1
+
+
+def test_of_others_objects_so_many_are_followed() -> None:
+    net = Net(lambda net, h: None, link=Link(3 * OBJECTS))
+    kept = KeptApart({}, 1000)
+    kept.hold([net], [])
+    links = [net.link]
+    while links[-1].next is not None:
+        links.append(links[-1].next)
+    for link in links:
+        link.calls += 1
+    kept.restore()
+    assert [link.calls for link in links] == [0] * OBJECTS + [1] * (2 * OBJECTS + 1)
 
 
 def test_own_draw_and_nll_count_the_user_s_calls_alone() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 
 class Unseen:
-    """Entries out of reach: an object of a class from elsewhere, which is nobody's state."""
+    """Entries out of reach: in no attribute by name."""
+
+    __slots__ = ("_entries",)
 
     def __init__(self) -> None:
         self._entries: list[Any] = []
