@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -61,17 +63,40 @@ def report() -> str:
 
 def estimated(where: str) -> str:
     """The table for a model named as ``package.module:name``. SystemExit with the reason where there is none."""
-    module, colon, name = where.partition(":")
-    if not colon:
+    module, _, name = where.partition(":")
+    if not module or not name:
         raise SystemExit(f"--estimate should be like package.module:model but is: {where!r}")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SystemExit(f"--estimate {where}: {error}") from error
-    model = found if isinstance(found, nn.Module) else found()
-    if not isinstance(model, nn.Module):
-        raise SystemExit(f"--estimate {where} should be a model, or make one, but makes: {type(model).__name__}")
-    return str(estimate(model))
+        return str(estimate(_model(attrgetter(name)(importlib.import_module(module)))))
+    except Exception as error:  # of the user's own module and function too
+        raise SystemExit(f"--estimate {where}: {type(error).__name__}: {error}") from error
+
+
+def _model(found: object) -> nn.Module:
+    """A model, or what the function makes; TypeError where that is none."""
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise TypeError(f"should be a model, or a function that makes one, but is: {found!r}")
+    needed = _needed(found)
+    if needed:
+        raise TypeError(
+            f"should take no arguments but needs: {', '.join(needed)}; name a function that makes the model with those"
+        )
+    made = found()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"should be a model, or make one, but makes: {type(made).__name__}")
+    return made
+
+
+def _needed(function: Callable[..., object]) -> list[str]:
+    """The arguments that it cannot do without, where that can be told."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # compiled functions
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in known if p.default is p.empty and p.kind not in optional]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

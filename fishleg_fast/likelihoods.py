@@ -29,7 +29,7 @@ class Likelihood(nn.Module):
 
     def terms(self, outputs: Tensor) -> int:
         """Over how many independent terms ``nll`` is the mean. Here: the batch size."""
-        return outputs.shape[0]
+        return _batch(outputs)
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """H v, with H the Fisher matrix of ``nll`` with respect to ``outputs``; both of the outputs' shape.
@@ -63,6 +63,17 @@ class Likelihood(nn.Module):
         return self.nll(targets, outputs)
 
 
+def _batch(outputs: Tensor) -> int:
+    """How many samples the outputs have; ValueError where they are a scalar, a loss for one."""
+    if outputs.ndim == 0:
+        raise ValueError(
+            "outputs should have a dimension for the batch but are a scalar: a likelihood scores the model's outputs "
+            "(logits, means) and not its loss. Let the model return those, or give FishLeg draw= and nll= in the place "
+            "of likelihood="
+        )
+    return outputs.shape[0]
+
+
 def _check_pair(kind: str, targets: Tensor, outputs: Tensor) -> None:
     """What both a swapped call and a wrong dtype break."""
     for name, t in (("targets", targets), ("outputs", outputs)):
@@ -77,6 +88,7 @@ def _check_pair(kind: str, targets: Tensor, outputs: Tensor) -> None:
         raise ValueError(
             f"targets requires a gradient and outputs does not; {kind}.nll takes (targets, outputs), in this order"
         )
+    _batch(outputs)
     if outputs.numel() == 0:
         raise ValueError(f"outputs should not be empty but has shape: {tuple(outputs.shape)}")
 
@@ -127,11 +139,11 @@ class GaussianLikelihood(Likelihood):
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """v/(σ²B)"""
         precision = self._fixed**-2 if self.log_sigma is None else torch.exp(-2 * self.log_sigma.detach()).to(v)
-        return v * precision / outputs.shape[0]
+        return v * precision / _batch(outputs)
 
     def own_fisher_product(self, outputs: Tensor, vs: Sequence[Tensor]) -> list[Tensor]:
         """2D v for log σ, D the dimensions of one output."""
-        return [2 * outputs.numel() / outputs.shape[0] * v for v in vs]
+        return [2 * outputs.numel() / _batch(outputs) * v for v in vs]
 
 
 class BernoulliLikelihood(Likelihood):
@@ -152,7 +164,7 @@ class BernoulliLikelihood(Likelihood):
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """p(1−p)∘v/B"""
         p = torch.sigmoid(outputs)
-        return p * (1 - p) * v / outputs.shape[0]
+        return p * (1 - p) * v / _batch(outputs)
 
 
 class CategoricalLikelihood(Likelihood):
@@ -177,9 +189,11 @@ class CategoricalLikelihood(Likelihood):
         self.weight: Tensor | None
 
     def _classes_last(self, outputs: Tensor) -> Tensor:
+        _batch(outputs)
         if not -outputs.ndim <= self.class_dim < outputs.ndim:
             raise ValueError(
-                f"outputs should have dimension {self.class_dim} for the classes but has shape: {tuple(outputs.shape)}"
+                f"outputs should have dimension {self.class_dim} for the classes but has shape: "
+                f"{tuple(outputs.shape)}; CategoricalLikelihood(class_dim=…) tells which dimension they are along"
             )
         return outputs.movedim(self.class_dim, -1)
 
@@ -217,10 +231,12 @@ class CategoricalLikelihood(Likelihood):
         return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
 
     def terms(self, outputs: Tensor) -> int:
+        _batch(outputs)
         return outputs.numel() // outputs.shape[self.class_dim]
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """ω∘(p∘v − p pᵀv), ω = 1/positions, or (Σ_c p_c w_c) over its sum where classes are weighted."""
+        _batch(outputs)
         p = torch.softmax(outputs, dim=self.class_dim)
         product = p * (v - (p * v).sum(self.class_dim, keepdim=True))
         weight = self._class_weight(outputs)

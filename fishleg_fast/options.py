@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from .backends.protocol import LambdaOptions, ThetaOptions
 from .fisher.learning import CurvatureOptions
 from .fisher.products import FISHER
 from .likelihoods import Likelihood
-from .model.assemble import StructureChoice, check_choice
+from .model.assemble import StructureChoice, check_choice, refuse_uninitialized
 from .precision import PRECISIONS
 
 NORMALIZATIONS = ("auto", "rms", "spectral")  # of each block by itself
@@ -244,12 +243,7 @@ def check_group(options: dict[str, Any]) -> None:
 def chosen_parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[Any] | None) -> list[Any]:
     """What the optimizer trains: ``params``, or everything trainable under the roots."""
     for prefix, root in roots:
-        for name, p in root.named_parameters():
-            if isinstance(p, UninitializedParameter):
-                raise ValueError(
-                    f"parameter {prefix + name!r} is not initialized yet: run one forward pass before making "
-                    f"the optimizer"
-                )
+        refuse_uninitialized(root, prefix)
     if isinstance(params, Tensor):
         raise TypeError("params should be an iterable of tensors or of dicts but is: a tensor")
     chosen = [p for _, root in roots for p in root.parameters() if p.requires_grad] if params is None else list(params)

@@ -326,3 +326,48 @@ def test_a_likelihood_with_parameters_needs_their_fisher_product() -> None:
     with pytest.raises(ValueError, match="likelihood should implement own_fisher_product"):
         FishLeg(nn.Linear(3, 2), likelihood=Tempered(learn=True))
     FishLeg(nn.Linear(3, 2), likelihood=Tempered(learn=True), fisher="hessian")
+
+
+class Scored(nn.Module):
+    """A model that returns its loss, or a score without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).square().mean()
+
+
+KINDS = {
+    "gaussian": GaussianLikelihood(),
+    "learned sigma": GaussianLikelihood(learn=True),
+    "bernoulli": BernoulliLikelihood(),
+    "categorical": CategoricalLikelihood(),
+    "classes last": CategoricalLikelihood(class_dim=-1),
+}
+
+
+@pytest.mark.parametrize("init", ["kfac", "sgd"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_return_their_loss_are_told(kind: str, init: str) -> None:
+    net = Scored()
+    told = pytest.raises(ValueError, match=r"outputs should have a dimension for the batch .*draw= and nll=")
+    with told:
+        KINDS[kind].nll(torch.tensor(1), torch.tensor(0.5))
+    optimizer = FishLeg(net, likelihood=KINDS[kind], init=init, anchor_every=0)
+    net(torch.randn(8, 3)).backward()
+    with told:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("batch", [{"input": torch.randn(8, 3), "labels": torch.zeros(8)}, {"x": torch.randn(8, 3)}])
+@pytest.mark.parametrize("options", [{}, {"init": "sgd", "anchor_every": 0}, {"fisher": "hessian"}], ids=str)
+def test_a_loaders_mapping_that_the_model_does_not_take_is_told(batch: dict, options: dict) -> None:
+    net = nn.Linear(3, 2)
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD, aux_loader=[batch], **options)
+    LIKELIHOOD.nll(torch.zeros(8, dtype=torch.long), net(torch.randn(8, 3))).backward()
+    with pytest.raises(
+        TypeError, match=r"(?s)unexpected keyword argument.*aux_loader that is a mapping .*without labels"
+    ):
+        optimizer.step()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..algebra.costs import affordable_layout
 from ..algebra.structures.base import Structure
@@ -43,6 +44,15 @@ def check_choice(structure: object) -> None:
             "to those "
             f"but is: {structure!r}"
         )
+
+
+def refuse_uninitialized(model: nn.Module, prefix: str = "") -> None:
+    """ValueError where a lazy module has not met its input yet."""
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(
+                f"parameter {prefix + name!r} is not initialized yet: run one forward pass before making the optimizer"
+            )
 
 
 def by_pattern(choice: Any, name: str, otherwise: Any) -> Any:

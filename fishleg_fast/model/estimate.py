@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.polar import COEFFICIENTS
-from .assemble import StructureChoice, build_blocks
+from .assemble import StructureChoice, build_blocks, check_choice, refuse_uninitialized
 from .block import Block
 
 
@@ -79,7 +79,15 @@ def estimate(
     structure: StructureChoice | Mapping[str, StructureChoice] = "kron",
     max_factor_size: int | str | None = "auto",
 ) -> Estimate:
-    """Counts for the model's trainable parameters. See ``FishLeg.estimate``."""
+    """Counts for the model's trainable parameters, see ``FishLeg.estimate``. TypeError, ValueError: a wrong argument."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module but is: {model!r}")
+    check_choice(structure)
+    if max_factor_size not in (None, "auto") and (not isinstance(max_factor_size, int) or max_factor_size < 1):
+        raise ValueError(
+            f"max_factor_size should be 'auto', None or an integer of at least 1 but is: {max_factor_size!r}"
+        )
+    refuse_uninitialized(model)
     params = [p for p in model.parameters() if p.requires_grad]
     blocks = build_blocks(model, params, structure, max_factor_size, device=torch.device("meta"))
     return Estimate(tuple(map(_of_block, blocks)), sum(p.numel() for p in params))

@@ -6,6 +6,7 @@ what ``attributes`` knows of beside them.
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,6 +85,11 @@ def _copies(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> dict[int, Te
     return {id(t): t.detach().clone() for t in (*buffers, *(frozen if few else ()))}
 
 
+def _tuples(x: Any) -> Any:
+    """Nested lists as tuples, as they were before they became text."""
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
+
+
 class _Recorder:
     """Stands in for ``model.forward`` during a user's function, and notes what the model is given."""
 
@@ -98,6 +104,10 @@ class _Recorder:
 
 _PART = (
     "(in a pass of FishLeg's over a part of a batch; if the model takes whole batches only, pass curvature_batch=None)"
+)
+_NAMED = (
+    "(a batch of aux_loader that is a mapping is given to the model as named arguments, all of it: let the loader give "
+    "what the model takes alone, without labels, or as (x, ...), of which x is given)"
 )
 
 
@@ -159,10 +169,16 @@ class IsolatedPasses:
         return self.generator.draw()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, integers: where the generator of seeds and the loader are."""
+        """What a checkpoint holds, integers and text: where the generator of seeds and the loader are, and what earlier
+        passes have taught.
+        """
         loader = {} if self.loader is None else self.loader.state()
         seed, draws = self.generator.get_state()
-        return {"seed": seed, "draws": draws, **{f"loader_{name}": value for name, value in loader.items()}}
+        attempts = [(*way, attempts.state()) for way, attempts in self._attempts.items()]
+        calls = None if self.tap is None else self.tap.state()
+        learned = json.dumps((self._batches.state(), calls, attempts, self.checkpointed))
+        places = {f"loader_{name}": value for name, value in loader.items()}
+        return {"seed": seed, "draws": draws, **places, "learned": learned}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint."""
@@ -172,6 +188,12 @@ class IsolatedPasses:
             self.generator.set_state((state["seed"], state["draws"]))
         if self.loader is not None and "loader_seed" in state:
             self.loader.load({"seed": state["loader_seed"], "taken": state["loader_taken"]})
+        if False and "learned" in state:
+            batches, calls, attempts, self.checkpointed = _tuples(json.loads(state["learned"]))
+            self._batches.load(batches)
+            self._attempts = {(fisher, way): Attempts().load(known) for fisher, way, known in attempts}
+            if self.tap is not None and calls is not None:
+                self.tap.load(calls)
 
     def inputs(self, size: int | str | None = None) -> Inputs:
         """The next batch, of at most ``size`` samples; "auto": 32, and of a batch trained on a quarter, but 4.
@@ -266,6 +288,8 @@ class IsolatedPasses:
             except Exception as error:
                 if inputs.part and error.args and isinstance(error.args[0], str):
                     error.args = (f"{error.args[0]}\n{_PART}", *error.args[1:])
+                if self.loader is not None and inputs.kwargs and "unexpected keyword argument" in str(error):
+                    error.args = (f"{error.args[0]}\n{_NAMED}", *error.args[1:])
                 raise
 
     def _restore(self, kept: KeptApart) -> None:

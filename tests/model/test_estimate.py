@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fishleg_fast import CategoricalLikelihood, FishLeg
+from fishleg_fast.__main__ import estimated
 from fishleg_fast.algebra.costs import affordable_layout
 from support.dense import randn
 
@@ -111,3 +114,57 @@ def test_command_line(where: str, told: str) -> None:
     )
     assert told in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert (done.returncode == 0) == (where == "torch.nn:Identity")
+
+
+MODULE = """
+import torch
+from torch import nn
+
+class Made(nn.Module):
+    net = nn.Linear(3, 2)
+
+def sized(n, m, k=1):
+    return nn.Linear(n, m)
+
+def fails():
+    raise LookupError("no such weights")
+
+number = 3
+lazy = nn.LazyLinear(3)
+"""
+
+
+@pytest.mark.parametrize(
+    "where, told",
+    [("models:sized", "needs: n, m"), ("models:fails", "LookupError: no such weights"), ("models:number", "is: 3"),
+     ("models:nothing.net", "nothing"), ("models:", "package.module:model"), (":net", "package.module:model"),
+     ("models:lazy", "parameter 'weight' is not initialized yet"), ("broken:net", "ZeroDivisionError"),
+     ("models:Made.net", None)],
+)  # fmt: skip
+def test_command_line_tells_of_what_is_no_model(
+    where: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("models", "broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if told is None:
+        assert "8 parameters" in estimated(where)
+    else:
+        with pytest.raises(SystemExit, match=rf"--estimate .*{re.escape(told)}"):
+            estimated(where)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, told",
+    [({"model": 5}, TypeError, "model should be an nn.Module but is: 5"),
+     ({"structure": "x"}, ValueError, "structure should be one of .* but is: 'x'"),
+     ({"structure": {"*": "x"}}, ValueError, "structure should be one of .* but is: 'x'"),
+     ({"max_factor_size": 0}, ValueError, "max_factor_size should be .* but is: 0"),
+     ({"max_factor_size": "x"}, ValueError, "max_factor_size should be .* but is: 'x'"),
+     ({"model": nn.LazyConv2d(3, 3)}, ValueError, "parameter 'weight' is not initialized yet: run one forward pass")],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments: dict, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        FishLeg.estimate(**{"model": nn.Linear(3, 2), **arguments})
