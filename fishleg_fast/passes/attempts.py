@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 MOST = 2**16  # calls between two attempts
 
@@ -19,6 +20,14 @@ class Attempts:
         self._mode: Hashable = None
         self._ruled_out = False
         self._checked = 0
+
+    def state(self) -> tuple[Any, ...]:
+        """Plain data, of which ``load`` makes the same again."""
+        return self.failures, self._left_out, self._mode, self._ruled_out, self._checked
+
+    def load(self, state: tuple[Any, ...]) -> Attempts:
+        self.failures, self._left_out, self._mode, self._ruled_out, self._checked = state
+        return self
 
     def due(self, mode: Hashable = None) -> bool:
         """Whether to try it now, in this mode of the model. Asked once at each occasion."""

@@ -8,7 +8,7 @@ and where it makes a difference whether one of several is cut, the batch stays w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ class Call:
             return cls(None, leaves)
         (size,) = sizes
         return cls(size, tuple(map(Leaf.of, inputs.leaves(size))))
+
+    @classmethod
+    def again(cls, state: tuple[Any, ...] | None) -> Call | None:
+        """From the ``astuple`` of one, or of none."""
+        return None if state is None else cls(state[0], tuple(Leaf(*leaf) for leaf in state[1]))
 
     def structure(self) -> Hashable:
         """What two calls have in common that differ in the batch alone."""
@@ -136,6 +141,21 @@ class BatchRule:
         self._latest: dict[Hashable, Call] = {}
         self._right: set[Hashable] = set()
         self._wrong: dict[Hashable, Attempts] = {}
+
+    def state(self) -> tuple[Any, ...]:
+        """What is known from earlier batches, plain data."""
+        calls = (tuple(map(astuple, known.values())) for known in (self._earlier, self._latest))
+        wrong = tuple((key, attempts.state()) for key, attempts in self._wrong.items())
+        return *calls, sorted(self._right, key=repr), wrong
+
+    def load(self, state: tuple[Any, ...]) -> None:
+        """Know that again."""
+        earlier, latest, right, wrong = state
+        for known, calls in ((self._earlier, earlier), (self._latest, latest)):
+            known.clear()
+            known.update({call.structure(): call for call in map(Call.again, calls) if call is not None})
+        self._right = set(right)
+        self._wrong = {key: Attempts().load(attempts) for key, attempts in wrong}
 
     def resolved(self, inputs: Inputs, earlier: Call | None, rows: int | None) -> Inputs:
         """``inputs``, which know their ``samples`` and what runs ``over_batch``; ``rows``: how many will be wanted."""

@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class InputTap(Pausable):
         self.last: Inputs | None = None
         self.earlier: Call | None = None  # the latest one before that of another size
         self._size: int | None = None  # of the first tensor in the last
+        self._resumed: Call | None = None  # the last, where that was before a checkpoint
 
     @classmethod
     def on(cls, model: nn.Module, user: object | None) -> InputTap:
@@ -153,9 +155,9 @@ class InputTap(Pausable):
             self.last = found
             return None
         size = next((t.shape[0] for t in tensors if not t.is_nested and t.ndim), None)
-        if self.last is not None and self.last.outputs is not None and size != self._size:
-            self.earlier = Call.of(self.last)
-        self._size = size
+        if size != self._size:
+            self.earlier = self._latest() or self.earlier
+        self._size, self._resumed = size, None
         self.last = found
         versions = [*map(version, tensors)]
 
@@ -164,6 +166,19 @@ class InputTap(Pausable):
             self.writes.look(tensors, versions)
 
         return note_outputs
+
+    def _latest(self) -> Call | None:
+        """The last call, if it is known what the model made of it."""
+        seen = self.last if self.last is not None and self.last.outputs is not None else None
+        return self._resumed or (None if seen is None else Call.of(seen))
+
+    def state(self) -> tuple[Any, ...]:
+        """What is known of the calls seen, plain data: no inputs."""
+        return self._size, *(None if call is None else astuple(call) for call in (self.earlier, self._latest()))
+
+    def load(self, state: tuple[Any, ...]) -> None:
+        """Go on from there."""
+        self._size, (self.earlier, self._resumed) = state[0], map(Call.again, state[1:])
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.inner, memo)

@@ -188,7 +188,7 @@ class IsolatedPasses:
             self.generator.set_state((state["seed"], state["draws"]))
         if self.loader is not None and "loader_seed" in state:
             self.loader.load({"seed": state["loader_seed"], "taken": state["loader_taken"]})
-        if False and "learned" in state:
+        if "learned" in state:
             batches, calls, attempts, self.checkpointed = _tuples(json.loads(state["learned"]))
             self._batches.load(batches)
             self._attempts = {(fisher, way): Attempts().load(known) for fisher, way, known in attempts}
