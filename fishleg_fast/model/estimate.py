@@ -79,7 +79,7 @@ def estimate(
     structure: StructureChoice | Mapping[str, StructureChoice] = "kron",
     max_factor_size: int | str | None = "auto",
 ) -> Estimate:
-    """Counts for the model's trainable parameters, see ``FishLeg.estimate``. TypeError, ValueError: a wrong argument."""
+    """Counts for the trainable parameters, see ``FishLeg.estimate``. TypeError, ValueError: an argument is wrong."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be an nn.Module but is: {model!r}")
     check_choice(structure)
