@@ -72,14 +72,16 @@ class KeptApart:
         self._homes: set[str] = set()
         self._objects = OBJECTS  # of classes from elsewhere, that may still be followed
 
-    def hold(self, modules: Sequence[nn.Module], functions: Sequence[Any]) -> None:
-        """Take the copies: of what the model's modules, their hooks and the user's functions keep."""
+    def hold(self, modules: Sequence[nn.Module], functions: Sequence[Any], objects: Sequence[Any] = ()) -> None:
+        """Take the copies: of what the model's modules, their hooks, the user's functions and ``objects`` keep."""
         functions = [*functions, *_user_hooks(modules)]
         self._met.update(map(id, modules))
         homes = {type(module).__module__ for module in modules} | {
             str(getattr(function, "__module__", "")) for function in functions
         }
         self._homes = {home for home in homes if not home.startswith(("torch.", "fishleg_fast."))}
+        for value in objects:
+            self._apart(value)
         for module in modules:
             self._module(module)
         for function in functions:

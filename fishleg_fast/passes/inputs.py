@@ -216,6 +216,10 @@ class Inputs:
             _collect_leaves(tree, samples, found)
         return list(found.values())
 
+    def objects(self) -> list[Any]:
+        """Those that nobody here knows to copy, each once."""
+        return [x for x in self.leaves() if not (isinstance(x, (Tensor, list, tuple)) or is_array(x))]
+
     @property
     def empty(self) -> bool:
         """Whether there is nothing in any of its tensors, or in what the model made of them."""

@@ -273,7 +273,7 @@ class IsolatedPasses:
                 known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *buffers)}
                 kept = KeptApart(known, max(SMALL, sum(p.numel() for p in params if p.requires_grad)))
                 stack.callback(self._restore, kept)
-                kept.hold(modules, self._own or ())
+                kept.hold(modules, self._own or (), inputs.objects())
             for module in self._embeddings:
                 # Sparse gradients have no second derivative either. Weights that are too long have been shortened.
                 stack.callback(module.__dict__.update, sparse=module.sparse, max_norm=module.max_norm)

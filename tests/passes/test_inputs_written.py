@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,3 +106,65 @@ def test_the_user_s_own_tensors_are_written_to_once(name: str) -> None:
     write(*want)
     for a, b in zip(tree_leaves(mine), tree_leaves(want), strict=True):
         assert torch.equal(a, b)
+
+
+class Batch:
+    """A batch that is no mapping and no sequence."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.more, self.log = x, {"z": x + 1}, []
+
+
+@dataclasses.dataclass
+class Record:
+    x: Tensor
+    inner: Any = None
+
+
+def rebind(d: Any) -> Tensor:
+    d.x = d.x * 2
+    d.calls = getattr(d, "calls", 0) + 1
+    return d.x
+
+
+def write_within(d: Any) -> Tensor:
+    d.more["z"] += 1
+    d.more["y"] = d.x
+    d.log.append(len(d.x))
+    return d.x + d.more["z"]
+
+
+def write_inner(d: Any) -> Tensor:
+    d.inner.x = d.inner.x.mul_(0.5) + d.x
+    return d.inner.x
+
+
+OBJECTS: dict[str, tuple[Callable[[Any], Tensor], Callable[[], Any]]] = {
+    "an attribute": (rebind, lambda: SimpleNamespace(x=x())),
+    "a dataclass": (rebind, lambda: Record(x())),
+    "what attributes hold": (write_within, lambda: Batch(x())),
+    "objects in objects": (write_inner, lambda: Record(x(), SimpleNamespace(x=x(1)))),
+}
+
+
+def picture(d: Any) -> Any:
+    if isinstance(d, Tensor):
+        return id(d), d.tolist()
+    if isinstance(d, dict):
+        return {key: picture(value) for key, value in d.items()}
+    return picture(d.__dict__) if hasattr(d, "__dict__") else repr(d)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_steps_leave_objects_as_the_user_s_pass_did(name: str, loader: bool) -> None:
+    write, given = OBJECTS[name]
+    net, mine, theirs = Net(write), given(), given()
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD, aux_loader=[(theirs,)] if loader else None, update_aux_every=1)
+    for _ in range(3):
+        out = net(mine)
+        LIKELIHOOD.nll(torch.zeros_like(out), out).backward()
+        before = picture(mine), picture(theirs)
+        optimizer.step()
+        assert (picture(mine), picture(theirs)) == before
+    assert optimizer.diagnostics()["aux_steps"] == 3
