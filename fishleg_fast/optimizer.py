@@ -499,7 +499,7 @@ class FishLeg(Optimizer):
     def _publish_progress(self) -> None:
         """Counters, and where generators and loaders are, in the first group."""
         now = {
-            "version": checkpoint.VERSION, **self._diagnostics.counts(), **self._learner.state(),
+            "version": checkpoint.VERSION, **self._diagnostics.counts(), **self._learner.state(self.blocks),
             **self._passes.state(),
         }  # fmt: skip
         for number, group in enumerate(self.param_groups):
@@ -519,6 +519,6 @@ class FishLeg(Optimizer):
         self._follow_parameters()
         self._diagnostics.load(progress)
         self._passes.load(progress)
-        self._learner.load(progress)
+        self._learner.load(progress, self.blocks)
         self._publish_progress()
         self._look_ahead()

@@ -6,6 +6,7 @@ operation of the model uses the same weight. Both are compared on a random vecto
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -32,6 +33,18 @@ def check_layers(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs
         check = LayerCheck(told)
         passes.run(inputs, 0, partial(check.run, passes, inputs))  # the optimizer's seeds are for what is made use of
         check.note()
+
+
+def verdicts(blocks: Sequence[Block]) -> str:
+    """What was found of the blocks, by name, as text for a checkpoint."""
+    return json.dumps({b.name: b.layer_agrees for b in blocks if b.layer_agrees is not None})
+
+
+def load_verdicts(blocks: Sequence[Block], text: str) -> None:
+    """Take up what ``verdicts`` gave: a resumed run looks again when the first one does."""
+    found = json.loads(text)
+    for block in blocks:
+        block.layer_agrees = found.get(block.name)
 
 
 class LayerCheck(LayerPass):

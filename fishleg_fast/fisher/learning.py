@@ -18,7 +18,7 @@ from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
-from .layer_check import check_layers
+from .layer_check import check_layers, load_verdicts, verdicts
 from .layer_pass import Share
 from .low_rank_products import low_rank_ggn
 from .moments import moments
@@ -142,14 +142,16 @@ class CurvatureLearner:
         """What was due has been done."""
         self.owed_updates, self.owed_anchor = 0, False
 
-    def state(self) -> dict[str, Any]:
+    def state(self, blocks: Sequence[Block]) -> dict[str, Any]:
         """What a checkpoint holds beside the blocks' own."""
-        return {"terms": self.terms, "owed_updates": self.owed_updates, "owed_anchor": self.owed_anchor}
+        owed = {"owed_updates": self.owed_updates, "owed_anchor": self.owed_anchor}
+        return {"terms": self.terms, **owed, "layers": verdicts(blocks)}
 
-    def load(self, saved: Mapping[str, Any]) -> None:
+    def load(self, saved: Mapping[str, Any], blocks: Sequence[Block]) -> None:
         """Take up what ``state`` gave, or what was saved before anything was owed."""
         self.terms = saved["terms"]
         self.owed_updates, self.owed_anchor = saved.get("owed_updates", 0), saved.get("owed_anchor", False)
+        load_verdicts(blocks, saved.get("layers", "{}"))
 
     def anchor(self, blocks: Sequence[Block], due: Sequence[Block], tap: StatisticsTap | None = None) -> None:
         """Q of the blocks that are due from the moving average of the Fisher's Kronecker factors, to which this batch's

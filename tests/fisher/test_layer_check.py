@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -277,3 +278,40 @@ def test_factors_from_training(kind: str) -> None:
         found = {k: t / block.moments_weight for k, t in block.moments.items()}
         same = all(torch.allclose(found[k], of_gradient[k], rtol=1e-3) for k in found)
         assert same == (name_of(block) in wrong), block.name
+
+
+class Fickle(nn.Linear):
+    """Plain on some batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * (3 if x[0, 0] > 0 else 1), self.bias)
+
+
+@pytest.mark.parametrize("anchor_from", ["drawn", "training"])
+def test_a_resumed_run_keeps_what_was_found(anchor_from: str) -> None:
+    def new() -> tuple[nn.Module, FishLeg]:
+        torch.manual_seed(1)
+        net = in_sequence(a=Fickle(6, 8), b=nn.Linear(8, 3))
+        return net, FishLeg(net, likelihood=CLASSES_LAST, anchor_every=1, anchor_from=anchor_from)
+
+    def train(net: nn.Module, optimizer: FishLeg, steps: range) -> None:
+        for k in steps:
+            x = torch.randn(32, 6, generator=torch.Generator().manual_seed(k))
+            x[0, 0] = 1 if k % 4 == 3 else -1
+            optimizer.zero_grad()
+            CLASSES_LAST.nll(torch.arange(32) % 3, net(x)).backward()
+            optimizer.step()
+
+    net, optimizer = new()
+    saved, found = [], set()
+    for k in range(12):
+        saved.append(copy.deepcopy((net.state_dict(), optimizer.state_dict())))
+        train(net, optimizer, range(k, k + 1))
+        found.add(optimizer.blocks[0].layer_agrees)
+    assert found == {True, False}
+    for k, (weights, state) in enumerate(saved):
+        other, resumed = new()
+        other.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        train(other, resumed, range(k, 12))
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True)), k
