@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from benchmarks.common.optimizers import OPTIMIZERS
 
-COLOURS = {name: f"C{i}" for i, name in enumerate(OPTIMIZERS)}
+_NAMED = ("black", "navy", "darkgreen", "maroon", "goldenrod", "teal", "indigo", "salmon", "olive", "deepskyblue")
+COLOURS = dict(zip(OPTIMIZERS, cycle([*(f"C{i}" for i in range(10)), *_NAMED]), strict=False))
 
 
 def pyplot() -> Any:
