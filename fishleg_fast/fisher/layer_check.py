@@ -17,7 +17,7 @@ from ..model.block import Block
 from ..model.layers import layer_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
-from .layer_pass import Call, LayerPass, parts_of
+from .layer_pass import LayerPass, Shown, parts_of
 
 TOLERANCE = 0.01  # what factors may be wrong by is far more than rounding, also that of TF32
 ROUNDING = 8  # and that of lower precision, in units of it
@@ -57,12 +57,12 @@ class LayerCheck(LayerPass):
     def _wanted(self, passes: IsolatedPasses) -> Iterable[nn.Parameter]:
         return [p for p in passes.root.parameters() if p.numel()]  # all of them, as a user's own backward pass
 
-    def _use(self, block: Block, calls: Sequence[Call]) -> bool:
+    def _use(self, block: Block, calls: Sequence[Shown]) -> bool:
         assert block.layer is not None
         layer, r = layer_of(block.layer), _probe(block)
         total, square, eps = r.new_zeros(block.shape[0]), r.new_zeros(()), 0.0
         for call in calls:
-            for x, e in parts_of(block, call):
+            for x, e in parts_of(block, *call):
                 rows = layer.rows(block, x, e)
                 if rows is None:
                     return False

@@ -3,6 +3,8 @@
 What a layer showed is made use of and let go as soon as the backward pass has got to it: no two large layers' rows, nor
 all layers' output gradients, are ever held together. Those of a convolution, its patches, are many times its input:
 they are made of some samples at a time.
+
+A layer in a checkpointed module keeps its input no more than training does: it is seen when the module runs again.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ class Share(NamedTuple):
     more: bool = False
 
 
+Shown = tuple[Tensor, Tensor]  # a layer's input and its output's gradient
+
+
 class Call:
     """A layer's input in one call of it, where its output's gradient will be, and that gradient."""
 
-    def __init__(self, x: Tensor, edge: GradientEdge) -> None:
-        self.x, self.edge = x, edge
+    def __init__(self, x: Tensor | None, edge: GradientEdge) -> None:
+        self.x, self.edge = x, edge  # x is to come where the call is checkpointed
         self.e: Tensor | None = None
 
 
@@ -71,8 +76,17 @@ class LayerPass:
         self.unseen = [b for b in self._blocks if id(b) not in self._calls]
         params = {id(p): p for p in self._wanted(passes) if p.requires_grad}
         calls = [(block, call) for block in self._blocks for call in self._calls.get(id(block), ())]
-        with torch.autocast(passes.device.type, enabled=False):  # what is made of rows is as exact as λ
-            self._backward(loss, calls, params)
+        hooks = [  # before the layers, of which the last to be run again is not run to its end
+            block.layer.register_forward_pre_hook(partial(self._on_again, block), prepend=True)
+            for block, call in calls
+            if call.x is None and block.layer is not None
+        ]
+        try:
+            with torch.autocast(passes.device.type, enabled=False):  # what is made of rows is as exact as λ
+                self._backward(loss, calls, params)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return self._terms
 
     def _wanted(self, passes: IsolatedPasses) -> Iterable[nn.Parameter]:
@@ -83,10 +97,12 @@ class LayerPass:
         ends = _ends([call.edge.node for _, call in calls])
         last = []  # autograd has to be asked for these, and so comes by all others
         for block, call in calls:
-            if call.edge.node in ends:
+            if call.edge.node in ends and call.x is not None:
                 last.append((block, call))
-            else:
-                call.edge.node.register_prehook(partial(self._on_gradients, block, call))
+                continue
+            call.edge.node.register_prehook(partial(self._on_gradients, block, call))
+            if call.edge.node in ends:  # whose own backward step is what has the module run again
+                params |= {id(p): p for p in block.params if p.requires_grad}
         wanted: list[Any] = [*(call.edge for _, call in last), *params.values()]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
         self.gradients = dict(zip(params, found[len(last) :], strict=True))
@@ -98,26 +114,38 @@ class LayerPass:
 
     def _on_forward(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
-            # an edge outlives in-place activations
-            self._calls.setdefault(id(block), []).append(Call(args[0].detach(), get_gradient_edge(output)))
+            calls = self._calls.setdefault(id(block), [])
+            x = None if not calls and _checkpointed() else args[0].detach()
+            calls.append(Call(x, get_gradient_edge(output)))  # an edge outlives in-place activations
+
+    def _on_again(self, block: Block, module: nn.Module, args: tuple) -> None:
+        calls = self._calls.get(id(block), [])
+        if len(calls) == 1 and calls[0].x is None and args and isinstance(args[0], Tensor):  # of several, which?
+            calls[0].x = args[0].detach()
+            self._on_shown(block)
 
     def _on_gradients(self, block: Block, call: Call, gradients: Sequence[Tensor | None]) -> None:
         self._on_gradient(block, call, gradients[call.edge.output_nr])
 
-    @torch.no_grad()
     def _on_gradient(self, block: Block, call: Call, e: Tensor | None) -> None:
         call.e = e
+        self._on_shown(block)
+
+    @torch.no_grad()
+    def _on_shown(self, block: Block) -> None:
+        """Make use of the block's layer once all of its calls are known."""
         calls = self._calls[id(block)]
-        if all(c.e is not None for c in calls):
+        shown = [(c.x, c.e) for c in calls if c.x is not None and c.e is not None]
+        if len(shown) == len(calls):
             del self._calls[id(block)]
-            if not self._use(block, calls):
+            if not self._use(block, shown):
                 self.hidden.append(block)
             for c in calls:  # autograd's hook holds the call until the pass is over
-                del c.x, c.e
+                c.x = c.e = None
 
-    def _use(self, block: Block, calls: Sequence[Call]) -> bool:
+    def _use(self, block: Block, calls: Sequence[Shown]) -> bool:
         """Make use of all calls of a layer; whether they show what is needed."""
-        positions = sum(c.e.numel() for c in calls if c.e is not None) // max(block.shape[0], 1)
+        positions = sum(e.numel() for _, e in calls) // max(block.shape[0], 1)
         entries = positions * block.shape[1]
         shares = _in_parts(block, calls, self._terms) if entries > ENTRIES else None
         if shares is not None:
@@ -138,6 +166,12 @@ class LayerPass:
         if self._ready:
             self._take(Share([block for block, _ in self._ready], [found for _, found in self._ready]))
         self._ready, self._entries = [], 0
+
+
+def _checkpointed() -> bool:
+    """Whether what autograd saves now is not kept but computed again (torch.utils.checkpoint, use_reentrant=False)."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook.")
 
 
 def _ends(nodes: Sequence[Node]) -> set[Node]:
@@ -161,43 +195,42 @@ def _ends(nodes: Sequence[Node]) -> set[Node]:
     return ends
 
 
-def _statistics(block: Block, calls: Sequence[Call], terms: float) -> LayerStatistics | Aux | None:
+def _statistics(block: Block, calls: Sequence[Shown], terms: float) -> LayerStatistics | Aux | None:
     """From all calls of the block's layer; None where they do not show its gradient."""
     assert block.layer is not None
     layer = layer_of(block.layer)
-    rows = [None if c.e is None else layer.rows(block, c.x, c.e) for c in calls]
+    rows = [layer.rows(block, x, e) for x, e in calls]
     if any(found is None for found in rows):
         return None
     a, e = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*filter(None, rows), strict=True))
     return layer.statistics(block, a, e, terms)
 
 
-def parts_of(block: Block, call: Call) -> Iterator[tuple[Tensor, Tensor]]:
-    """The call's input and output gradient, of so many samples at a time as their rows allow."""
-    assert block.layer is not None and call.e is not None
+def parts_of(block: Block, x: Tensor, e: Tensor) -> Iterator[Shown]:
+    """A call's input and output gradient, of so many samples at a time as their rows allow."""
+    assert block.layer is not None
     layer = layer_of(block.layer)
-    rows = layer.rows(block, call.x[:1], call.e[:1]) if layer.separable(block.layer, call.x, call.e) else None
+    rows = layer.rows(block, x[:1], e[:1]) if layer.separable(block.layer, x, e) else None
     if rows is not None:
         samples = max(1, ENTRIES // max(rows[0].numel(), 1))
-        yield from zip(call.x.split(samples), call.e.split(samples), strict=True)
+        yield from zip(x.split(samples), e.split(samples), strict=True)
     else:
-        yield call.x, call.e
+        yield x, e
 
 
-def _in_parts(block: Block, calls: Sequence[Call], terms: float) -> Iterator[Share] | None:
+def _in_parts(block: Block, calls: Sequence[Shown], terms: float) -> Iterator[Share] | None:
     """The same, of some samples at a time; None where that is impossible, or some numbers are not finite."""
     assert block.layer is not None
     layer = layer_of(block.layer)
-    positions, parts = 0, list[tuple[Tensor, Tensor]]()
-    for c in calls:
-        assert c.e is not None
-        if not layer.separable(block.layer, c.x, c.e) or not torch.isfinite(c.x.sum() + c.e.sum()):
+    positions, parts = 0, list[Shown]()
+    for x, e in calls:
+        if not layer.separable(block.layer, x, e) or not torch.isfinite(x.sum() + e.sum()):
             return None
-        rows = layer.rows(block, c.x[:1], c.e[:1])
+        rows = layer.rows(block, x[:1], e[:1])
         if rows is None or not isinstance(layer.statistics(block, *rows, terms), LayerStatistics):
             return None
-        positions += rows[0].shape[0] * c.x.shape[0]
-        parts += parts_of(block, c)
+        positions += rows[0].shape[0] * x.shape[0]
+        parts += parts_of(block, x, e)
 
     def shares() -> Iterator[Share]:
         for k, (x, e) in enumerate(parts):

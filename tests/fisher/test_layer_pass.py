@@ -155,7 +155,7 @@ def test_output_gradients_are_let_go_on_the_way(small_parts: pytest.MonkeyPatch)
     held: list[int] = []
     use = layer_pass.LayerPass._use
 
-    def counted(self: layer_pass.LayerPass, block: Block, calls: list[layer_pass.Call]) -> bool:
+    def counted(self: layer_pass.LayerPass, block: Block, calls: list[layer_pass.Shown]) -> bool:
         left = [c for others in self._calls.values() for c in others if c.e is not None]
         held.append(len(left))
         return use(self, block, calls)
@@ -199,3 +199,71 @@ def test_diagonal_of_a_grouped_convolution(groups: int) -> None:
         squares += torch.cat([weight.flatten(1), bias[:, None]], dim=1) ** 2 * terms
     (got,) = [blocks[0].structure.layer_moments(*statistics)]
     assert relative(got["diagonal"], squares) <= 1e-12
+
+
+class Checkpointed(nn.Module):
+    """Blocks of layers that run again in the backward pass, or not; the first has nothing but a layer before it."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.on, self.first, self.head = on, nn.Linear(6, 8), nn.Linear(8, 3)
+        make = lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8))
+        self.parts = nn.ModuleList(make() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = (lambda f, x: checkpoint(f, x, use_reentrant=False)) if self.on else (lambda f, x: f(x))
+        x = run(self.first, x)
+        for part in self.parts:
+            x = x + run(part, x)
+        return run(self.head, x)
+
+
+def test_checkpointed_layers_show_the_same() -> None:
+    x = randn(12, 6, dtype=torch.float32)
+    (plain, _), (again, shares) = averaged(Checkpointed(False), x), averaged(Checkpointed(True), x)
+    assert sum(len(share.blocks) for share in shares) == 2 * len(again)
+    assert all(isinstance(s, layer_pass.LayerStatistics) for share in shares for s in share.statistics)
+    for got, want in zip(again, plain, strict=True):
+        for name, moment in want.moments.items():
+            assert relative(got.moments[name], moment) <= 1e-6, (got.name, name)
+
+
+def test_checkpointed_layers_keep_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the forward pass none is held; while a layer is made use of, those of its own part at most."""
+    held: list[int] = []
+    inputs = lambda layers: sum(c.x is not None for calls in layers._calls.values() for c in calls)
+    backward, use = layer_pass.LayerPass._backward, layer_pass.LayerPass._use
+
+    def before(self: layer_pass.LayerPass, *args: object) -> None:
+        held.append(inputs(self))
+        backward(self, *args)  # type: ignore[arg-type]
+
+    def during(self: layer_pass.LayerPass, block: Block, calls: list[layer_pass.Shown]) -> bool:
+        held.append(inputs(self))
+        return use(self, block, calls)
+
+    monkeypatch.setattr(layer_pass.LayerPass, "_backward", before)
+    monkeypatch.setattr(layer_pass.LayerPass, "_use", during)
+    averaged(Checkpointed(True), randn(12, 6, dtype=torch.float32))
+    assert held[0] == 0 and 1 < len(held) and max(held) <= 3
+
+
+def test_a_layer_shared_by_checkpointed_parts_has_its_gradient_taken() -> None:
+    """Which of its calls runs again cannot be told."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=False)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    blocks, shares = averaged(Shares(), randn(12, 6, dtype=torch.float32))
+    kinds = {b.name: type(s) for share in shares for b, s in zip(share.blocks, share.statistics, strict=True)}
+    assert kinds == {"a": dict, "head": layer_pass.LayerStatistics}
+    assert all(b.moments_weight > 0 for b in blocks)
