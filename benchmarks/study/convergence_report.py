@@ -40,7 +40,8 @@ rise over 20 steps. A seed decides the initial parameters and the order of the d
 pixels. *GPT*: four layers of width 128 on windows of 128 bytes; NLL per byte. *ResNet18*: first stage of 16
 channels, 1,500 images of 8×8. Final NLL are means over the training set after the last step (on the GPT,
 over 512 windows spread evenly over the set: "test NLL" likewise). One thread, beside other work: hence CPU time,
-which such work lengthens too. Made by `python -m benchmarks.study.convergence --report`."""
+which such work lengthens too; that of different processors does not compare. Made by
+`python -m benchmarks.study.convergence --report`."""
 
 
 def each(values: dict[int, float]) -> str:
@@ -89,10 +90,10 @@ def main_table(groups: dict[str, Records]) -> str:
             [
                 OPTIMIZERS[optimizer].label, f"{runs[0]['lr']:g}", number(mean(values.values())),
                 f"{spread:.2g}", each(values), number(None if None in tests else mean(tests)),
-                f"{1000 * cpu:.0f}", ratio, words,
+                f"{1000 * cpu:.0f}", ", ".join(sorted({r["cpu"].split(" ")[0] for r in runs})), ratio, words,
             ]
         )  # fmt: skip
-    header = ["optimizer", "lr", "mean", "standard deviation", "of each seed", "test NLL", "CPU ms/step"]
+    header = ["optimizer", "lr", "mean", "standard deviation", "of each seed", "test NLL", "CPU ms/step", "CPU"]
     return table([*header, "FishLeg's mean / its mean", ""], rows)
 
 
