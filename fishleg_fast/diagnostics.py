@@ -11,15 +11,18 @@ from torch import Tensor
 
 from .model.block import Block
 
+_SKIPPED = "FishLeg skipped a step: {}. diagnostics() counts such steps from here on"
+
 
 class Diagnostics:
-    """Counters and the numbers of the latest step. With ``capturable`` they stay on the device until they are read."""
+    """Counters and the numbers of the latest step. With ``on_device`` they stay on the device until they are read."""
 
-    def __init__(self, capturable: bool, writer: Any) -> None:
-        self._capturable, self._writer = capturable, writer
+    def __init__(self, on_device: bool, writer: Any) -> None:
+        self._on_device, self._writer = on_device, writer
         self._counts: dict[str, Any] = dict.fromkeys(
             ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
         )
+        self._seen: dict[str, int] = dict(self._counts)  # when the host last looked
         self._last: dict[str, Any] = {}
         self._notices: list[str] = []
 
@@ -49,6 +52,7 @@ class Diagnostics:
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take up a checkpoint's counters."""
         self._counts = {name: saved[name] for name in self._counts}
+        self._seen = self.counts()
 
     def note_gradient(self, norm: Tensor) -> None:
         """‖g‖ of this step."""
@@ -62,7 +66,7 @@ class Diagnostics:
         """An update of λ, and whether it was taken. RuntimeError where the λ of ``blocks`` had been spoilt before."""
         self._counts["aux_steps"] += 1
         self._last["aux_loss"] = loss
-        if self._capturable:
+        if self._on_device:
             self._counts["skipped_aux_steps"] = self._counts["skipped_aux_steps"] + ~ok
         elif not ok:
             _refuse_bad_aux(blocks)
@@ -72,7 +76,7 @@ class Diagnostics:
         """A θ step of ``stepped``, and whether it was taken. RuntimeError where the λ of ``blocks`` is spoilt."""
         self._counts["steps"] += 1
         self._last["nat_norm"] = ([b.name for b in stepped], norms)
-        if self._capturable:
+        if self._on_device:
             self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
         elif not ok:
             _refuse_bad_aux(blocks)
@@ -81,8 +85,20 @@ class Diagnostics:
     def skip_step(self, reason: str) -> None:
         """A step was not taken. The first is to be warned of."""
         if not self._counts["skipped_steps"]:
-            self.note(f"FishLeg skipped a step: {reason}. diagnostics() counts such steps from here on")
+            self.note(_SKIPPED.format(reason))
         self._counts["skipped_steps"] += 1
+
+    def catch_up(self, blocks: Sequence[Block]) -> None:
+        """Read what stayed on the device, where the host waits anyway. RuntimeError where the λ of ``blocks`` is
+        spoilt.
+        """
+        seen, self._seen = self._seen, self.counts()
+        self._counts = dict(self._seen)
+        skipped = self._seen["skipped_steps"] > seen["skipped_steps"]
+        if skipped or self._seen["skipped_aux_steps"] > seen["skipped_aux_steps"]:
+            _refuse_bad_aux(blocks)
+        if skipped and not seen["skipped_steps"]:
+            self.note(_SKIPPED.format("the gradient or the natural gradient was not finite"))
 
     @property
     def aux_loss(self) -> float:

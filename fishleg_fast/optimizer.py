@@ -47,6 +47,7 @@ from .passes.inputs import EmptyBatch
 from .passes.isolated import Draw, IsolatedPasses, Nll
 from .passes.position_tap import PositionTap
 from .passes.statistics_tap import StatisticsTap
+from .precision import own_precision
 
 _CALLER = 7  # how far above ``step`` its caller is: past the decorators, of torch.optim too
 
@@ -124,7 +125,7 @@ class FishLeg(Optimizer):
         backend: None for the best available one; ``python -m fishleg_fast`` tells which there are.
         precision: of the optimizer's own float32 products, "highest", "high" or "medium" as for
             ``torch.set_float32_matmul_precision``, or "tf32x3" (see ``fishleg_fast.precision``); None follows that
-            setting.
+            setting, but is "high" (TF32) on CUDA where it is torch's default.
         thin_gradients: watch linear layers' inputs and output gradients (forward hooks), of which their gradients are
             products of low rank: cheaper where the batch is smaller than the layer, and the same but for rounding.
         capturable: decide everything in a step on the device, without synchronisation. A CUDA graph replays the one
@@ -188,8 +189,10 @@ class FishLeg(Optimizer):
         check_sources(model, draw, nll, likelihood, aux_loader, fisher)
         damping_scale = damping_scale or default_damping_scale(normalize, init, anchor_every)
         damping = DAMPING.get(damping_scale, 1.0) if damping is None else damping
+        on_device = capturable or any(p.device.type != "cpu" for p in model.parameters())
         self.settings = Settings(
             momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable,
+            on_device=on_device,
             structure=structure, max_factor_size=max_factor_size, damping=damping, damping_scale=damping_scale,
             fisher=fisher, curvature_batch=curvature_batch, update_aux_every=update_aux_every, aux_lr=aux_lr,
             aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux,
@@ -202,7 +205,7 @@ class FishLeg(Optimizer):
         self._roots = [("", model)]
         if likelihood is not None and all(module is not likelihood for module in model.modules()):
             self._roots.append(("likelihood.", likelihood))
-        watched = thin_gradients and not capturable  # whether a gradient is of low rank is decided on the host
+        watched = thin_gradients and not on_device  # whether a gradient is of low rank is decided on the host
         self._gradients = GradientTap(self) if watched else None
         self._statistics = StatisticsTap(self) if anchor_from == "training" else None
         self._positions, self._auto = PositionTap(self), "rms"
@@ -220,11 +223,13 @@ class FishLeg(Optimizer):
         self._built = True
         for argument in ("structure", "normalize"):
             check_patterns(argument, getattr(self.settings, argument), self.blocks)
-        self.backend, self._ops = registry.choose(backend, everything[0].device, everything[0].dtype)
+        where = everything[0].device, everything[0].dtype
+        self._precision = own_precision(precision, where[0])
+        self.backend, self._ops = registry.choose(backend, *where)
         whole = curvature_batch is None
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
-        self._diagnostics = Diagnostics(capturable, writer)
+        self._diagnostics = Diagnostics(on_device, writer)
         self._passes.tell = self._diagnostics.note
         self._publish_progress()
         self._look_ahead()
@@ -274,7 +279,7 @@ class FishLeg(Optimizer):
             for block in build_blocks(root, params, s.structure, s.max_factor_size, prefix)
         ]
         for block in fresh:
-            block.allocate(s.capturable)
+            block.allocate(s.on_device)
             if s.init == "sgd":
                 block.structure.start_sgd(s.scale)
         self.blocks += fresh
@@ -340,7 +345,7 @@ class FishLeg(Optimizer):
             if forgotten or not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
                 self._follow_parameters()
             self._groups.check(self.param_groups)
-            with own_arithmetic(self.blocks, self.settings.precision):
+            with own_arithmetic(self.blocks, self._precision):
                 blocks, gs = self._gather()
                 if blocks:
                     self._step(blocks, gs)
@@ -387,7 +392,7 @@ class FishLeg(Optimizer):
         learner, count = self._learner, self._diagnostics.steps
         norm = self._norm(blocks, gs)
         self._diagnostics.note_gradient(norm)
-        if not self.settings.capturable and not torch.isfinite(norm):
+        if not self.settings.on_device and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return
         if self._teaches(norm):
@@ -408,13 +413,13 @@ class FishLeg(Optimizer):
         """Whether a step with a gradient of this norm tells of the curvature: with anchor_from="training" it is where
         that is from.
         """
-        return self._statistics is None or self.settings.capturable or bool(norm)
+        return self._statistics is None or self.settings.on_device or bool(norm)
 
     def _learn(self, blocks: list[Block], gs: list[Matrix], count: int) -> bool:
         """Anchor and update λ where that is due; whether it was updated. An empty batch has nothing to learn from:
         that is then due at the next step.
         """
-        learner, learned = self._learner, False
+        learner, learned, moved = self._learner, False, False
         try:
             moved = self._anchor(self.blocks, count, self._statistics)
             for _ in range(learner.updates_due(count)):
@@ -426,6 +431,8 @@ class FishLeg(Optimizer):
             learner.postpone(count)
         else:
             learner.settle()
+        if self.settings.on_device and not self.settings.capturable and (learned or moved):
+            self._diagnostics.catch_up(self.blocks)
         return learned
 
     def _normalization(self, block: Block) -> str | None:
@@ -461,7 +468,7 @@ class FishLeg(Optimizer):
         self._follow_parameters()
         blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
         losses = []
-        with own_arithmetic(self.blocks, self.settings.precision):
+        with own_arithmetic(self.blocks, self._precision):
             self._anchor(blocks, 0)
             for _ in range(steps):
                 drawn = self._learner.drawn_gradients(blocks)

@@ -46,6 +46,7 @@ class Settings:
     normalize: str | Mapping[str, str] | None
     kappa: float
     capturable: bool
+    on_device: bool  # whether steps are decided on the device, as capturable asks and where waiting for one costs time
     # λ and its learning
     structure: StructureChoice | Mapping[str, StructureChoice]
     max_factor_size: int | str | None
@@ -139,7 +140,7 @@ class Settings:
     def theta(self) -> ThetaOptions:
         """Those of the θ step."""
         return ThetaOptions(
-            momentum=self.momentum, nesterov=self.nesterov, kappa=self.kappa, capturable=self.capturable,
+            momentum=self.momentum, nesterov=self.nesterov, kappa=self.kappa, capturable=self.on_device,
             normalize=None if self.normalize is None else "trust" if self.normalize == "trust" else "spectral",
         )  # fmt: skip
 
@@ -150,7 +151,7 @@ class Settings:
         update = LambdaOptions(
             damping=self.damping, lr=self.aux_lr, betas=self.aux_betas,
             eps=self.aux_eps,
-            precondition=self.precondition_aux, learn_scale=self.learn_scale, capturable=self.capturable,
+            precondition=self.precondition_aux, learn_scale=self.learn_scale, capturable=self.on_device,
         )  # fmt: skip
         return CurvatureOptions(
             update=update, update_aux_every=self.update_aux_every, fisher=self.fisher, u_sampling=self.u_sampling,

@@ -6,6 +6,9 @@ CPU that has instructions for it: torch's own BF16 setting for CPUs is as coarse
 at every product.
 Our own GPU kernels multiply in TF32 for "high" and in bfloat16 for "medium"; "tf32x3", which torch does not have, is
 nearly float32 on tensor cores, and float32 wherever torch multiplies.
+
+On CUDA the optimizer's products are at "high" where nobody says otherwise: torch's own default cannot be told from a
+wish for "highest", and TF32 is exact enough for directions. The Cholesky roots of anchoring are float32 everywhere.
 """
 
 from __future__ import annotations
@@ -45,6 +48,12 @@ def precision_scope(precision: str) -> Iterator[None]:
         finally:
             for place, value in zip(places, before, strict=True):
                 place.fp32_precision = value
+
+
+def own_precision(precision: str | None, device: torch.device) -> str | None:
+    """At what the optimizer's products on ``device`` are for a user's ``precision``; None: at torch's setting."""
+    on_cuda = device.type == "cuda" and torch.version.cuda is not None
+    return "high" if precision is None and on_cuda and _setting() == "highest" else precision
 
 
 @cache

@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "checkpoint": ("model", "what is saved is of blocks"),
     "diagnostics": ("model", "what is told is of blocks"),
     "optimizer": (
-        "algebra model likelihoods backends.registry backends.arithmetic passes fisher options checkpoint diagnostics",
+        "algebra model likelihoods precision backends.registry backends.arithmetic passes fisher options checkpoint "
+        "diagnostics",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),

@@ -42,9 +42,9 @@ def rmul(x: Tensor, factor: Factor) -> Tensor:
     return mul(factor.mT, x.T).T
 
 
-def transpose(factor: Factor) -> Factor:
-    """Fᵀ."""
-    return factor if factor.ndim == 1 else factor.mT
+def transpose(factor: Factor, batch: int = 0) -> Factor:
+    """Fᵀ, or that of each of many factors, which have ``batch`` dimensions in front."""
+    return factor if factor.ndim - batch == 1 else factor.mT
 
 
 def describe(factor: Factor) -> str:
@@ -74,40 +74,40 @@ def twice_symmetric(f: Factor) -> Factor:
     return f + transpose(f)
 
 
-def diagonal(factor: Factor, k: int) -> Tensor:
-    """The k diagonal entries of F."""
-    if factor.ndim == 1:
+def diagonal(factor: Factor, k: int, batch: int = 0) -> Tensor:
+    """The k diagonal entries of F, or of each of many factors, which have ``batch`` dimensions in front."""
+    if factor.ndim - batch == 1:
         return factor
-    return factor.diagonal(dim1=-2, dim2=-1).reshape(-1)[:k]
+    return factor.diagonal(dim1=-2, dim2=-1).flatten(batch)[..., :k]
 
 
-def trace(factor: Factor) -> Tensor:
-    """tr F (padding must be zero)."""
-    return factor.sum() if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum()
+def trace(factor: Factor, batch: int = 0) -> Tensor:
+    """tr F (padding must be zero), or of each of many factors, which have ``batch`` dimensions in front."""
+    return (factor if factor.ndim - batch == 1 else factor.diagonal(dim1=-2, dim2=-1).flatten(batch)).sum(-1)
 
 
 LEAF = 256  # below it LAPACK's own Cholesky factorisation and triangular inverse are as fast
 
 
-def inverse_root(factor: Factor, shift: Tensor, weight: float = 1.0) -> Factor:
-    """C⁻¹, lower triangular, with C Cᵀ = F/weight + shift·I, so that (F/weight + shift·I)⁻¹ = C⁻ᵀ C⁻¹.
+def inverse_root(factor: Factor, shift: Tensor, weight: Tensor | float = 1.0) -> tuple[Factor, Tensor]:
+    """C⁻¹, lower triangular, with C Cᵀ = F/weight + shift·I, so that (F/weight + shift·I)⁻¹ = C⁻ᵀ C⁻¹; and whether that
+    worked, a boolean tensor: rounding may cost a factor its positive definiteness.
 
-    Raises torch.linalg.LinAlgError where F is not finite. ``shift`` is a scalar tensor. Where
-    float32 loses positive definiteness, the factorisation is repeated in float64.
+    ``shift``: a scalar, or a vector for factors with a dimension in front; ``weight`` likewise.
     """
-    if factor.ndim == 1:
-        return (factor.clamp_min(0) / weight + shift).rsqrt()
-    root = torch.zeros_like(factor)
-    shifted = factor / weight
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-    if not _inverse_cholesky(shifted, root).any():
-        return root
-    shifted, wide = factor.double() / weight, torch.zeros_like(factor, dtype=torch.float64)
-    floor = shifted.diagonal(dim1=-2, dim2=-1).mean() * 1e-12
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift.double() + floor)
-    if _inverse_cholesky(shifted, wide).any():
-        raise torch.linalg.LinAlgError("second moments should be finite and positive semi-definite but are not")
-    return root.copy_(wide)
+    weight = spread(weight, factor) if isinstance(weight, Tensor) else weight
+    if factor.ndim - shift.ndim == 1:
+        root = (factor.clamp_min(0) / weight + spread(shift, factor)).rsqrt()
+        return root, torch.isfinite(root).all(-1)
+    root, shifted = torch.zeros_like(factor), factor / weight
+    shifted.diagonal(dim1=-2, dim2=-1).add_(spread(shift, factor)[..., 0])
+    info = _inverse_cholesky(shifted, root)
+    return root, (info == 0).reshape(*shift.shape, -1).all(-1)
+
+
+def spread(c: Tensor, x: Tensor) -> Tensor:
+    """c with as many dimensions as x, whose first are c's."""
+    return c.reshape(*c.shape, *[1] * (x.ndim - c.ndim))
 
 
 def _inverse_cholesky(a: Tensor, out: Tensor) -> Tensor:

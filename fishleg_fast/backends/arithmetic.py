@@ -25,7 +25,7 @@ def own_arithmetic(blocks: Sequence[Block], precision: str | None) -> ExitStack:
         block.structure.precision, block.structure.operand_dtype = kernels, dtypes[where]
     stack = ExitStack()
     for kind in {block.momentum.device.type for block in blocks[:1]}:
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
         if kind == "cpu":
             stack.enter_context(denormals_flushed())

@@ -13,8 +13,11 @@ from ..algebra.costs import count_applications
 from ..algebra.low_rank import LowRank
 from ..algebra.maths import Applications, Aux
 from ..algebra.matrix import Matrix, dense, dot
+from ..algebra.stacks import scalars
+from ..algebra.structures import stacked
 from ..backends.protocol import LambdaOptions, Ops
-from ..model.block import Block
+from ..model.block import Block, weights_of
+from ..model.stack import Stack, assembled_matrices, scaled, stacks_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
@@ -48,10 +51,10 @@ def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
 
 def _matrices(blocks: Sequence[Block], tensors: Mapping[int, Tensor]) -> list[Tensor]:
     """Tensors of the parameters' shapes, by id -> (m, n) of each block; zeros where there is none."""
-    return [
-        b.matrix([part.of(tensors[id(part.param)]) if id(part.param) in tensors else None for part in b.parts])
-        for b in blocks
+    given = [
+        [part.of(t) if (t := tensors.get(id(part.param))) is not None else None for part in b.parts] for b in blocks
     ]
+    return assembled_matrices(blocks, given)
 
 
 def _tensors(blocks: Sequence[Block], matrices: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -87,21 +90,36 @@ def set_units(blocks: Sequence[Block], moved: Sequence[Block]) -> None:
     """The unit of those that moved: the geometric mean of two mean eigenvalues of F, the block's own and that over all
     parameters of the blocks. Where the block's is zero, or never estimated, the latter.
     """
-    known = [b for b in blocks if b.estimated]
+    told = [b for b in blocks if b.moments]
+    weights = weights_of(told)
+    known = [(b, weight) for b, weight in zip(told, weights, strict=True) if weight]
     if not known:
         return
-    device = known[0].momentum.device
-    means = torch.stack([b.mean_eigenvalue().double().to(device) for b in known])
-    sizes = means.new_tensor([b.momentum.numel() for b in known])
-    mean = (means * sizes).sum() / sizes.sum()
-    units = (torch.where(means > 0, means, mean) * mean).sqrt()
     chosen = {id(b) for b in moved}
-    for block, unit in zip(known, torch.where(units > 0, units, 1), strict=True):
-        if id(block) in chosen:
-            block.unit.copy_(unit)
+    stacks = stacks_of([b for b, _ in known], more=[weight for _, weight in known])
+    device = known[0][0].momentum.device
+    means = [_mean_eigenvalues(stack, known[stack.numbers[0]][1]).to(device, torch.float64) for stack in stacks]
+    totals = [mean.sum() * stack.blocks[0].momentum.numel() for stack, mean in zip(stacks, means, strict=True)]
+    mean = torch.stack(totals).sum() / sum(b.momentum.numel() for b, _ in known)
+    targets, units = [], []
+    for stack, own in zip(stacks, means, strict=True):
+        found = (torch.where(own > 0, own, mean) * mean).sqrt()
+        for block, unit in zip(
+            stack.blocks, torch.where(found > 0, found, 1).to(stack.blocks[0].unit).unbind(), strict=True
+        ):
+            if id(block) in chosen:
+                targets.append(block.unit)
+                units.append(unit)
     for block in blocks:
         if not block.moments:  # a structure or layer of the user's own
-            block.unit.copy_(torch.where(mean > 0, mean, 1))
+            targets.append(block.unit)
+            units.append(torch.where(mean > 0, mean, 1).to(block.unit))
+    if targets:
+        torch._foreach_copy_(targets, units)
+
+
+def _mean_eigenvalues(stack: Stack, weight: float) -> Tensor:
+    return stacked.mean_eigenvalues(stack.structures, [b.moments for b in stack.blocks], weight)
 
 
 class CurvatureLearner:
@@ -122,13 +140,12 @@ class CurvatureLearner:
 
     def anchor_due(self, blocks: Sequence[Block], step: int) -> list[Block]:
         """The blocks whose Q starts, or is estimated anew, before this step."""
-        return [b for b in blocks if self._anchor_due(b, step)]
-
-    def _anchor_due(self, block: Block, step: int) -> bool:
-        if not block.moments or not any(part.param.requires_grad for part in block.parts):
-            return False
-        start = self.options.init == "kfac" and not block.moments_weight
-        return start or self._anchor_scheduled(step)
+        told = [b for b in blocks if b.moments and any(p.requires_grad for p in b.params)]
+        if self._anchor_scheduled(step):
+            return told
+        if self.options.init != "kfac":
+            return []
+        return [b for b, weight in zip(told, weights_of(told), strict=True) if not weight]
 
     def _anchor_scheduled(self, step: int) -> bool:
         every = self.options.anchor_every
@@ -197,21 +214,20 @@ class CurvatureLearner:
         times = min(periods, default=0)
         return [(times * n, times * m) for m, n in (b.shape for b in blocks)] if times else None
 
-    def _scaled(self, blocks: Sequence[Block], xs: Sequence[Matrix]) -> list[Matrix]:
-        """D^½ x, D one over each block's unit: λ is of D^½FD^½, and with D^½u in the place of u, and γ in the unit, 𝒜
-        is the same.
+    def _scales(self, blocks: Sequence[Block]) -> Tensor | None:
+        """D^½ of each block, D one over its unit: λ is of D^½FD^½, and with D^½u in the place of u, and γ in the unit,
+        𝒜 is the same. None: one.
         """
-        if not self.options.relative_damping:
-            return list(xs)
-        scales = [b.unit.rsqrt() for b in blocks]
-        return [x * c if isinstance(x, Tensor) else x.scaled(c) for x, c in zip(xs, scales, strict=True)]
+        return scalars([b.unit for b in blocks]).rsqrt() if self.options.relative_damping else None
 
     def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         """u of the auxiliary loss: of unit norm over all blocks together, or zero where the gradient is."""
-        us = self._scaled(blocks, _SAMPLING[self.options.u_sampling](self, blocks, gs))
+        xs = _SAMPLING[self.options.u_sampling](self, blocks, gs)
+        scales = self._scales(blocks)
+        us = xs if scales is None else scaled(xs, scales)
         norm = self.ops.inner(us, us).sqrt()
-        norm = torch.where(norm > 0, norm, 1)
-        return [u / norm.to(u) if isinstance(u, Tensor) else u.scaled(1 / norm) for u in us]
+        inverse = 1 / torch.where(norm > 0, norm, 1)
+        return scaled(xs, inverse.expand(len(xs)) if scales is None else scales * inverse.to(scales))
 
     def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         generator = torch.Generator(blocks[0].momentum.device).manual_seed(self.passes.seed())
@@ -225,9 +241,12 @@ class CurvatureLearner:
 
     def update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
         """One Adam step of λ (eq. 14 of the talk). Returns (𝒜, whether the step was taken)."""
-        us = self.directions(blocks, gs)
+        us, scales = self.directions(blocks, gs), self._scales(blocks)
         vs = self.ops.qv(blocks, us)
-        fvs = self._scaled(blocks, self._fisher_product(blocks, self._scaled(blocks, vs)))
+        if scales is None:
+            fvs = self._fisher_product(blocks, vs)
+        else:
+            fvs = scaled(self._fisher_product(blocks, scaled(vs, scales)), scales)
         if self.options.anchor_from == "training":
             fvs = self._in_units_of_the_moments(blocks, vs, fvs)
         return self.ops.lambda_step(blocks, us, vs, fvs, replace(self.options.update, damping=self.damping))
@@ -243,11 +262,7 @@ class CurvatureLearner:
             return list(fvs)
         ratio = torch.stack([x.double() for x in expected]).sum() / torch.stack([x.double() for x in found]).sum()
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1)
-        scaled = []
-        for block, x in zip(blocks, fvs, strict=True):
-            c = ratio.to(block.momentum)
-            scaled.append(x * c if isinstance(x, Tensor) else x.scaled(c))
-        return scaled
+        return scaled(fvs, ratio.expand(len(fvs)))
 
     def _fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Matrix]:
         """F v, low-rank where v is and the model's passes allow it."""

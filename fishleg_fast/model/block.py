@@ -41,6 +41,16 @@ def advance(counters: Sequence[Tensor], ok: Tensor | None = None) -> None:
         torch._foreach_add_(mine, 1.0 if ok is None else [ok.to(device, torch.float32)] * len(mine))
 
 
+def weights_of(blocks: Sequence[Block]) -> list[float]:
+    """The total weight of each block's moving average of moments."""
+    return torch.stack([b.moments_weight for b in blocks]).tolist() if blocks else []
+
+
+def moments_divisor(block: Block, unit: Tensor, weight: float) -> Tensor:
+    """That of blocks like this one, with their units and their averages' weight."""
+    return unit ** (1 / len(block.moments)) * weight
+
+
 class BackendState:
     """What a backend keeps on a block: what it has prepared, workspaces. Made without arguments.
 
@@ -130,11 +140,11 @@ class Block:
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """(m, n) -> one tensor a part, in the part's shape and λ's dtype; views where that is possible."""
-        sizes, shapes = self._layout
+        sizes, shapes = self.layout
         return [piece.reshape(s) for s, piece in zip(shapes, matrix.split(sizes, dim=self.axis), strict=True)]
 
     @cached_property
-    def _layout(self) -> tuple[list[int], list[torch.Size]]:
+    def layout(self) -> tuple[list[int], list[torch.Size]]:
         """How many rows or columns each part takes, and each part's shape."""
         shapes = [part.of(part.param).shape for part in self.parts]
         return [s.numel() // (self.shape[0] if self.axis else 1) for s in shapes], shapes
@@ -189,14 +199,14 @@ class Block:
         """Of the block's Fisher matrix, by its moving average: a scalar."""
         return self.structure.mean_eigenvalue(self.moments, float(self.moments_weight))
 
-    def moments_divisor(self) -> float:
-        """What to divide each moment by for those of F/unit."""
-        unit = float(self.unit)
-        return float(self.moments_weight) * (1.0 if unit == 1 else unit ** (1 / len(self.moments)))
+    @property
+    def moments_divisor(self) -> Tensor:
+        """What to divide each moment by for those of F/unit: a scalar of λ's dtype."""
+        return moments_divisor(self, self.unit, float(self.moments_weight))
 
     def fisher_product(self, v: Matrix) -> Matrix:
         """F v/unit by the moving average: of low rank where v is."""
-        return self.structure.fisher_product(self.moments, self.moments_divisor(), v)
+        return self.structure.fisher_product(self.moments, self.moments_divisor, v)
 
     @property
     def product_known(self) -> bool:

@@ -32,16 +32,13 @@ def float_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def finite(moments: Aux) -> bool:
-    """Whether second moments are finite: factors ("rows", "columns") are where their traces are."""
-    factors = ("rows", "columns")
-    return all(torch.isfinite(trace(t) if name in factors else t.sum()) for name, t in moments.items())
+def finite(moments: Aux, batch: int = 0) -> Tensor:
+    """Whether second moments are finite, a boolean tensor: factors ("rows", "columns") are where their traces are.
 
-
-def refuse_non_finite(moments: Aux) -> None:
-    """torch.linalg.LinAlgError unless second moments are finite."""
-    if not finite(moments):
-        raise torch.linalg.LinAlgError(f"moments should be finite but are not: {sorted(moments)}")
+    ``batch``: so many dimensions in front of each, which the result has too.
+    """
+    sums = [trace(t, batch) if name in ("rows", "columns") else t.flatten(batch).sum(-1) for name, t in moments.items()]
+    return torch.isfinite(torch.stack(sums)).all(0)
 
 
 class LayerStatistics(NamedTuple):
@@ -98,9 +95,14 @@ class Structure:
     @property
     def cache(self) -> Aux:
         """What depends on λ alone (P and S of a Kron), recomputed only when λ was written to."""
-        if self._cache_key is None or self._cache_key[:2] != (self.version, self.operand_dtype):
+        if self.stale:
             self.refresh()
         return self._cache
+
+    @property
+    def stale(self) -> bool:
+        """Whether λ was written to since the cache was made, or its products are to be of another dtype."""
+        return self._cache_key is None or self._cache_key[:2] != (self.version, self.operand_dtype)
 
     def refresh(self, applications: Applications = None) -> None:
         """Bring the cache up to date with λ, for as much use as ``applications`` says: products that would not pay for
@@ -108,29 +110,23 @@ class Structure:
         """
         if self.maths.refresh is no_cache:
             return
-        key = (self.version, self.operand_dtype, applications)
-        if self._cache_key != key:
-            self._refresh(key, applications)
+        if self._cache_key != (self.version, self.operand_dtype, applications):
+            self._refresh(applications)
 
     @torch.inference_mode(False)  # what is kept is written to later
     @torch.no_grad()
-    def _refresh(self, key: tuple[LambdaVersion, torch.dtype | None, Applications], applications: Applications) -> None:
-        stale = self._cache_key is None or self._cache_key[:2] != key[:2]
+    def _refresh(self, applications: Applications) -> None:
+        stale = self.stale
         if self._cache_key is not None and self._cache_key[1] != self.operand_dtype:
             self._memory = {}  # of another dtype
         if stale:
-            self._rounded = {}
+            self.forget_rounded()
         aux = self._operands()
-        self._cache = self.maths.refresh(aux, applications, {} if stale else self._cache, self._memory)
-        self._memory = {**self._memory, **self._cache}
-        self._cache_key = key
+        self.keep(self.maths.refresh(aux, applications, {} if stale else self._cache, self._memory), applications)
 
     def holds(self, *names: str) -> bool:
         """Whether the cached products of those names are there, and of today's λ."""
-        key = self._cache_key
-        return (
-            key is not None and key[:2] == (self.version, self.operand_dtype) and all(n in self._cache for n in names)
-        )
+        return not self.stale and all(n in self._cache for n in names)
 
     @torch.inference_mode(False)
     def cache_memory(self, multiple: int = 1, **like: Tensor) -> Aux:
@@ -149,8 +145,17 @@ class Structure:
         """Take over products that a backend made of λ as it is now, in memory that they keep."""
         if self.operand_dtype not in (None, self._dtype):
             return  # of another dtype than the cache would be
+        self.keep(cache, None)
+        self.forget_rounded()
+
+    def keep(self, cache: Aux, applications: Applications) -> None:
+        """Have ``cache`` for the products of λ as it is now, formed for so many applications."""
         self._cache, self._memory = cache, {**self._memory, **cache}
-        self._cache_key, self._rounded = (self.version, self.operand_dtype, None), {}
+        self._cache_key = self.version, self.operand_dtype, applications
+
+    def forget_rounded(self) -> None:
+        """λ is to be rounded anew."""
+        self._rounded = {}
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -250,7 +255,7 @@ class Structure:
         """Of the Fisher matrix that the moments tell, to be divided by ``weight``: a scalar; 1 where they tell none."""
         return torch.ones((), device="cpu")
 
-    def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
+    def fisher_product(self, moments: Aux, weight: Tensor | float, v: Matrix) -> Matrix:
         """F v of the Fisher matrix that the moments tell, to be divided by ``weight``; those of low rank stay so."""
         raise NotImplementedError(f"{type(self).__name__} has moments but no fisher_product")
 
@@ -258,14 +263,39 @@ class Structure:
     def average(self, moments: Aux, new: LayerStatistics | Aux, weight: float, decay: float) -> bool:
         """moments ← decay·moments + weight·new, in place. False where new is not finite; nothing is written then."""
         found = self.layer_moments(*new) if isinstance(new, LayerStatistics) else new
-        if not finite(found):
+        if not found or not finite(found):
             return False
         for name, moment in moments.items():
             moment.mul_(decay).add_(found[name], alpha=weight)
         return True
 
-    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
-        """Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it.
+    def kfac_start(
+        self, moments: Aux, damping: float, weight: Tensor | float = 1.0, floor: float = 0.0
+    ) -> tuple[Aux, Tensor] | None:
+        """λ of Q₀ = the inverse of the damped Fisher matrix in the structure's own approximation of it, and whether it
+        is right, a boolean tensor; None where there is no such start.
 
-        ``moments`` are to be divided by ``weight``: that of a moving average.
+        ``moments`` are to be divided by ``weight``: that of a moving average. All may have a dimension in front: those
+        of equal structures. ``floor``: further damping, relative to the moments' diagonals.
         """
+        return None
+
+    @torch.no_grad()
+    def start_kfac(self, moments: Aux, damping: float, weight: Tensor | float = 1.0) -> None:
+        """Q₀ by ``kfac_start``; of float64 where rounding spoils a Cholesky factorisation.
+
+        Raises torch.linalg.LinAlgError where the moments are not finite or not positive semi-definite; λ is then
+        unchanged.
+        """
+        start = self.kfac_start(moments, damping, weight)
+        if start is not None and not start[1] and finite(moments):
+            wide = weight.double() if isinstance(weight, Tensor) else weight
+            start = self.kfac_start({name: t.double() for name, t in moments.items()}, damping, wide, floor=1e-12)
+        if start is None:
+            return
+        if not start[1]:
+            raise torch.linalg.LinAlgError(
+                f"moments should be finite and positive semi-definite but are not: {sorted(moments)}"
+            )
+        for name, value in start[0].items():
+            self.fishleg_aux[name].copy_(value)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..factors import spread
 from ..maths import Aux, Maths, no_cache
 from ..matrix import Matrix, dense
-from .base import Structure, float_dtype, refuse_non_finite
+from .base import Structure, finite, float_dtype
 
 
 def diagonal_qv(aux: Aux, cache: Aux, u: Tensor) -> Tensor:
@@ -74,15 +75,15 @@ class Diagonal(Structure):
         return moments["diagonal"].sum() / weight / max(moments["diagonal"].numel(), 1)
 
     @torch.no_grad()
-    def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
+    def fisher_product(self, moments: Aux, weight: Tensor | float, v: Matrix) -> Matrix:
         """diag F ∘ v."""
         return moments["diagonal"] * dense(v) / weight
 
     @torch.no_grad()
-    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
-        """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape.
-
-        Raises torch.linalg.LinAlgError when they are not finite; λ is then unchanged.
-        """
-        refuse_non_finite(moments)
-        self.fishleg_aux["d"].copy_((moments["diagonal"] / weight + damping).rsqrt())
+    def kfac_start(
+        self, moments: Aux, damping: float, weight: Tensor | float = 1.0, floor: float = 0.0
+    ) -> tuple[Aux, Tensor] | None:
+        """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape."""
+        found = moments["diagonal"]
+        mean = found / spread(weight, found) if isinstance(weight, Tensor) else found / weight
+        return {"d": (mean + damping).rsqrt()}, finite(moments, found.ndim - self.fishleg_aux["d"].ndim)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..costs import low_rank_pays
-from ..factors import cross, describe, diagonal, inverse_root, mul, rmul, trace, transpose
+from ..factors import cross, describe, diagonal, inverse_root, mul, rmul, spread, trace, transpose
 from ..low_rank import LowRank
 from ..maths import Aux
 from ..matrix import Matrix, dense
-from .base import LayerStatistics, Structure, float_dtype, refuse_non_finite, size
+from .base import LayerStatistics, Structure, float_dtype, size
 
 
 def _new_factor(side: str, k: int, diagonal: Collection[str], max_factor_size: int | None, options: dict) -> Tensor:
@@ -70,20 +70,22 @@ class Kronecker(Structure):
         (R, L), (m, n) = list(self.fishleg_aux.values())[:2], self.shape
         return low_rank_pays(R, L, m, n, rank)
 
-    def _set_factors(self, R: Tensor, L: Tensor, c: Tensor | float = 1.0) -> None:
-        """Make Q = RᵀR ⊗ LLᵀ, by cR and L/c."""
-        torch.mul(R, c, out=self.fishleg_aux["R"])
-        torch.mul(L, 1 / c, out=self.fishleg_aux["L"])
+    def _with_factors(self, R: Tensor, L: Tensor) -> Aux:
+        """λ that makes Q = RᵀR ⊗ LLᵀ. All may have a dimension in front."""
+        aux = {"R": R, "L": L}
+        front = R.shape[: R.ndim - self.fishleg_aux["R"].ndim]
         for name in ("A", "B"):
             if name in self.fishleg_aux:
-                self.fishleg_aux[name].fill_(1)
+                aux[name] = R.new_ones(()).expand(*front, *self.shape)
+        return aux
 
     @torch.no_grad()
     def _start_sgd(self, scale: float) -> None:
         R, L = self._factors()
         for factor in (R, L):
             _set_identity(factor, scale**0.25)
-        self._set_factors(R, L)
+        for name, value in self._with_factors(R, L).items():
+            self.fishleg_aux[name].copy_(value)
 
     def new_moments(self) -> Aux:
         return dict(zip(self.moments, self._factors(), strict=True))
@@ -112,7 +114,7 @@ class Kronecker(Structure):
         return means[0] * means[1]
 
     @torch.no_grad()
-    def fisher_product(self, moments: Aux, weight: float, v: Matrix) -> Matrix:
+    def fisher_product(self, moments: Aux, weight: Tensor | float, v: Matrix) -> Matrix:
         """G v Ā."""
         G, A = moments["rows"], moments["columns"]
         if isinstance(v, LowRank):
@@ -135,24 +137,29 @@ class Kronecker(Structure):
         return True
 
     @torch.no_grad()
-    def start_kfac(self, moments: Aux, damping: float, weight: float = 1.0) -> None:
+    def kfac_start(
+        self, moments: Aux, damping: float, weight: Tensor | float = 1.0, floor: float = 0.0
+    ) -> tuple[Aux, Tensor] | None:
         """(G + √γ/π I)⁻¹ = RᵀR and (Ā + π√γ I)⁻¹ = LLᵀ, π² = (tr Ā/n)/(tr G/m) (Martens & Grosse 2015, section 6.3).
 
         ``moments``: "rows" G and "columns" Ā, laid out as R and L; their Kronecker product estimates the Fisher matrix.
-        Raises torch.linalg.LinAlgError when they are not finite or not positive semi-definite; λ is then unchanged.
         """
-        refuse_non_finite(moments)
         G, A = moments["rows"], moments["columns"]
-        m, n = self.shape
+        (m, n), batch = self.shape, G.ndim - next(iter(self.fishleg_aux.values())).ndim
         if m == 0 or n == 0:
-            return
+            return None
         tiny = torch.finfo(G.dtype).tiny
-        mean_g, mean_a = (trace(G) / weight / m).clamp_min(tiny), (trace(A) / weight / n).clamp_min(tiny)
+        means = [trace(F, batch) / weight / k for F, k in ((G, m), (A, n))]
+        mean_g, mean_a = (mean.clamp_min(tiny) for mean in means)
         pi = mean_a.sqrt() / mean_g.sqrt()  # the quotient may overflow
-        R = inverse_root(G, damping**0.5 / pi, weight)
-        L = transpose(inverse_root(A, damping**0.5 * pi, weight))
+        R, right = inverse_root(G, damping**0.5 / pi + floor * mean_g, weight)
+        L, left = inverse_root(A, damping**0.5 * pi + floor * mean_a, weight)
         # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
         # layer that starts at zero, π puts twenty orders of magnitude between them.
-        sizes = [torch.linalg.vector_norm(diagonal(F, k).double()) / k**0.5 for F, k in ((R, m), (L, n))]
+        sizes = [
+            torch.linalg.vector_norm(diagonal(F, k, batch), dim=-1, dtype=torch.float64) / k**0.5
+            for F, k in ((R, m), (L, n))
+        ]
         c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
-        self._set_factors(R, L, c)
+        aux = self._with_factors(R * spread(c, R), transpose(L, batch) / spread(c, L))
+        return aux, right & left & torch.isfinite(means[0] + means[1])

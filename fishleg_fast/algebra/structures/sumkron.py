@@ -14,10 +14,11 @@ from .kron import kron_diag, kron_grads, kron_low_rank_grads, kron_low_rank_qv, 
 from .kronecker import Kronecker
 
 
-def _terms(tensors: Aux, names: str) -> list[Aux]:
-    """{R1, L1, R2, L2} -> [{R, L}, {R, L}]; names that are missing stay so."""
+def _terms(tensors: Aux, names: str, least: int = 0) -> list[Aux]:
+    """{R1, L1, R2, L2} -> [{R, L}, {R, L}], at least so many; names that are missing stay so."""
     count = max((int(name[1:]) for name in tensors), default=0)
-    return [{n: tensors[f"{n}{k}"] for n in names if f"{n}{k}" in tensors} for k in range(1, count + 1)]
+    found = range(1, max(count, least) + 1)
+    return [{n: tensors[f"{n}{k}"] for n in names if f"{n}{k}" in tensors} for k in found]
 
 
 def _joined(terms: list[Aux]) -> Aux:
@@ -25,8 +26,8 @@ def _joined(terms: list[Aux]) -> Aux:
 
 
 def _sumkron_pairs(aux: Aux, cache: Aux) -> list[tuple[Aux, Aux]]:
-    terms, formed = _terms(aux, "RL"), _terms(cache, "PS")
-    return list(zip(terms, formed + [{}] * (len(terms) - len(formed)), strict=True))
+    terms = _terms(aux, "RL", len(_terms(cache, "PS")))  # factors whose products are formed may be missing
+    return list(zip(terms, _terms(cache, "PS", len(terms)), strict=True))
 
 
 def sumkron_refresh(aux: Aux, applications: Applications, known: Aux, memory: Aux) -> Aux:
@@ -97,9 +98,10 @@ class SumKron(Kronecker):
             self.fishleg_aux[f"R{k}"], self.fishleg_aux[f"L{k}"] = self._factors()
         self.start_sgd()
 
-    def _set_factors(self, R: Tensor, L: Tensor, c: Tensor | float = 1.0) -> None:
+    def _with_factors(self, R: Tensor, L: Tensor) -> Aux:
+        aux: Aux = {}
         for k in range(self.terms):
-            share = torch.full(L.shape[-1:], 0.5 / self.terms, dtype=L.dtype, device=L.device)
+            share = L.new_full(L.shape[-1:], 0.5 / self.terms)
             share[k :: self.terms] += 0.5
-            torch.mul(R, c, out=self.fishleg_aux[f"R{k + 1}"])
-            torch.mul(L, share.sqrt() / c, out=self.fishleg_aux[f"L{k + 1}"])
+            aux |= {f"R{k + 1}": R, f"L{k + 1}": L * share.sqrt()}
+        return aux

@@ -105,7 +105,7 @@ def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
     for block in blocks:
         aux, m = block.structure.fishleg_aux, block.moments
         matrices = (m["rows"], m["columns"], aux["R"], aux["L"])
-        rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, block.moments_divisor()))
+        rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, float(block.moments_divisor)))
     done = native.extension().start_kfac(engine, rows, damping, torch.get_num_threads())
     for block, ok in zip(blocks, done, strict=True):
         if ok:

@@ -11,9 +11,12 @@ from torch.optim.adam import adam
 from ...algebra.low_rank import DenseAndLowRank, LowRank, LowRankProduct
 from ...algebra.maths import Aux
 from ...algebra.matrix import Matrix, dense
+from ...algebra.stacks import scalars, together
+from ...algebra.structures import stacked
 from ...model.block import Block, advance
+from ...model.stack import Stack, stacks_of
 from ..protocol import LambdaOptions
-from .products import inner, stacked
+from .products import inner
 
 
 def lambda_step(
@@ -25,15 +28,35 @@ def lambda_step(
 ) -> tuple[Tensor, Tensor]:
     """One Adam step of every block's λ on 𝒜 = ½ vᵀ(F+γI)v − uᵀv, in place: see ``protocol.Ops``."""
     loss, power, scale = aux_loss(dots(us, vs, fvs), options)
-    all_grads = [aux_gradients(b, u, v, fv, scale, options) for b, u, v, fv in zip(blocks, us, vs, fvs, strict=True)]
-    sums = [torch.linalg.vector_norm(g) for grads in all_grads for g in grads.values()]
-    ok = torch.isfinite(stacked([*sums, loss])).all() & (power != 0)
+    stacks = stacks_of(blocks, us, vs, fvs)
+    found = [_gradients(stack, us, vs, fvs, scale, options) for stack in stacks]
+    sums = [torch.linalg.vector_norm(g) for grads in found for g in grads.values()]
+    ok = torch.isfinite(scalars([*sums, loss])).all() & (power != 0)
     if not options.capturable and not ok:
         return loss, ok
-    for block, grads in zip(blocks, all_grads, strict=True):
-        adam_step(block, grads, options, ok)
+    _adam(list(zip(stacks, found, strict=True)), options, ok)
     advance([block.aux_step for block in blocks], ok if options.capturable else None)
     return loss, ok
+
+
+def _gradients(
+    stack: Stack,
+    us: Sequence[Matrix],
+    vs: Sequence[Matrix],
+    fvs: Sequence[Matrix],
+    scale: Tensor | None,
+    options: LambdaOptions,
+) -> Aux:
+    """∂⟨w, Q u⟩/∂λ of equal blocks, with a dimension in front, from what the lists that they are of have for them."""
+    u, v, fv = (xs[stack.numbers[0]] for xs in (us, vs, fvs))
+    if any(isinstance(x, LowRank) for x in (u, v, fv)):
+        grads = aux_gradients(stack.blocks[0], u, v, fv, scale, options)
+        return {name: grad[None] for name, grad in grads.items()}
+    whole = stack.matrices(us)
+    w = _dense_residual(whole, stack.matrices(vs), stack.matrices(fvs), options.damping, scale)
+    if options.precondition:
+        w = stacked.product(stack.structures, w)
+    return stacked.gradients(stack.structures, whole, w)
 
 
 def dots(us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix]) -> Tensor:
@@ -68,27 +91,46 @@ def residual(u: Matrix, v: Matrix, fv: Matrix, damping: float, scale: Tensor | N
             c = scale.to(u.E)
             fv, term = fv.scaled(c) if isinstance(fv, LowRank) else dense(fv) * c, term.scaled(c)
         return DenseAndLowRank.of(fv if isinstance(fv, LowRank) else dense(fv), term, u.scaled(-1))
-    curved = torch.add(dense(fv), dense(v), alpha=damping)
-    return (curved if scale is None else curved.mul_(scale.to(curved))).sub_(dense(u))
+    return _dense_residual(dense(u), dense(v), dense(fv), damping, scale)
+
+
+def _dense_residual(u: Tensor, v: Tensor, fv: Tensor, damping: float, scale: Tensor | None) -> Tensor:
+    curved = torch.add(fv, v, alpha=damping)
+    return (curved if scale is None else curved.mul_(scale.to(curved))).sub_(u)
 
 
 def adam_step(block: Block, grads: Aux, options: LambdaOptions, ok: Tensor) -> None:
     """Adam on the block's λ where ``ok``, by torch's fused kernel, one pass over memory; the step is not counted."""
-    device = block.momentum.device
-    skip = 1 - ok.to(device, torch.float32)
-    for name, grad in grads.items():
-        target = block.structure.fishleg_aux[name]
-        if not target.numel():
-            continue
+    _adam([(Stack([block], [0]), {name: grad[None] for name, grad in grads.items()})], options, ok)
+
+
+def _adam(chosen: Sequence[tuple[Stack, Aux]], options: LambdaOptions, ok: Tensor) -> None:
+    """The same of stacks, with gradients that have a dimension in front."""
+    targets, given, averages, squares, steps = (list[Tensor]() for _ in range(5))
+    for stack, grads in chosen:
+        blocks = stack.blocks
+        for name, grad in grads.items():
+            mine = [b.structure.fishleg_aux[name] for b in blocks]
+            if not mine[0].numel():
+                continue
+            targets += mine
+            given += grad.to(mine[0].dtype).contiguous().unbind()
+            averages += [b.exp_avg[name] for b in blocks]
+            squares += [b.exp_avg_sq[name] for b in blocks]
+            steps += together([b.aux_step for b in blocks]).to(mine[0].device, copy=True).unbind()
+    by_device: dict[torch.device, list[int]] = {}
+    for k, target in enumerate(targets):
+        by_device.setdefault(target.device, []).append(k)
+    for device, members in by_device.items():
         adam(
-            [target],
-            [grad.to(target.dtype).contiguous()],
-            [block.exp_avg[name]],
-            [block.exp_avg_sq[name]],
+            [targets[k] for k in members],
+            [given[k] for k in members],
+            [averages[k] for k in members],
+            [squares[k] for k in members],
             [],
-            [block.aux_step.to(device, copy=True)],
+            [steps[k] for k in members],
             fused=True,
-            found_inf=skip,
+            found_inf=1 - ok.to(device, torch.float32),
             amsgrad=False,
             beta1=options.betas[0],
             beta2=options.betas[1],
@@ -97,4 +139,4 @@ def adam_step(block: Block, grads: Aux, options: LambdaOptions, ok: Tensor) -> N
             eps=options.eps,
             maximize=False,
         )
-        torch.autograd.graph.increment_version(target)
+    torch.autograd.graph.increment_version(targets)

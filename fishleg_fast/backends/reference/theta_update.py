@@ -1,87 +1,162 @@
-"""The θ step, in plain torch, and its parts, of which other backends take what they have no kernels for."""
+"""The θ step, in plain torch, and its parts, of which other backends take what they have no kernels for.
+
+Equal blocks are stepped together (``model.stack``): how many operations a step takes does not grow with their number.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...algebra.low_rank import LowRank
-from ...algebra.matrix import Matrix, dense, dot, is_zero
+from ...algebra.matrix import Matrix, dense, dot
 from ...algebra.polar import polar_factors
+from ...algebra.stacks import scalars, together
+from ...algebra.structures import stacked
 from ...model.block import Block, advance
+from ...model.stack import Stack, stacks_of
 from ..protocol import ThetaOptions
-from .products import qv, stacked
 
 RMS = 0.2  # of a normalised update: the convention of Muon's users, under which AdamW's lr roughly carries over
 
 
+@dataclass
+class Direction:
+    """Where equal blocks go."""
+
+    stack: Stack
+    g: Tensor | LowRank  # (count, m, n), or that of the one block
+    x: Tensor | LowRank  # what m averages
+    nat: Tensor  # (count, m, n), before its bias correction
+    correction: Tensor  # (count,), what that divides by
+    norms: Tensor  # ‖nat‖ with it, (count,)
+    scales: Tensor  # what multiplies nat, (count,)
+
+    @staticmethod
+    def of(stack: Stack, gs: Sequence[Matrix], options: ThetaOptions) -> Direction:
+        """Not scaled yet."""
+        g, x, nat = _x_and_nat(stack, gs, options)
+        correction = _correction(stack, options, nat)
+        norms = torch.linalg.vector_norm(nat, dim=(1, 2)) / correction
+        return Direction(stack, g, x, nat, correction, norms, 1 / correction)
+
+
 def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOptions) -> tuple[Tensor, Tensor]:
-    """m ← βm + (1−β)g; nat = Q m̂ with m̂ = m/(1−βᵗ); θ ← θ − lr·(c·nat + wd·θ): see ``protocol.Ops``."""
-    capturable = options.capturable
-    xs, nats, corrections = [], [], []
-    for block, g in zip(blocks, gs, strict=True):
-        x, nat = direction(block, g, options)
-        xs.append(x)
-        nats.append(nat)
-        corrections.append(1 - block.beta ** _number(block.step + options.averages, capturable))
-    norms = stacked([torch.linalg.vector_norm(nat) for nat in nats])
-    corrected = stacked(corrections).to(norms) if capturable else norms.new_tensor(corrections)
-    norms = norms / corrected
-    ok = torch.isfinite(norms).all()
-    if not capturable and not ok:
+    """m ← βm + (1−β)g; nat = Q m̂; θ ← θ − lr·(c·nat + wd·θ): see ``protocol.Ops``."""
+    stacks = stacks_of(blocks, gs, more=[(b.flattened, *map(id, b.groups), *_missing(b)) for b in blocks])
+    directions = [Direction.of(stack, gs, options) for stack in stacks]
+    numbers = [k for d in directions for k in d.stack.numbers]
+    norms = dict(zip(numbers, [norm for d in directions for norm in d.norms.unbind()], strict=True))
+    found = scalars([norms[k] for k in range(len(blocks))])
+    ok = torch.isfinite(found).all()
+    if not options.capturable and not ok:
         for block in blocks:
             block.product_version = None  # it is ahead of m
-        return norms, ok
-    if options.normalize == "rms":
-        scales = rms_scales(gs, nats, norms)
-    elif options.normalize == "spectral":
-        flat = [b.flattened for b in blocks]
-        scales = spectral_scales(flat, gs, nats, norms, corrected)
-        nats = flattened(flat, nats)
-    elif options.normalize == "trust":
-        lengths = [trust_length(b, g, nat, options) for b, g, nat in zip(blocks, gs, nats, strict=True)]
-        total = (stacked(lengths) / (corrected**2 if options.before else corrected)).sum()
-        scales = trust_scale(total, options.kappa).expand_as(norms)
-    else:
-        scales = torch.ones_like(norms)
-    scales = scales / corrected
-    for block, x, nat, c in zip(blocks, xs, nats, scales if capturable else scales.tolist(), strict=True):
-        move(block, x, nat, c, ok, capturable)
-    advance([block.step for block in blocks], ok if capturable else None)
-    return norms, ok
+        return found, ok
+    _scale(directions, options)
+    for d in directions:
+        move_stack(d.stack, d.x, d.nat, d.scales, ok if options.capturable else None)
+    advance([block.step for block in blocks], ok if options.capturable else None)
+    return found, ok
+
+
+def _missing(block: Block) -> tuple[bool, ...]:
+    return tuple(g is None for g in block.grads)
+
+
+def _scale(directions: Sequence[Direction], options: ThetaOptions) -> None:
+    """Make each nat what the blocks move along, but for ``scales``."""
+    if options.normalize == "spectral":
+        _flatten([d for d in directions if d.stack.blocks[0].flattened])
+    if options.normalize == "trust":
+        total = scalars([_trust_lengths(d, options).sum() for d in directions]).sum()
+        for d in directions:
+            d.scales = trust_scale(total, options.kappa).to(d.nat.device) / d.correction
+    for d in directions if options.normalize in ("rms", "spectral") else ():
+        flat = options.normalize == "spectral" and d.stack.blocks[0].flattened
+        d.scales = rms_scale(d.stack.blocks[0].shape, flat, d.g, d.norms, d.correction) / d.correction
+
+
+def _trust_lengths(d: Direction, options: ThetaOptions) -> Tensor:
+    correction = d.correction**2 if options.before else d.correction
+    return _lengths(d.stack, d.g, d.nat, options) / correction
+
+
+def _flatten(directions: Sequence[Direction]) -> None:
+    """The polar factor of each nat in its place."""
+    exact = all(d.nat.device.type == "cpu" for d in directions)  # elsewhere TF32 may be on
+    factors = polar_factors([nat for d in directions for nat in d.nat.unbind()], exact)
+    for d in directions:
+        d.nat = together([factors.pop(0) for _ in d.stack.blocks])
+
+
+def _correction(stack: Stack, options: ThetaOptions, like: Tensor) -> Tensor:
+    """1 − βᵗ of each block, (count,), with t of this step."""
+    beta = stack.blocks[0].beta
+    steps = together([b.step for b in stack.blocks]).to(like) + options.averages
+    return torch.expm1(steps * (math.log(beta) if beta > 0 else -math.inf)).neg_()
+
+
+def _x_and_nat(
+    stack: Stack, gs: Sequence[Matrix], options: ThetaOptions
+) -> tuple[Tensor | LowRank, Tensor | LowRank, Tensor]:
+    """g, what m averages, and nat before its bias correction, of ``gs`` for the list that the stack is of."""
+    block, g = stack.blocks[0], gs[stack.numbers[0]]
+    if isinstance(g, LowRank):
+        if options.before:
+            return g, g, _low_rank_natural(block, g, options.averages)[None]
+        x = block.structure.low_rank_product(g).dense[None].to(block.dtype)
+        return g, x, _averaged(stack, x, options.averages)
+    whole = stack.matrices(gs)
+    if options.before:
+        return whole, whole, stacked.product(stack.structures, _averaged(stack, whole, options.averages))
+    x = stacked.product(stack.structures, whole)
+    return whole, x, _averaged(stack, x, options.averages)
 
 
 def direction(block: Block, g: Matrix, options: ThetaOptions) -> tuple[Matrix, Tensor]:
-    """What m averages, and nat before its bias correction."""
-    if options.before:
-        return g, _natural(block, g, options.averages)
-    x = dense(qv([block], [g])[0]).to(block.dtype)
-    return x, _averaged(block, x, options.averages)
+    """What m averages, and nat before its bias correction, of one block."""
+    _, x, nat = _x_and_nat(Stack([block], [0]), [g], options)
+    return x if isinstance(x, LowRank) else x[0], nat[0]
+
+
+def move_stack(stack: Stack, x: Tensor | LowRank, nat: Tensor, c: Tensor, ok: Tensor | None) -> None:
+    """Average x into m and move θ along nat times c (count,), where ``ok``; None: it is. ``nat`` is spent."""
+    _average(stack, x, ok)
+    delta = nat.mul_(c.to(nat)[:, None, None])
+    block = stack.blocks[0]
+    for k, (piece, grad, group) in enumerate(zip(stack.split(delta), block.grads, block.groups, strict=True)):
+        if grad is not None:
+            _move([b.parts[k].of(b.params[k]) for b in stack.blocks], piece, group, ok)
 
 
 def move(block: Block, x: Matrix, nat: Tensor, c: Tensor | float, ok: Tensor, capturable: bool) -> None:
-    """Average x into m and move θ along nat times c, where ``ok``; a float c tells that it is."""
-    _average(block, x, ok if capturable else None)
-    pieces = zip(block.parts, block.split(nat), block.grads, block.groups, strict=True)
-    for part, piece, grad, group in pieces:
-        if grad is not None:
-            _move(part.of(part.param), piece, c, group, ok)
+    """The same of one block and scalar c, which a float c tells to be ``ok``. ``nat`` is spent."""
+    scale = c if isinstance(c, Tensor) else nat.new_full((), c)
+    given = x if isinstance(x, LowRank) else dense(x)[None]
+    move_stack(Stack([block], [0]), given, nat[None], scale[None], ok if capturable else None)
 
 
-def _number(t: Tensor, capturable: bool) -> Tensor | float:
-    return t if capturable else t.item()
+def _averaged(stack: Stack, x: Tensor, times: int) -> Tensor:
+    """m with x averaged into it ``times`` times, (count, m, n)."""
+    return torch.lerp(together([b.momentum for b in stack.blocks]), x, 1 - stack.blocks[0].beta ** times)
 
 
-def _averaged(block: Block, x: Matrix, times: int) -> Tensor:
-    """m with x averaged into it ``times`` times, a new tensor."""
-    weight = 1 - block.beta**times
-    if not isinstance(x, LowRank):
-        return torch.lerp(block.momentum, dense(x), weight)
-    average = block.momentum.clone()
-    _average_pieces(block, average, weight)
-    return average
+def _average(stack: Stack, x: Tensor | LowRank, ok: Tensor | None) -> None:
+    """m ← βm + (1−β)x, in place, where ``ok``."""
+    block, momenta = stack.blocks[0], [b.momentum for b in stack.blocks]
+    if isinstance(x, LowRank):
+        _average_pieces(block, block.momentum, 1 - block.beta)
+        return
+    if ok is not None:
+        x = torch.where(ok.to(x.device), x, together(momenta))
+    torch._foreach_lerp_(momenta, list(x.unbind()), 1 - block.beta)
+    for b in stack.blocks:
+        b.product_version = None
 
 
 def _average_pieces(block: Block, average: Tensor, weight: float) -> None:
@@ -91,20 +166,8 @@ def _average_pieces(block: Block, average: Tensor, weight: float) -> None:
             view.lerp_(grad, weight)
 
 
-def _average(block: Block, x: Matrix, ok: Tensor | None) -> None:
-    """m ← βm + (1−β)x, in place, where ``ok``."""
-    if isinstance(x, LowRank):
-        _average_pieces(block, block.momentum, 1 - block.beta)
-    else:
-        block.product_version = None
-        x = dense(x)
-        block.momentum.lerp_(x if ok is None else torch.where(ok.to(x.device), x, block.momentum), 1 - block.beta)
-
-
-def _natural(block: Block, g: Matrix, times: int) -> Tensor:
-    """Q m̂, but for the bias correction. Of a low-rank g by products of g alone, once Q m is known."""
-    if not isinstance(g, LowRank):
-        return block.structure.product(_averaged(block, g, times))
+def _low_rank_natural(block: Block, g: LowRank, times: int) -> Tensor:
+    """Q m̂, but for the bias correction, by products of g alone once Q m is known."""
     ensure_product(block)
     product, nat = block.buffers()
     block.structure.low_rank_product(g).into(nat)
@@ -120,52 +183,46 @@ def ensure_product(block: Block) -> None:
         block.product_version = block.structure.version
 
 
-def _constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers of ``like``'s kind. A CUDA graph cannot capture their copy from the host."""
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.stack([like.new_full((), value) for value in values])
-    return like.new_tensor(values)
+def _still(g: Tensor | LowRank, norms: Tensor) -> Tensor:
+    """Where g is all zero, since what is left of m would fade and be blown up, or nat is: (count,)."""
+    if isinstance(g, LowRank):  # which is not zero
+        return norms == 0
+    return (torch.linalg.vector_norm(g, math.inf, dim=(1, 2)) == 0) | (norms == 0)
 
 
-def _still(gs: Sequence[Matrix], norms: Tensor) -> Tensor:
-    """Where g is all zero, since what is left of m would fade and be blown up, or nat is."""
-    nonzero = norms.new_zeros((), dtype=torch.bool)
-    zeros = [  # one of low rank is not zero
-        nonzero if isinstance(g, LowRank) else is_zero(dense(g)).to(norms.device) for g in gs
-    ]
-    return torch.stack(zeros) | (norms == 0)
+def rms_scale(shape: tuple[int, int], flat: bool, g: Tensor | LowRank, norms: Tensor, correction: Tensor) -> Tensor:
+    """c of blocks of one shape, (count,): 0 where they should not move.
+
+    A full polar factor (``flat``), or a nat left as it is, gets the size of "rms".
+    """
+    size = RMS * (max(shape) if flat else shape[0] * shape[1]) ** 0.5
+    return torch.where(_still(g, norms), 0, size * (correction if flat else 1 / norms))
 
 
-def rms_scales(gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor) -> Tensor:
-    """c of each block, (len(blocks),): 0 where it should not move."""
-    sizes = _constants([RMS * nat.numel() ** 0.5 for nat in nats], norms)
-    return torch.where(_still(gs, norms), 0, sizes / norms)
-
-
-def flattened(flat: Sequence[bool], nats: Sequence[Tensor]) -> list[Tensor]:
-    """The polar factor of each nat that is to give way to it."""
-    found = list(nats)
-    chosen = [k for k, mine in enumerate(flat) if mine]
-    exact = all(nats[k].device.type == "cpu" for k in chosen)  # elsewhere TF32 may be on
-    for k, factor in zip(chosen, polar_factors([nats[k] for k in chosen], exact), strict=True):
-        found[k] = factor
-    return found
-
-
-def spectral_scales(
-    flat: Sequence[bool], gs: Sequence[Matrix], nats: Sequence[Tensor], norms: Tensor, corrected: Tensor
-) -> Tensor:
-    """c of each block, (len(blocks),): a full polar factor, or a nat left as it is, gets the size of "rms"."""
-    entries = [max(nat.shape) if mine else nat.numel() for mine, nat in zip(flat, nats, strict=True)]
-    sizes = _constants([RMS * count**0.5 for count in entries], norms)
-    factor = torch.where(_constants(flat, norms) != 0, corrected, 1 / norms)
-    return torch.where(_still(gs, norms), 0, sizes * factor)
+def spectral_scale(block: Block, g: Matrix, flat: bool, norm: Tensor, correction: Tensor) -> Tensor:
+    """The same of one block: a scalar."""
+    given = g if isinstance(g, LowRank) else dense(g)[None]
+    return rms_scale(block.shape, flat, given, norm[None], correction[None])[0]
 
 
 def trust_length(block: Block, g: Matrix, nat: Tensor, options: ThetaOptions) -> Tensor:
-    """lr₀² m̂ᵀnat (gᵀnat with momentum "after") before the bias correction: a scalar."""
-    paired = _averaged(block, g, options.averages) if options.before else g
-    return dot(paired, nat) * block.groups[0]["base_lr"] ** 2
+    """lr₀² m̂ᵀnat (gᵀnat with momentum "after") before the bias correction, of one block: a scalar."""
+    given = g if isinstance(g, LowRank) else dense(g)[None]
+    return _lengths(Stack([block], [0]), given, nat[None], options)[0]
+
+
+def _lengths(stack: Stack, g: Tensor | LowRank, nat: Tensor, options: ThetaOptions) -> Tensor:
+    block, weight = stack.blocks[0], 1 - stack.blocks[0].beta ** options.averages
+    if isinstance(g, LowRank):
+        if options.before:
+            paired = block.momentum.clone()
+            _average_pieces(block, paired, weight)
+            found = dot(paired, nat[0])[None]
+        else:
+            found = dot(g, nat[0])[None]
+    else:
+        found = ((_averaged(stack, g, options.averages) if options.before else g) * nat).sum((1, 2))
+    return found * block.groups[0]["base_lr"] ** 2
 
 
 def trust_scale(length: Tensor, kappa: float) -> Tensor:
@@ -173,13 +230,16 @@ def trust_scale(length: Tensor, kappa: float) -> Tensor:
     return (kappa / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt().clamp_max(1)
 
 
-def _move(theta: Tensor, nat: Tensor, c: Tensor | float, group: dict, ok: Tensor) -> None:
-    """θ ← θ − lr·(c·nat + wd·θ); with a tensor c on the device alone, and only where ``ok``. ``nat`` is spent."""
+def _move(thetas: list[Tensor], delta: Tensor, group: dict, ok: Tensor | None) -> None:
+    """θ ← θ − lr·(delta + wd·θ) of tensors (count, *shape), where ``ok``. ``delta`` is spent."""
     lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(c, Tensor):
-        delta = (nat * c.to(nat)).add_(theta, alpha=decay).mul_(lr)
-        theta.sub_(torch.where(ok.to(delta.device), delta, 0))
-        return
     if decay != 0:
-        nat, c = nat.mul_(c).add_(theta, alpha=decay), 1.0
-    theta.add_(nat, alpha=-float(lr) * c)
+        delta = delta.add_(together(thetas), alpha=decay)
+    if isinstance(lr, Tensor):
+        delta, lr = delta.mul_(lr), 1.0
+    if ok is not None:
+        delta = torch.where(ok.to(delta.device), delta, 0)
+    if thetas[0].dtype == delta.dtype:
+        torch._foreach_add_(thetas, list(delta.unbind()), alpha=-lr)
+    else:  # a launch each, of the above
+        torch._foreach_copy_(thetas, list(torch.sub(together(thetas), delta, alpha=lr).unbind()))
