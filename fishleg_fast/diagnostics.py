@@ -51,7 +51,11 @@ class Diagnostics:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take up a checkpoint's counters."""
-        self._counts = {name: saved[name] for name in self._counts}
+        for name, known in self._counts.items():
+            if isinstance(known, Tensor):
+                known.fill_(saved[name])
+            else:
+                self._counts[name] = saved[name]
         self._seen = self.counts()
 
     def note_gradient(self, norm: Tensor) -> None:
@@ -67,7 +71,7 @@ class Diagnostics:
         self._counts["aux_steps"] += 1
         self._last["aux_loss"] = loss
         if self._on_device:
-            self._counts["skipped_aux_steps"] = self._counts["skipped_aux_steps"] + ~ok
+            self._count_on_device("skipped_aux_steps", ~ok)
         elif not ok:
             _refuse_bad_aux(blocks)
             self._counts["skipped_aux_steps"] += 1
@@ -77,10 +81,29 @@ class Diagnostics:
         self._counts["steps"] += 1
         self._last["nat_norm"] = ([b.name for b in stepped], norms)
         if self._on_device:
-            self._counts["skipped_steps"] = self._counts["skipped_steps"] + ~ok
+            self._count_on_device("skipped_steps", ~ok)
         elif not ok:
             _refuse_bad_aux(blocks)
             self.skip_step("the natural gradient is not finite")
+
+    def _count_on_device(self, name: str, more: Tensor) -> None:
+        """In place, as a CUDA graph needs it."""
+        if not isinstance(self._counts[name], Tensor):
+            self._counts[name] = torch.full((), self._counts[name], dtype=torch.int64, device=more.device)
+        self._counts[name].add_(more)
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers of the latest θ step, where they are."""
+        return {name: value for name, value in self._last.items() if name != "aux_loss"}
+
+    def count_replay(self, figures: Mapping[str, Any]) -> None:
+        """A CUDA graph takes a θ step, whose figures these are."""
+        self._counts["steps"] += 1
+        self._last.update(figures)
+
+    def forget_steps(self, steps: int) -> None:
+        """There were only so many after all."""
+        self._counts["steps"] = steps
 
     def skip_step(self, reason: str) -> None:
         """A step was not taken. The first is to be warned of."""
@@ -93,7 +116,6 @@ class Diagnostics:
         spoilt.
         """
         seen, self._seen = self._seen, self.counts()
-        self._counts = dict(self._seen)
         skipped = self._seen["skipped_steps"] > seen["skipped_steps"]
         if skipped or self._seen["skipped_aux_steps"] > seen["skipped_aux_steps"]:
             _refuse_bad_aux(blocks)

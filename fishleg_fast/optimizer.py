@@ -15,6 +15,7 @@ from .algebra.low_rank import LowRank
 from .algebra.matrix import Matrix
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
+from .capture import CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
 from .fisher import forward_mode
 from .fisher.learning import CurvatureLearner
@@ -128,9 +129,10 @@ class FishLeg(Optimizer):
             setting, but is "high" (TF32) on CUDA where it is torch's default.
         thin_gradients: watch linear layers' inputs and output gradients (forward hooks), of which their gradients are
             products of low rank: cheaper where the batch is smaller than the layer, and the same but for rounding.
-        capturable: decide everything in a step on the device, without synchronisation. A CUDA graph replays the one
-            step that it captured: capture one without an update of λ, which rests in replays, and take steps outside
-            the graph between them. Of those alone, one in update_aux_every learns λ, one in anchor_every anchors it.
+        capturable: decide everything in a step on the device, without synchronisation, as steps are on a GPU in any
+            case; and wait for nothing to tell of skipped steps either. ``capture`` makes a CUDA graph of a step. In a
+            graph captured otherwise λ rests: capture a step without an update of λ, and take steps outside the graph
+            between replays; of those alone, one in update_aux_every learns λ, one in anchor_every anchors it.
         writer: a tensorboard SummaryWriter (anything with add_scalar), given the diagnostics at updates of λ.
 
     Raises:
@@ -230,6 +232,7 @@ class FishLeg(Optimizer):
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole)
         self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
         self._diagnostics = Diagnostics(on_device, writer)
+        self._step_supports_amp_scaling = capturable  # GradScaler then does not wait for the device before a step
         self._passes.tell = self._diagnostics.note
         self._publish_progress()
         self._look_ahead()
@@ -340,6 +343,7 @@ class FishLeg(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._unscale()
         try:
             forgotten = len(self.state) < self._published
             if forgotten or not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
@@ -355,6 +359,54 @@ class FishLeg(Optimizer):
             self._look_ahead()
         self._diagnostics.warn(_CALLER)
         return loss
+
+    def _unscale(self) -> None:
+        """Divide the gradients by GradScaler's scale, which it leaves to optimizers that need not wait for its checks:
+        those that have ``_step_supports_amp_scaling``. What is not finite is found as ever.
+        """
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None:
+            return
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_device.setdefault(p.grad.device, []).append(p.grad)
+        for device, grads in by_device.items():
+            torch._foreach_mul_(grads, scale.double().reciprocal().to(device, torch.float32))
+
+    def capture(self, step: Callable[[], Any]) -> CapturedStep:
+        """``step`` as a CUDA graph, with λ learned: a function that takes a step at each call.
+
+        ``step()`` takes one training step: forward and backward pass and ``optimizer.step()``, on inputs that are in
+        the same tensors each time (copy the next batch to them before each call), without reading a value from the
+        device. What it returns is returned; of replayed steps it is overwritten by the next.
+
+        The first steps, and those with an update of λ or anchoring, run as they are, on a stream of their own; the
+        others are replays of one graph, which is captured again where parameters, the model's mode or a group's numbers
+        have changed. An lr that is a scalar tensor on the device may change, and schedulers write to it. A GradScaler
+        belongs into ``step``, with ``capturable=True``.
+
+        ValueError without a CUDA device or ``capturable=True``; RuntimeError, in a step, where it cannot be captured.
+        """
+        if not self.settings.capturable:
+            raise ValueError("capture needs capturable=True, but the optimizer was made with: False")
+        device = self.blocks[0].momentum.device
+        if device.type != "cuda":
+            raise ValueError(f"capture needs a model on a CUDA device, but it is on: {device}")
+        for group in self.param_groups:
+            if isinstance(lr := group["lr"], Tensor) and lr.device != device:
+                raise ValueError(f"lr should be a float or a tensor on {device} to be captured but is on: {lr.device}")
+        return CapturedStep(self._training, step, CudaGraphs(device))
+
+    @property
+    def _training(self) -> Training:
+        return Training(self, self._diagnostics, self._ordinary, lambda: memory_facts(self.model, self.blocks))
+
+    def _ordinary(self) -> bool:
+        """Whether the next step neither learns nor anchors λ."""
+        learner, count = self._learner, self._diagnostics.steps
+        return not learner.updates_due(count) and not learner.anchor_due(self.blocks, count)
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""

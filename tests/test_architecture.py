@@ -32,9 +32,14 @@ MAY_IMPORT = {
         "algebra model precision backends.protocol",
         "the reference is plain torch: no other backend and no extension",
     ),
-    "backends.registry": ("backends kernels", "it is the table of backends"),
+    "backends.registry": ("backends kernels selfcheck", "it is the table of backends, and asks whether one is right"),
     "kernels": ("algebra model backends", "the Triton kernels are a backend like the others"),
     "kernels.device": ("", "Triton compiles these for a device: nothing of the host is there"),
+    "selfcheck": (
+        "_version native precision algebra model backends.protocol backends.reference backends.arithmetic "
+        "kernels.host.configurations",
+        "what checks ops is given them: it knows the reference, and no other backend, but for the tiles that it tunes",
+    ),
     "passes": (
         "algebra model likelihoods backends.cpu.agreement",
         "passes know a model and its loss, not what is made of them",
@@ -45,14 +50,18 @@ MAY_IMPORT = {
         "options are checked by what is known of their values, and not by who takes them",
     ),
     "checkpoint": ("model", "what is saved is of blocks"),
+    "capture": ("model diagnostics", "a graph holds a step, and knows of an optimizer what it is told"),
     "diagnostics": ("model", "what is told is of blocks"),
     "optimizer": (
         "algebra model likelihoods precision backends.registry backends.arithmetic passes fisher options checkpoint "
-        "diagnostics",
+        "diagnostics capture",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),
-    "__main__": ("_version backends.registry model.estimate native", "it reports the backends, and a model's cost"),
+    "__main__": (
+        "_version backends.registry model.estimate native precision selfcheck",
+        "it reports the backends, whether they are right, and a model's cost",
+    ),
 }
 
 
