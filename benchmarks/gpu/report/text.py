@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.common.tables import table
 from benchmarks.gpu.report.lookup import OPPONENTS, TIMINGS, Data, compiled, floor, ms, sizes
 from benchmarks.gpu.report.targets import targets
+from benchmarks.gpu.shapes import LISTS
 
 OPS = {"qv": "Q v", "refresh": "P and S refreshed", "theta_step": "θ step (op)", "lambda_step": "λ step (op)"}
 TITLE = "# Kernels and steps on a GPU"
@@ -158,6 +159,19 @@ def _peak_text(data: Data) -> list[str]:
     return [table(["", "measured"], rows)] if rows else ["Not measured."]
 
 
+def _reach_text(data: Data) -> list[str]:
+    """How near to their floors the kernels can come by counts, on a card whose peaks are known."""
+    from benchmarks.gpu import reach  # which needs the package, as no other table does
+
+    device = str(data.get("environment", {}).get("device", ""))
+    card = next((c for name, c in reach.CARDS.items() if name in device), None)
+    if card is None:
+        return []
+    header = ["list", "kernel", "floor, µs", "by counts, µs", "reach", "what takes it"]
+    found = [[name, *row] for name, shapes in LISTS.items() for row in reach.rows(shapes, "tf32", card)]
+    return ["## What the Triton kernels can reach at TF32, by counts", "", table(header, found), ""]
+
+
 def _head_text(data: Data) -> list[str]:
     """Where, when and how it was measured; the backends, the build and the tests."""
     env, tests, build = data.get("environment", {}), data.get("tests", {}), data.get("build", {})
@@ -201,6 +215,7 @@ def render(data: Data) -> str:
         *_theta_text(data),
         *_train_text(data),
         *(line for op in OPS for line in _op_text(data, op)),
+        *_reach_text(data),
     ]
     kinds = ("error", "capture error", "launches error")
     errors = [f"- {key}: {r[kind]}" for key, r in data["results"].items() for kind in kinds if kind in r]
