@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .algebra.low_rank import LowRank
-from .algebra.matrix import Matrix
+from .algebra.matrix import Matrix, widest
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
 from .capture import CapturedStep, CudaGraphs, Training, memory_facts
@@ -373,7 +373,7 @@ class FishLeg(Optimizer):
                 if p.grad is not None:
                     by_device.setdefault(p.grad.device, []).append(p.grad)
         for device, grads in by_device.items():
-            torch._foreach_mul_(grads, scale.double().reciprocal().to(device, torch.float32))
+            torch._foreach_mul_(grads, scale.to(widest(scale.device)).reciprocal().to(device, torch.float32))
 
     def capture(self, step: Callable[[], Any]) -> CapturedStep:
         """``step`` as a CUDA graph, with λ learned: a function that takes a step at each call.

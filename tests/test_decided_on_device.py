@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fishleg_fast import FishLeg, GaussianLikelihood
+from fishleg_fast.fisher import layer_check
 from fishleg_fast.precision import own_precision
 
 LIKELIHOOD = GaussianLikelihood()
@@ -126,3 +131,25 @@ def test_an_ordinary_step_does_not_wait(backend: str | None) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's GPUs; single values may go to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves(found):
+            assert not (isinstance(t, Tensor) and t.dtype == torch.float64), f"{func} makes float64"
+        return found
+
+
+@pytest.mark.parametrize("fisher", ["ggn", "hessian", "antithetic", "rank1"])
+@pytest.mark.parametrize("anchor_from", ["drawn", "training"])
+def test_a_device_without_float64_will_do(fisher: str, anchor_from: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fishleg_fast.") and hasattr(module, "widest"):
+            monkeypatch.setattr(module, "widest", lambda device: torch.float32)
+    monkeypatch.setattr(layer_check.LayerCheck, "note", lambda self: None)  # of figures that are on the host
+    optimizer = make(backend="reference", fisher=fisher, anchor_from=anchor_from)
+    with NoFloat64():
+        assert train(optimizer, 21) == []

@@ -10,6 +10,11 @@ from torch import Tensor
 from .low_rank import DenseAndLowRank, LowRank
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Deferred(Protocol):
     """A matrix that lies elsewhere, in pieces say, until its entries are wanted together."""
 

@@ -80,7 +80,7 @@ class LayerCheck(LayerPass):
         the benefit of the doubt.
         """
         seen = [b for b in self._blocks if id(b) in self._products]
-        excess = [self._excess(b, *self._products[id(b)]).to("cpu", torch.float64) for b in seen]
+        excess = [self._excess(b, *self._products[id(b)]).cpu().double() for b in seen]
         for block in self._blocks:
             block.layer_agrees = True
         for block, wrong in zip(seen, (torch.stack(excess) > 0).tolist() if excess else (), strict=True):

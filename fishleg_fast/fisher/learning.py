@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..algebra.costs import count_applications
 from ..algebra.low_rank import LowRank
 from ..algebra.maths import Applications, Aux
-from ..algebra.matrix import Matrix, dense, dot
+from ..algebra.matrix import Matrix, dense, dot, widest
 from ..algebra.stacks import scalars
 from ..algebra.structures import stacked
 from ..backends.protocol import LambdaOptions, Ops
@@ -98,7 +98,7 @@ def set_units(blocks: Sequence[Block], moved: Sequence[Block]) -> None:
     chosen = {id(b) for b in moved}
     stacks = stacks_of([b for b, _ in known], more=[weight for _, weight in known])
     device = known[0][0].momentum.device
-    means = [_mean_eigenvalues(stack, known[stack.numbers[0]][1]).to(device, torch.float64) for stack in stacks]
+    means = [_mean_eigenvalues(stack, known[stack.numbers[0]][1]).to(device, widest(device)) for stack in stacks]
     totals = [mean.sum() * stack.blocks[0].momentum.numel() for stack, mean in zip(stacks, means, strict=True)]
     mean = torch.stack(totals).sum() / sum(b.momentum.numel() for b, _ in known)
     targets, units = [], []
@@ -260,7 +260,8 @@ class CurvatureLearner:
         found = [dot(vs[k], fvs[k]) for k in told]
         if not told:
             return list(fvs)
-        ratio = torch.stack([x.double() for x in expected]).sum() / torch.stack([x.double() for x in found]).sum()
+        wide = widest(expected[0].device)
+        ratio = torch.stack([x.to(wide) for x in expected]).sum() / torch.stack([x.to(wide) for x in found]).sum()
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1)
         return scaled(fvs, ratio.expand(len(fvs)))
 

@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from ..algebra.matrix import widest
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 
@@ -179,9 +180,10 @@ def check_tangent(
     What an operation hides from one derivative, and not from the other, shows: tangents pass by ``torch.no_grad()``,
     and are lost in scripted functions; opaque operations drop out of second derivatives.
     """
-    there = 0.0 if tangent is None else float(torch.sum(w.double() * tangent.double()))
-    terms = [torch.sum(g.detach() * v).double() for g, (_, v) in zip(pulled, mine, strict=True)]
-    back = torch.stack([*terms, *(term.double() for term in others)])
+    wide = widest(w.device)
+    there = 0.0 if tangent is None else float(torch.sum(w.to(wide) * tangent.to(wide)))
+    terms = [torch.sum(g.detach() * v).to(wide) for g, (_, v) in zip(pulled, mine, strict=True)]
+    back = torch.stack([*terms, *(term.to(wide) for term in others)])
     rounding = _rounding([w, *(v for _, v in mine)], autocast)
     if abs(there - float(back.sum())) > rounding * max(float(back.abs().sum()), abs(there)):
         raise WrongDerivative(
@@ -311,8 +313,8 @@ def hessian(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tenso
         if due:
             images = [(g, x.detach()) for g, x in zip(grads, found, strict=True) if g.requires_grad]
             again = gradients([g for g, _ in images], params, [x for _, x in images])
-            there = sum(float(x.double().square().sum()) for x in found)  # ⟨Hv, Hv⟩ = ⟨v, H Hv⟩
-            back = sum(float(torch.sum(x * v).double()) for x, v in zip(again, vs, strict=True))
+            there = sum(float(x.to(widest(x.device)).square().sum()) for x in found)  # ⟨Hv, Hv⟩ = ⟨v, H Hv⟩
+            back = sum(float(torch.sum(x * v)) for x, v in zip(again, vs, strict=True))
             if abs(there - back) > _rounding(found, inputs.autocast) * max(there, abs(back)):
                 raise WrongDerivative("second derivatives are not symmetric: an operation hides from them")
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from ..factors import trace
 from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
 from ..maths import Applications, Aux, Maths, no_cache
-from ..matrix import Matrix
+from ..matrix import Matrix, widest
 
+T = TypeVar("T")
 LambdaVersion = tuple[tuple[int, int], ...]
 
 
@@ -39,6 +40,13 @@ def finite(moments: Aux, batch: int = 0) -> Tensor:
     """
     sums = [trace(t, batch) if name in ("rows", "columns") else t.flatten(batch).sum(-1) for name, t in moments.items()]
     return torch.isfinite(torch.stack(sums)).all(0)
+
+
+def _doubled(x: T) -> T:
+    """A tensor in float64, on the CPU where its device has none; numbers as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.double() if widest(x.device) == torch.float64 else x.cpu().double()
 
 
 class LayerStatistics(NamedTuple):
@@ -289,8 +297,8 @@ class Structure:
         """
         start = self.kfac_start(moments, damping, weight)
         if start is not None and not start[1] and finite(moments):
-            wide = weight.double() if isinstance(weight, Tensor) else weight
-            start = self.kfac_start({name: t.double() for name, t in moments.items()}, damping, wide, floor=1e-12)
+            doubled = {name: _doubled(t) for name, t in moments.items()}
+            start = self.kfac_start(doubled, damping, _doubled(weight), floor=1e-12)
         if start is None:
             return
         if not start[1]:

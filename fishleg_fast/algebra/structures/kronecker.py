@@ -12,7 +12,7 @@ from ..costs import low_rank_pays
 from ..factors import cross, describe, diagonal, inverse_root, mul, rmul, spread, trace, transpose
 from ..low_rank import LowRank
 from ..maths import Aux
-from ..matrix import Matrix, dense
+from ..matrix import Matrix, dense, widest
 from .base import LayerStatistics, Structure, float_dtype, size
 
 
@@ -157,7 +157,7 @@ class Kronecker(Structure):
         # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
         # layer that starts at zero, π puts twenty orders of magnitude between them.
         sizes = [
-            torch.linalg.vector_norm(diagonal(F, k, batch), dim=-1, dtype=torch.float64) / k**0.5
+            torch.linalg.vector_norm(diagonal(F, k, batch), dim=-1, dtype=widest(F.device)) / k**0.5
             for F, k in ((R, m), (L, n))
         ]
         c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
