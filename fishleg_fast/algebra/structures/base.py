@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
 from ..maths import Applications, Aux, Maths, no_cache
 from ..matrix import Matrix, widest
 
-T = TypeVar("T")
 LambdaVersion = tuple[tuple[int, int], ...]
 
 
@@ -42,10 +41,8 @@ def finite(moments: Aux, batch: int = 0) -> Tensor:
     return torch.isfinite(torch.stack(sums)).all(0)
 
 
-def _doubled(x: T) -> T:
-    """A tensor in float64, on the CPU where its device has none; numbers as they are."""
-    if not isinstance(x, Tensor):
-        return x
+def _doubled(x: Tensor) -> Tensor:
+    """In float64, on the CPU where its device has none."""
     return x.double() if widest(x.device) == torch.float64 else x.cpu().double()
 
 
@@ -298,7 +295,8 @@ class Structure:
         start = self.kfac_start(moments, damping, weight)
         if start is not None and not start[1] and finite(moments):
             doubled = {name: _doubled(t) for name, t in moments.items()}
-            start = self.kfac_start(doubled, damping, _doubled(weight), floor=1e-12)
+            wide = _doubled(weight) if isinstance(weight, Tensor) else weight
+            start = self.kfac_start(doubled, damping, wide, floor=1e-12)
         if start is None:
             return
         if not start[1]:
