@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .backends import registry
 from .backends.arithmetic import own_arithmetic
 from .capture import CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
+from .distributed.ranks import Ranks
 from .fisher import forward_mode
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
@@ -133,6 +134,8 @@ class FishLeg(Optimizer):
             case; and wait for nothing to tell of skipped steps either. ``capture`` makes a CUDA graph of a step. In a
             graph captured otherwise λ rests: capture a step without an update of λ, and take steps outside the graph
             between replays; of those alone, one in update_aux_every learns λ, one in anchor_every anchors it.
+        process_group: the ranks over which gradients are averaged, which average the curvature too. None: those of a
+            DistributedDataParallel; without one, this process alone. All ranks make the optimizer, and step, together.
         writer: a tensorboard SummaryWriter (anything with add_scalar), given the diagnostics at updates of λ.
 
     Raises:
@@ -183,6 +186,7 @@ class FishLeg(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         default_fisher = "hessian" if likelihood is None else "ggn"
         fisher = default_fisher if fisher is None else fisher
@@ -207,7 +211,9 @@ class FishLeg(Optimizer):
         self._roots = [("", model)]
         if likelihood is not None and all(module is not likelihood for module in model.modules()):
             self._roots.append(("likelihood.", likelihood))
-        watched = thin_gradients and not on_device  # whether a gradient is of low rank is decided on the host
+        self._ranks = Ranks.of(model, process_group)
+        # Whether a gradient is of low rank is decided on the host; the average of several ranks' is not.
+        watched = thin_gradients and not on_device and not self._ranks.several
         self._gradients = GradientTap(self) if watched else None
         self._statistics = StatisticsTap(self) if anchor_from == "training" else None
         self._positions, self._auto = PositionTap(self), "rms"
@@ -229,13 +235,29 @@ class FishLeg(Optimizer):
         self._precision = own_precision(precision, where[0])
         self.backend, self._ops = registry.choose(backend, *where)
         whole = curvature_batch is None
-        self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole)
-        self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops)
+        rank = self._ranks.rank
+        self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole, rank)
+        self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops, self._ranks)
+        if self._ranks.several:
+            self._ranks.check_equal(self._facts())
         self._diagnostics = Diagnostics(on_device, writer)
         self._step_supports_amp_scaling = capturable  # GradScaler then does not wait for the device before a step
         self._passes.tell = self._diagnostics.note
         self._publish_progress()
         self._look_ahead()
+
+    def _facts(self) -> dict[str, Any]:
+        """What has to be the same on all ranks, by name."""
+        facts: dict[str, Any] = {"the number of blocks": len(self.blocks)}
+        for b in self.blocks:
+            squares = [float(p.detach().to(widest(p.device)).square().sum()) for p in b.params]
+            facts[f"block {b.name}"] = tuple(b.shape), type(b.structure).__name__, b.structure.layout()
+            facts[f"the size of the parameters of {b.name}"] = squares
+        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        facts |= {f"{name}=": value for name, value in settings.items() if isinstance(value, (str, int, float, tuple))}
+        numbers = ("lr", "beta", "weight_decay", "maximize")
+        facts["parameter groups"] = [tuple(str(group[n]) for n in numbers) for group in self.param_groups]
+        return facts
 
     @property
     def _taps(self) -> list[GradientTap | StatisticsTap]:
@@ -344,6 +366,7 @@ class FishLeg(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._unscale()
+        self._ranks.check_step()
         try:
             forgotten = len(self.state) < self._published
             if forgotten or not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):

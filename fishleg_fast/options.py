@@ -195,11 +195,6 @@ def check_sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: 
     """What the loss and the curvature batches come from."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be an nn.Module but is: {type(model).__name__}; pass parameters as params=")
-    if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "model should not be a DistributedDataParallel over several processes: each would learn its own λ, and "
-            "the replicas would drift apart. Distributed training is not supported yet"
-        )
     for name, function in (("draw", draw), ("nll", nll)):
         if isinstance(function, Likelihood):
             raise TypeError(f"{name} should be a function but is: {type(function).__name__}; pass it as likelihood=")

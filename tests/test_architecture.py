@@ -44,7 +44,8 @@ MAY_IMPORT = {
         "algebra model likelihoods backends.cpu.agreement",
         "passes know a model and its loss, not what is made of them",
     ),
-    "fisher": ("algebra model passes backends.protocol", "F v is made of passes, λ learned by ops given"),
+    "distributed": ("passes.inputs", "ranks agree on tensors and numbers, whatever those are"),
+    "fisher": ("algebra model passes distributed backends.protocol", "F v is made of passes, λ learned by ops given"),
     "options": (
         "model likelihoods precision fisher backends.protocol",
         "options are checked by what is known of their values, and not by who takes them",
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "diagnostics": ("model", "what is told is of blocks"),
     "optimizer": (
         "algebra model likelihoods precision backends.registry backends.arithmetic passes fisher options checkpoint "
-        "diagnostics capture",
+        "diagnostics capture distributed",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..algebra.matrix import Matrix, dense, dot, widest
 from ..algebra.stacks import scalars
 from ..algebra.structures import stacked
 from ..backends.protocol import LambdaOptions, Ops
+from ..distributed.ranks import Ranks
 from ..model.block import Block, weights_of
 from ..model.stack import Stack, assembled_matrices, scaled, stacks_of
 from ..passes.inputs import Inputs
@@ -125,13 +126,16 @@ def _mean_eigenvalues(stack: Stack, weight: float) -> Tensor:
 class CurvatureLearner:
     """Learns and anchors the λ of blocks, by the ops of a backend and passes through the user's model."""
 
-    def __init__(self, passes: IsolatedPasses, options: CurvatureOptions, ops: Ops) -> None:
-        self.passes, self.options, self.ops = passes, options, ops
+    def __init__(self, passes: IsolatedPasses, options: CurvatureOptions, ops: Ops, ranks: Ranks) -> None:
+        self.passes, self.options, self.ops, self.ranks = passes, options, ops, ranks
         self.terms = 1.0  # over which the loss of a batch is the mean
         self.owed_updates, self.owed_anchor = 0, False  # that were due where there was nothing to learn from
 
     def _curvature_batch(self) -> Inputs:
-        return self.passes.inputs(self.options.curvature_batch)
+        return self.ranks.each(lambda: self.passes.inputs(self.options.curvature_batch))
+
+    def _whole_batch(self) -> Inputs:
+        return self.ranks.each(self.passes.inputs)
 
     def updates_due(self, step: int) -> int:
         """How many updates of λ come before this step."""
@@ -183,18 +187,31 @@ class CurvatureLearner:
             done = self.ops.average_moments(share.blocks, share.statistics, self.options.anchor_decay, share.more)
             averaged.update(map(id, done))
 
+        inputs = self._whole_batch()
         if tap is None:
-            terms = moments(self.passes, due, self.passes.inputs(), take)
+            terms = self.ranks.each(lambda: moments(self.passes, due, inputs, take))
         else:
-            check_layers(self.passes, due, self.passes.inputs())
+            self.ranks.each(lambda: check_layers(self.passes, due, inputs))
             found, terms = tap.take(due)
             shown = [m if b.layer_agrees else None for b, m in zip(due, found, strict=True)]
             take(Share(due, [_of_gradient(b) if m is None else m for b, m in zip(due, shown, strict=True)]))
+        moved = self._averaged_over_ranks(due, averaged)
+        (terms,) = self.ranks.sums([terms])
         self.terms = terms or self.terms
-        moved = [b for b in due if id(b) in averaged]
         if self.options.relative_damping:
             set_units(blocks, moved)
         self.ops.start_kfac(moved, self.damping)
+
+    def _averaged_over_ranks(self, due: Sequence[Block], averaged: Collection[int]) -> list[Block]:
+        """The blocks whose moments moved on some rank, on all of them."""
+        if not self.ranks.several:
+            return [b for b in due if id(b) in averaged]
+        moved = [b for b, n in zip(due, self.ranks.sums([id(b) in averaged for b in due]), strict=True) if n]
+        for block in moved:
+            if id(block) not in averaged:  # where a batch's were not finite the average is what it was
+                block.moments_weight.mul_(self.options.anchor_decay).add_(1 - self.options.anchor_decay)
+        self.ranks.mean([t for b in moved for t in b.moments.values()])
+        return moved
 
     @property
     def damping(self) -> float:
@@ -230,7 +247,8 @@ class CurvatureLearner:
         return scaled(xs, inverse.expand(len(xs)) if scales is None else scales * inverse.to(scales))
 
     def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
-        generator = torch.Generator(blocks[0].momentum.device).manual_seed(self.passes.seed())
+        seed = self.ranks.common(self.passes.seed())
+        generator = torch.Generator(blocks[0].momentum.device).manual_seed(seed)
         return [torch.empty_like(b.momentum).normal_(generator=generator) for b in blocks]
 
     def _gradient(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
@@ -276,9 +294,10 @@ class CurvatureLearner:
             if found is not None:
                 attempts.worked()
                 return found
-        products = list(self._dense_fisher_product(blocks, vs, inputs))
+        products = self.ranks.each(lambda: self._dense_fisher_product(blocks, vs, inputs))
         if tried:  # and no fault of the model's own
             attempts.failed()
+        self.ranks.mean(products)
         return list(products)
 
     def _low_rank_fisher_product(
@@ -318,7 +337,9 @@ class CurvatureLearner:
     def drawn_gradients(self, blocks: Sequence[Block]) -> list[Tensor]:
         """The gradient on labels drawn from the model, (m, n) of each block."""
         params = _params(blocks)
-        grads = drawn_gradient(self.passes, list(params.values()), self._curvature_batch())
+        inputs = self._curvature_batch()
+        grads = self.ranks.each(lambda: drawn_gradient(self.passes, list(params.values()), inputs))
+        self.ranks.mean(grads)
         return _matrices(blocks, dict(zip(params, grads, strict=True)))
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 class Seeds:
     """An endless sequence of seeds, whose place in it is two integers: where it began and how many were drawn."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, rank: int = 0) -> None:
         self._generator = torch.Generator("cpu")
+        self._offset = rank * 2**40  # of what it begins with; not in its state, which is that of all ranks
         self.set_state((seed, 0))
 
     def draw(self) -> int:
@@ -29,7 +30,7 @@ class Seeds:
 
     def set_state(self, state: tuple[int, int]) -> None:
         self._seed, self._drawn = state
-        self._generator.manual_seed(self._seed)
+        self._generator.manual_seed(self._seed + self._offset)
         torch.randint(2**62, (self._drawn,), generator=self._generator, device="cpu")
 
     def go_on_from(self, state: Tensor) -> None:

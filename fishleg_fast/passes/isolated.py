@@ -115,7 +115,7 @@ class IsolatedPasses:
     """Batches, drawn labels and losses of one model.
 
     Where the user gave ``draw`` and ``nll`` functions these make the drawn-label loss, a mean over the batch; the
-    likelihood does otherwise.
+    likelihood does otherwise. ``rank``: of this process among several, each of which draws other labels.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class IsolatedPasses:
         user: object | None = None,
         taps: Sequence[Pausable] = (),
         may_cut: bool = True,
+        rank: int = 0,
     ) -> None:
         self.model, self.likelihood = unwrapped(model), likelihood
         self._own = None if draw is None or nll is None else (draw, nll)
@@ -143,7 +144,7 @@ class IsolatedPasses:
         self.checkpointed = False  # whether modules were seen to run once more during a backward pass
         self._told: set[str] = set()
         self.tell: Callable[[str], None] = partial(warnings.warn, stacklevel=4)
-        self.generator = Seeds(seed)
+        self.generator = Seeds(seed, rank)
         self._writes = Writes()
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)

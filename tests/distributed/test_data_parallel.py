@@ -1,0 +1,59 @@
+"""DistributedDataParallel and gradients averaged by hand: the same as one process on the joined batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from support import distributed_cases
+from support.dense import relative
+from support.ranks import run_ranks
+
+CASES: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp"},
+    "by hand": {"model": "mlp", "wrapped": False},
+    "attention": {"model": "attention"},
+    "convolutions": {"model": "convolutions"},
+    "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
+    "spectral": {"model": "mlp", "normalize": "spectral"},
+    "trust": {"model": "mlp", "normalize": "trust"},
+    "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
+    "diagkron": {"model": "mlp", "structure": "diagkron"},
+    "hessian": {"model": "mlp", "fisher": "hessian"},
+    "momentum": {"model": "mlp", "u_sampling": "momentum", "momentum": "before"},
+    "gaussian": {"model": "mlp", "u_sampling": "gaussian"},
+    "unused": {"model": "unused", "ddp": {"find_unused_parameters": True}},
+    "static graph": {"model": "mlp", "ddp": {"static_graph": True}},
+    "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
+    "float32": {"model": "mlp", "dtype": torch.float32},
+}
+LOOSE = {torch.bfloat16: 0.1, torch.float32: 2e-3}  # of ten steps, which carry rounding on
+# Not where the batch's first number decides which layer is used, nor where moments are of a batch's gradient, which are
+# those of the joined batch in expectation alone.
+ALONE = [name for name in CASES if name not in ("unused", "attention")]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest) -> list[dict[str, dict]]:
+    """Of each rank, every case."""
+    return run_ranks(request.param, "support.distributed_cases:many", cases=CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_stay_equal_bit_for_bit(name: str, found: list[dict[str, dict]]) -> None:
+    first, *others = found
+    for other in others:
+        assert other[name]["told"] == first[name]["told"]
+        assert all(torch.equal(a, b) for a, b in zip(first[name]["tensors"], other[name]["tensors"], strict=True))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_ranks_train_as_one_process_on_the_joined_batch(name: str, found: list[dict[str, dict]]) -> None:
+    given = {key: value for key, value in CASES[name].items() if key != "ddp"}
+    want = distributed_cases.train(**given)
+    assert found[0][name]["told"] == want["told"]
+    limit = LOOSE.get(given.get("dtype", torch.float64), 1e-9)
+    errors = [relative(a, b) for a, b in zip(found[0][name]["tensors"], want["tensors"], strict=True)]
+    assert max(errors) <= limit, errors

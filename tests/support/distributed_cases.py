@@ -1,0 +1,119 @@
+"""What ranks do in the tests of several processes, and one process with the joined batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fishleg_fast import FishLeg, GaussianLikelihood
+
+BATCH = 8  # of all ranks together
+
+
+class Predictable(GaussianLikelihood):
+    """Labels that do not depend on who draws them, nor on what else is in the batch."""
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        return outputs.detach() + torch.cos(1000 * outputs.detach()) * 2**0.5
+
+
+class Attend(nn.Module):
+    """A small transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.unflatten(1, (2, 6)))
+        h = h + self.attention(self.norm(h), self.norm(h), self.norm(h), need_weights=False)[0]
+        return self.head(h)
+
+
+class Unused(nn.Module):
+    """One layer of two, of which a batch uses that of its first number; each rank may use another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(12, 5) for _ in range(2)])
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers[int(x[0, 0] > 0)](x).tanh())
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def convolutions() -> nn.Module:
+    first = nn.Conv2d(1, 4, 3, padding=1)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3, 4)), first, nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)
+    )
+
+
+MODELS = {"mlp": mlp, "attention": Attend, "convolutions": convolutions, "unused": Unused}
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batch(step: int, dtype: torch.dtype, size: int = BATCH) -> Tensor:
+    """This rank's share of a step's inputs."""
+    rank, count = rank_and_size()
+    x = torch.randn(size, 12, generator=torch.Generator().manual_seed(1000 + step), dtype=torch.float64)
+    return x.to(dtype).chunk(count)[rank]
+
+
+def make(model: str, dtype: torch.dtype, wrapped: bool = True, ddp: dict | None = None, **given: Any):
+    torch.manual_seed(0)
+    net = MODELS[model]().to(dtype)
+    several = dist.is_initialized()
+    outer = DistributedDataParallel(net, **(ddp or {})) if wrapped and several else net
+    settings = {"lr": 0.02, "update_aux_every": 2, "anchor_every": 4, "curvature_batch": None, **given}
+    group = dist.group.WORLD if several and not wrapped else None
+    optimizer = FishLeg(
+        outer, likelihood=Predictable(), thin_gradients=False, backend="reference", process_group=group, **settings
+    )
+    return net, outer, optimizer
+
+
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    outputs = net(x)
+    return Predictable().nll(outputs.detach().sin() + 1, outputs)
+
+
+def tensors(net: nn.Module, optimizer: FishLeg) -> list[Tensor]:
+    own = [t for b in optimizer.blocks for t in (*b.structure.fishleg_aux.values(), b.momentum, *b.moments.values())]
+    return [t.detach().clone() for t in (*net.parameters(), *own)]
+
+
+def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 10, wrapped: bool = True, **given: Any) -> dict:
+    """The tensors that it ends with, and diagnostics."""
+    net, outer, optimizer = make(model, dtype, wrapped, **given)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(outer, batch(step, dtype)).backward()
+        if not wrapped and dist.is_initialized():
+            for p in net.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        optimizer.step()
+    told = optimizer.diagnostics()
+    return {
+        "tensors": tensors(net, optimizer),
+        "told": {k: told[k] for k in ("steps", "aux_steps", "anchors", "skipped_steps")},
+    }
+
+
+def many(cases: dict[str, dict]) -> dict[str, dict]:
+    """Several trainings in one group."""
+    return {name: train(**given) for name, given in cases.items()}
