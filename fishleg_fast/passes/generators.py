@@ -17,7 +17,8 @@ class Seeds:
 
     def __init__(self, seed: int, rank: int = 0) -> None:
         self._generator = torch.Generator("cpu")
-        self._offset = rank * 2**40  # of what it begins with; not in its state, which is that of all ranks
+        # Of what it begins with, of which generators take 32 bits. Not in its state, which is that of all ranks.
+        self._offset = rank * 1_000_003
         self.set_state((seed, 0))
 
     def draw(self) -> int:

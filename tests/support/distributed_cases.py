@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,3 +120,93 @@ def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 10, wrapp
 def many(cases: dict[str, dict]) -> dict[str, dict]:
     """Several trainings in one group."""
     return {name: train(**given) for name, given in cases.items()}
+
+
+def faults(kinds: list[str]) -> dict[str, dict]:
+    """Trainings in which one rank, the last, has trouble at step 4, which learns and anchors: what was raised on each
+    rank, at which step, and what they end with.
+    """
+    return {kind: fault(kind) for kind in kinds}
+
+
+def fault(kind: str) -> dict:
+    rank, count = rank_and_size()
+    last = rank == count - 1
+    raised: list[tuple[int, str, str]] = []
+    try:
+        if kind == "another rate":
+            return make("mlp", torch.float64, lr=0.01 * (1 + rank)) and {}
+        if kind == "another model":
+            return make("mlp" if last else "attention", torch.float64, wrapped=False) and {}
+        if kind == "other parameters":
+            torch.random.manual_seed, keep = (lambda seed: keep(seed + rank)), torch.random.manual_seed
+            torch.manual_seed = torch.random.manual_seed
+            try:
+                return make("mlp", torch.float64, wrapped=False) and {}
+            finally:
+                torch.random.manual_seed = torch.manual_seed = keep
+    except ValueError as error:
+        return {"raised": [(-1, type(error).__name__, str(error))]}
+    net, outer, optimizer = make("mlp", torch.float64)
+    step, run, passing = 0, optimizer._passes.run, False
+
+    def noted(*args: Any, **given: Any) -> Any:
+        nonlocal passing
+        passing = True
+        try:
+            return run(*args, **given)
+        finally:
+            passing = False
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if last and step == 4 and passing and kind == "a pass raises":
+            raise RuntimeError("out of luck")
+        return output * float("nan") if last and step == 4 and passing and kind == "nan in a pass" else output
+
+    optimizer._passes.run = noted
+    net[0].register_forward_hook(hook)
+    for step in range(8):
+        optimizer.zero_grad()
+        x = batch(step, torch.float64)
+        if last and step == 4 and kind == "empty":
+            x = x[:0]
+        if last and step == 4 and kind == "nan":
+            x = x * float("nan")
+        try:
+            with outer.no_sync() if kind == "no_sync" else outer.join() if kind == "join" else nullcontext():
+                (loss_of(outer, x) if len(x) else outer(x).sum()).backward()
+                optimizer.step()
+        except RuntimeError as error:
+            raised.append((step, type(error).__name__, str(error)))
+            break
+    told = optimizer.diagnostics()
+    counts = {k: told[k] for k in ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps")}
+    return {"raised": raised, "tensors": tensors(net, optimizer), "counts": counts}
+
+
+def killed() -> None:
+    """The last rank dies in the middle of a step."""
+    rank, count = rank_and_size()
+    _, outer, optimizer = make("mlp", torch.float64)
+    if rank == count - 1:
+        optimizer._passes.run = lambda *args, **given: os.kill(os.getpid(), signal.SIGKILL)
+    loss_of(outer, batch(0, torch.float64)).backward()
+    optimizer.step()
+
+
+def resumed(folder: str, steps: int, saved: bool) -> dict:
+    """A training that is saved by the first rank, or one that goes on from there."""
+    net, outer, optimizer = make("mlp", torch.float64)
+    first = 0
+    if not saved:
+        weights, state = torch.load(f"{folder}/checkpoint", weights_only=True)
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        first = optimizer.diagnostics()["steps"]
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of(outer, batch(step, torch.float64)).backward()
+        optimizer.step()
+        if saved and step == 4 and rank_and_size()[0] == 0:
+            torch.save((net.state_dict(), optimizer.state_dict()), f"{folder}/checkpoint")
+    return {"tensors": tensors(net, optimizer), "seeds": [optimizer._passes.seed() for _ in range(3)]}
