@@ -1,5 +1,9 @@
 """``python -m fishleg_fast``: versions, and each backend with the reason if it cannot be used here.
 
+``python -m fishleg_fast --check``: every op of every backend on the current device, at every precision, beside the
+reference and float64; exit status 1 if one is wrong. ``--tune [PRECISION ...]``: what is fastest there, kept in the
+user's cache (``FISHLEG_FAST_CACHE``: another folder, or "off").
+
 ``python -m fishleg_fast --estimate package.module:model``: what λ of a model takes, by counts. ``model`` is one, or a
 function without arguments that makes it, on torch's "meta" device if it likes.
 """
@@ -12,7 +16,6 @@ import inspect
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from operator import attrgetter
 
 import torch
@@ -22,13 +25,9 @@ from . import native
 from ._version import __version__
 from .backends import registry
 from .model.estimate import estimate
-
-
-def _triton_version() -> str:
-    try:
-        return metadata.version("triton")  # read, not imported: a broken Triton must not break this report
-    except metadata.PackageNotFoundError:
-        return "not installed"
+from .precision import PRECISIONS
+from .selfcheck import command
+from .selfcheck.identity import triton_version
 
 
 def _extension_version() -> str:
@@ -40,13 +39,16 @@ def _extension_version() -> str:
     return f"{native.version()} ({compilers})"
 
 
+DEFAULT_PRECISION = "high"  # that an optimizer takes on a CUDA device
+
+
 def report() -> str:
     """The text that ``python -m fishleg_fast`` prints."""
     rows = [
         ("fishleg_fast", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", _triton_version()),
+        ("triton", triton_version()),
         ("extension", _extension_version()),
     ]
     if native.available().supported:
@@ -99,11 +101,65 @@ def _needed(function: Callable[..., object]) -> list[str]:
     return [p.name for p in known if p.default is p.empty and p.kind not in optional]
 
 
+def _device() -> torch.device:
+    """The current CUDA device, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def checked() -> int:
+    """``--check``: the exit status."""
+    device = _device()
+    places, kept = registry.defaults(device, torch.float32)[0], True
+    for name in registry.BACKENDS:
+        found = registry.available(name, device, torch.float32)
+        if not found.supported:
+            print(f"{name} is not checked: {found.reason}")
+    if not places:  # those that are trusted there can be checked too
+        places, kept = {n: row.place for n, row in registry.BACKENDS.items() if _checkable(n, device)}, False
+    if not places:
+        print(f"there is no other backend than the reference on {device}")
+        return 0
+    return 0 if command.check(places, device, _say, kept) else 1
+
+
+def _checkable(name: str, device: torch.device) -> bool:
+    return name != "reference" and registry.available(name, device, torch.float32).supported
+
+
+def tuned(precisions: Sequence[str]) -> int:
+    """``--tune``: the exit status."""
+    device = _device()
+    places, sure = registry.defaults(device, torch.float32)
+    if not places:
+        print(f"there is nothing to tune on {device}, where backend {sure!r} is taken")
+        return 1
+    return 0 if command.tune(places, device, precisions, _say) else 1
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m fishleg_fast", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--estimate", metavar="MODULE:MODEL", help="print what λ of this model takes instead")
+    parser.add_argument("--check", action="store_true", help="check all ops on the current device instead")
+    parser.add_argument(
+        "--tune", nargs="*", metavar="PRECISION",
+        help=f"find what is fastest on the current device instead, at these precisions: {', '.join(PRECISIONS)} "
+        f"(without any: {DEFAULT_PRECISION})",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.check:
+        return checked()
+    if args.tune is not None:
+        unknown = [name for name in args.tune if name not in PRECISIONS]
+        if unknown:
+            parser.error(f"argument --tune: should be of {', '.join(PRECISIONS)} but is: {' '.join(unknown)}")
+        return tuned(args.tune or [DEFAULT_PRECISION])
     print(estimated(args.estimate) if args.estimate else report())
     return 0
 

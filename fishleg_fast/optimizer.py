@@ -233,7 +233,7 @@ class FishLeg(Optimizer):
             check_patterns(argument, getattr(self.settings, argument), self.blocks)
         where = everything[0].device, everything[0].dtype
         self._precision = own_precision(precision, where[0])
-        self.backend, self._ops = registry.choose(backend, *where)
+        self.backend, self._ops = registry.choose(backend, *where, self._precision)
         whole = curvature_batch is None
         rank = self._ranks.rank
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole, rank)

@@ -18,8 +18,10 @@ float64's.
 CUDA graphs: with ``capturable``, after a step or two outside, and without an update of λ: replays never learn λ again,
 which steps outside the graph do. What a graph reads is kept until the process ends.
 
-Host work per block is about 10 µs in a θ step whose tensors are where they were, and several times that in an update
-of λ.
+Host work: a plan (``host/plans.py``) has the launches of a list of blocks, ready to be made, and is found again by what
+it depends on, which is compared at every step. What changes from step to step, gradients' addresses and
+hyperparameters, is told in one small table, copied when it differs from the last (``host/tables/step_table.py``): at
+most one upload a θ step, λ step or Q u. ``python -m benchmarks.gpu.host_work`` measures it.
 
 Importing this module imports Triton; ``availability`` says first whether it is there.
 """
@@ -28,7 +30,7 @@ from ..backends.reference import average_moments as average_moments
 from ..backends.reference import start_kfac as start_kfac
 from .availability import available as available
 from .host.inner import inner as inner
-from .host.lambda_step import lambda_step as lambda_step
+from .host.learning.step import lambda_step as lambda_step
 from .host.qv import qv as qv
 from .host.refresh import refresh as refresh
 from .host.theta.step import theta_step as theta_step

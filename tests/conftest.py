@@ -20,7 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     name = request.config.getoption("--backend")
     if name is not None:
-        monkeypatch.setattr(registry, "BACKENDS", {name: registry.BACKENDS[name], **registry.BACKENDS})
+        first = registry.BACKENDS[name]._replace(kinds=None, checked=False)
+        others = {other: row for other, row in registry.BACKENDS.items() if other != name}
+        monkeypatch.setattr(registry, "BACKENDS", {name: first, **others})
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
 """The table of backends. No other file knows which exist.
 
-Best first. What follows the reference, which is always available, is chosen by name alone: no device has run it yet.
+Best first. Of those with kernels for a device that no one else has run, only what a check on that very device finds
+right is taken by default (``selfcheck``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import pkgutil
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -16,18 +18,20 @@ from .protocol import Availability, AvailabilityCheck, Ops
 
 
 class Backend(NamedTuple):
-    """Whether it can run, found out without importing what only its ops need; and its ops."""
+    """Whether it can run, found out without importing what only its ops need; and where its ops are.
+
+    place: as ``pkgutil.resolve_name`` takes it; the colon has it say why a module cannot be imported. kinds: the types
+    of devices on which it is taken by default, None for all. checked: whether only after a check.
+    """
 
     available: AvailabilityCheck
-    ops: Callable[[], Ops]
+    place: str
+    kinds: tuple[str, ...] | None = None
+    checked: bool = False
 
-
-def _cpp() -> Ops:
-    return cpu
-
-
-def _reference() -> Ops:
-    return reference
+    def ops(self) -> Ops:
+        """Its ops, imported where they were not."""
+        return pkgutil.resolve_name(self.place)
 
 
 def _triton_available(device: torch.device | None = None, dtype: torch.dtype | None = None) -> Availability:
@@ -36,25 +40,15 @@ def _triton_available(device: torch.device | None = None, dtype: torch.dtype | N
     return available(device, dtype)
 
 
-def _triton() -> Ops:
-    from ..kernels import backend
-
-    return backend
-
-
-def _cuda() -> Ops:
-    return cuda
-
-
 BACKENDS = {
-    "cpp": Backend(cpu.available, _cpp),
-    "reference": Backend(reference.available, _reference),
-    "triton": Backend(_triton_available, _triton),
-    "cuda": Backend(cuda.available, _cuda),
+    "triton": Backend(_triton_available, "fishleg_fast.kernels.backend:", ("cuda",), checked=True),
+    "cuda": Backend(cuda.available, "fishleg_fast.backends.cuda:", ("cuda",), checked=True),
+    "cpp": Backend(cpu.available, "fishleg_fast.backends.cpu:"),
+    "reference": Backend(reference.available, "fishleg_fast.backends.reference:"),
 }
 
 _log = logging.getLogger("fishleg_fast")
-_told: set[tuple[str, str]] = set()
+_told: set[tuple[str, ...]] = set()
 
 
 def available(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Availability:
@@ -75,21 +69,59 @@ def report() -> list[tuple[str, Availability]]:
     return [(name, available(name)) for name in BACKENDS]
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, Ops]:
-    """The backend's name and ops. None takes the best available one and logs which, once.
+def defaults(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, str], str]:
+    """What is taken on ``device`` with parameters of ``dtype``, best first: those that have to be checked, with where
+    their ops are, and the first that has not.
+    """
+    usable = [
+        name
+        for name, row in BACKENDS.items()
+        if (row.kinds is None or device.type in row.kinds) and available(name, device, dtype).supported
+    ]
+    sure = next(name for name in usable if not BACKENDS[name].checked)
+    return {name: BACKENDS[name].place for name in usable[: usable.index(sure)]}, sure
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, precision: str | None = None) -> tuple[str, Ops]:
+    """The backend's name and ops. None takes the best available one, on a GPU op by op what a check at ``precision``
+    finds right there ("triton+reference" where that is not all), and logs which, once; it warns, once, of what is not.
 
     ValueError for an unknown name, RuntimeError for a named backend that is unavailable.
     """
     if name is not None:
-        found = available(name, device, dtype)
-        if not found.supported:
-            raise RuntimeError(
-                f"backend={name!r} is unavailable for {dtype} on {device}: {found.reason}. Choose backend=None for "
-                f"the best available one"
-            )
-        return name, BACKENDS[name].ops()
-    best = next(n for n in BACKENDS if available(n, device, dtype).supported)
-    if (best, device.type) not in _told:
-        _told.add((best, device.type))
-        _log.info("backend %r on %s (python -m fishleg_fast says why others are unavailable)", best, device.type)
-    return best, BACKENDS[best].ops()
+        return name, _named(name, device, dtype)
+    doubtful, best = defaults(device, dtype)
+    if not doubtful:
+        why = "python -m fishleg_fast says why others are unavailable"
+        _tell((best, device.type), f"backend {best!r} on {device.type} ({why})")
+        return best, BACKENDS[best].ops()
+    from ..selfcheck.dispatch import default_ops
+
+    found = default_ops(doubtful, device, dtype, precision)
+    _tell((found.name, str(device), str(precision)), f"backend {found.name!r} on {device}, {found.figures}")
+    if found.warning is not None and (found.warning,) not in _told:
+        _told.add((found.warning,))
+        warnings.warn(found.warning, stacklevel=3)
+    return found.name, found.ops
+
+
+def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    """The ops of a backend that the user names, unchecked."""
+    found = available(name, device, dtype)
+    if not found.supported:
+        raise RuntimeError(
+            f"backend={name!r} is unavailable for {dtype} on {device}: {found.reason}. Choose backend=None for "
+            f"the best available one"
+        )
+    if BACKENDS[name].checked and device.type == "cuda":
+        from ..selfcheck.tuning.table import take_tuned_tiles
+
+        take_tuned_tiles(device)
+    return BACKENDS[name].ops()
+
+
+def _tell(about: tuple[str, ...], text: str) -> None:
+    """Log it once."""
+    if about not in _told:
+        _told.add(about)
+        _log.info("%s", text)

@@ -1,5 +1,7 @@
 """Tiles of blocks, read and written as schedules and rows say, and the scalars that rows point to.
 
+Fields of rows that are marked * say where an address is told (``row_layout.BlockFields``).
+
 A kernel runs over a schedule's tiles: (number of a row, tile of rows i, tile of columns j, one number more).
 r and c are a tile's row and column indices, int32 of shapes that broadcast; ``inside`` masks rows.
 """
@@ -23,12 +25,11 @@ def scheduled(schedule, t, rows, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def scheduled_step(schedule, t, rows, hyperparameters):
+def scheduled_step(schedule, t, rows):
     """The same in a θ step: its address, the row, the row's hyperparameters, i and j."""
     entry = schedule + t * 4
-    number = tl.load(entry)
-    row, hyper = rows + number * F.LENGTH, hyperparameters + number * H.LENGTH
-    return entry, row, hyper, tl.load(entry + 1), tl.load(entry + 2)
+    row = rows + tl.load(entry) * F.LENGTH
+    return entry, row, told_address(row, F.HYPER, tl.float32, 1), tl.load(entry + 1), tl.load(entry + 2)
 
 
 @triton.jit
@@ -70,10 +71,32 @@ def address(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def told(row, FIELD: tl.constexpr):
+    """The address that a field marked * leads to, 0 for a tensor that there is not."""
+    return tl.load(tl.load(row + FIELD).to(tl.pointer_type(tl.int64)))
+
+
+@triton.jit
+def told_address(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The same as a pointer, to 16 bytes where ALIGN > 1."""
+    pointer = told(row, FIELD).to(tl.pointer_type(DTYPE))
+    if ALIGN > 1:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
 def matrix(row, FIELD: tl.constexpr, LD: tl.constexpr, r, c, inside, limit, ALIGN: tl.constexpr):
-    """A tile of a float32 matrix, of columns c < limit."""
-    at = address(row, FIELD, tl.float32, ALIGN) + r * leading(row, LD, ALIGN) + c
+    """A tile of a float32 matrix that a field marked * leads to, of columns c < limit."""
+    at = told_address(row, FIELD, tl.float32, ALIGN) + r * leading(row, LD, ALIGN) + c
     return tl.load(at, mask=inside & (c < limit), other=0)
+
+
+@triton.jit
+def diagonal_matrix(row, r, c, inside):
+    """A tile of a Diagonal's d."""
+    at = address(row, F.A, tl.float32, 1) + r * field(row, F.LDA) + c
+    return tl.load(at, mask=inside & (c < field(row, F.N)), other=0)
 
 
 @triton.jit
@@ -98,18 +121,19 @@ def column_pointers(start, row, c, INNER: tl.constexpr, OUTER: tl.constexpr, STE
 def gradient(row, r, c, inside, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr):
     """A tile of the gradient, float32."""
     cols = leading(row, F.GRAD_COLS, ALIGN)
-    start = address(row, F.GRAD, G, ALIGN) + r * leading(row, F.GRAD_ROW, ALIGN)
+    start = told_address(row, F.GRAD, G, ALIGN) + r * leading(row, F.GRAD_ROW, ALIGN)
     at = column_pointers(start, row, c, F.GRAD_INNER, F.GRAD_OUTER, F.GRAD_STEP, GENERAL)
     g = tl.load(at, mask=inside & (c < cols), other=0).to(tl.float32)
-    bias, there = address(row, F.BIAS_GRAD, G, 1), field(row, F.BIAS_GRAD) != 0
-    b = tl.load(bias + r * field(row, F.BIAS_GRAD_ROW), mask=inside & there, other=0).to(tl.float32)
+    bias = told(row, F.BIAS_GRAD)
+    at = bias.to(tl.pointer_type(G)) + r * field(row, F.BIAS_GRAD_ROW)
+    b = tl.load(at, mask=inside & (bias != 0), other=0).to(tl.float32)
     return g + tl.where(c == field(row, F.COLS), b, 0)
 
 
 @triton.jit
 def gradient_scale(row):
     """The device scalar that multiplies the gradient, or 1."""
-    at = tl.load(row + F.SCALE)
+    at = told(row, F.SCALE)
     return tl.load(at.to(tl.pointer_type(tl.float32)), mask=at != 0, other=1.0)
 
 

@@ -27,6 +27,18 @@ def total(partials, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def last_to_arrive(arrived, index, count):
+    """Whether this program is the last of ``count`` at a counter, which is 0 again after it.
+
+    What all of them wrote before is then there to be read.
+    """
+    tl.debug_barrier()  # this program's own writes come before it counts
+    last = tl.atomic_add(arrived + index, 1, sem="acq_rel") == count - 1
+    tl.store(arrived + index, 0, mask=last)
+    return last
+
+
+@triton.jit
 def finite(x):
     """Whether entries are neither infinite nor NaN."""
     return tl.abs(x) <= 3.4028234663852886e38

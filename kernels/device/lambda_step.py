@@ -22,7 +22,6 @@ from .access import (
     field,
     gradient,
     gradient_scale,
-    increment,
     last_number,
     leading,
     matrix,
@@ -30,9 +29,17 @@ from .access import (
     tile_grid,
     tile_indices,
 )
-from .arithmetic import adam, all_finite, dot, finite, first_moment, one_minus_power, second_moment, total
-from .factors import aux_offsets, store_symmetric
-from .products import operand
+from .arithmetic import (
+    adam,
+    dot,
+    first_moment,
+    last_to_arrive,
+    one_minus_power,
+    second_moment,
+    total,
+)
+from .factors import aux_offsets
+from .products import add_up, operand
 from .row_layout import F, K
 
 # A schedule of products_kernel has as its last number kind·KIND_STRIDE + a term, or + a number among the sums.
@@ -43,26 +50,13 @@ DOT_PRODUCTS = tl.constexpr(2)  # sums of an elementwise tile
 
 
 @triton.jit
-def rescaling(dots, dot_slots, RESCALE: tl.constexpr):
+def rescaling(dot_sums, blocks, RESCALE: tl.constexpr):
     """α = uᵀv/vᵀ(F+γI)v, or 1; sampled Hessians may have negative curvature."""
     alpha = 1.0
     if RESCALE:
-        uQu, vFv = total(dots, dot_slots, 1024), total(dots + dot_slots, dot_slots, 1024)
+        uQu, vFv = total(dot_sums, blocks, 256), total(dot_sums + blocks, blocks, 256)
         alpha = tl.where(vFv > 0, uQu / tl.where(vFv > 0, vFv, 1.0), 1.0)
     return alpha
-
-
-@triton.jit
-def decide(dots, dot_slots, squares, square_slots, loss_at, taken):
-    """Whether λ is to be written. The first program stores that and 𝒜."""
-    uQu, vFv = total(dots, dot_slots, 1024), total(dots + dot_slots, dot_slots, 1024)
-    loss = 0.5 * vFv - uQu
-    ok = tl.where(finite(loss) & (uQu != 0), 1, 0)  # by integers: the interpreter takes what floats decide for a float
-    ok = (ok != 0) & all_finite(squares, square_slots, 1024)
-    if tl.program_id(0) == 0:
-        tl.store(loss_at, loss)
-        tl.store(taken, ok)
-    return ok
 
 
 @triton.jit
@@ -88,7 +82,8 @@ def dots_tile(
 @triton.jit
 def product_tile(
     row, i, j, term, alpha, damping, LEFT: tl.constexpr, PRECONDITION: tl.constexpr,
-    SOURCE: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+    SOURCE: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_V: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """LEFT: P w, else S wᵀ; stored transposed, as the next product needs it, but S wᵀ for a PRECONDITION as it is."""
@@ -111,7 +106,7 @@ def product_tile(
         else:
             r, c = rn[:, None], kk[None, :]
         b = operand(
-            row, r, c, r < m, alpha, take, alpha * damping, SOURCE, False, G, GENERAL, ALIGN, ALIGN_X, 1
+            row, r, c, r < m, alpha, take, alpha * damping, SOURCE, False, G, GENERAL, ALIGN, ALIGN_X, ALIGN_V
         )  # fmt: skip
         acc = dot(a, b, acc, PRECISION)
     if PRECONDITION:
@@ -125,19 +120,19 @@ def product_tile(
         tl.store(at, tl.trans(acc), mask=(rn < m)[:, None] & (rm < np)[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles", "dot_slots"])
+@triton.jit(do_not_specialize=["tiles", "dot_slots", "blocks"])
 def products_kernel(
-    rows, schedule, dots, dot_slots, damping, tiles,
+    rows, schedule, dots, dot_slots, dot_sums, blocks, arrived, damping, tiles,
     RESCALE: tl.constexpr, PRECONDITION: tl.constexpr, SOURCE: tl.constexpr,
-    G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
+    G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_V: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """wS, (Pw)ᵀ and sums; for a PRECONDITION S wᵀ and sums.
+    """wS, (Pw)ᵀ and sums, of each block added up by its last tile; for a PRECONDITION S wᵀ and sums.
 
     Schedule: (row, i, j, kind·KIND_STRIDE + term).
     """
-    alpha = rescaling(dots, dot_slots, RESCALE)
+    alpha = rescaling(dot_sums, blocks, RESCALE)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry, _, row, i, j = scheduled(schedule, t, rows, F.LENGTH)
         code = last_number(entry)
@@ -145,18 +140,19 @@ def products_kernel(
         if kind == RIGHT_PRODUCT:
             product_tile(
                 row, i, j, term, alpha, damping, False, PRECONDITION,
-                SOURCE, G, GENERAL, ALIGN, ALIGN_X, PRECISION, BM, BN, BK,
+                SOURCE, G, GENERAL, ALIGN, ALIGN_X, ALIGN_V, PRECISION, BM, BN, BK,
             )  # fmt: skip
         elif kind == LEFT_PRODUCT:
             if not PRECONDITION:
                 product_tile(
                     row, i, j, term, alpha, damping, True, False,
-                    SOURCE, G, GENERAL, ALIGN, ALIGN_X, PRECISION, BM, BN, BK,
+                    SOURCE, G, GENERAL, ALIGN, ALIGN_X, ALIGN_V, PRECISION, BM, BN, BK,
                 )  # fmt: skip
         else:
             r, c = tile_grid(i, j, ROWS, COLS)
             slot = dots + field(row, F.SLOT) + term
             dots_tile(row, r, c, r < field(row, F.M), slot, dot_slots, damping, True, G, GENERAL, ALIGN)
+            add_up(row, dots, dot_slots, dot_sums, blocks, arrived, True)
 
 
 @triton.jit
@@ -208,10 +204,13 @@ def adam_corrections(row, FIELD: tl.constexpr, given, log2beta1, log2beta2):
 
 @triton.jit(do_not_specialize=["tiles"])
 def gradients_kernel(
-    rows, schedule, corrections, squares, lr, beta1, beta2, eps, log2beta1, log2beta2, tiles,
+    rows, schedule, corrections, squares, square_sums, arrived, lr, beta1, beta2, eps, log2beta1, log2beta2, tiles,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dL and dRᵀ with Adam. Schedule: (row, i, j, number of the tile). ``corrections``: (rows, 2)."""
+    """dL and dRᵀ with Adam. Schedule: (row, i, j, number of the tile). ``corrections``: (rows, 2).
+
+    square_sums: ‖∂F‖² of each factor at its INDEX, from its tiles' ``squares``. arrived: zeros.
+    """
     rate = tl.load(lr)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry, number, row, i, j = scheduled(schedule, t, rows, K.LENGTH)
@@ -223,51 +222,7 @@ def gradients_kernel(
         else:
             g = aux_gradient(row, rm, rn, False, PRECISION, BM, BN, BK, ALIGN)
             adam_tile(row, rm, rn, g, correction1, correction2, rate, beta1, beta2, eps, False)
-        tl.store(squares + field(row, K.SLOT) + last_number(entry), tl.sum(g * g))
-
-
-@triton.jit
-def commit_tile(row, r, c, beta1, beta2, ok, TRANSPOSED: tl.constexpr):
-    """λ and its moments at a tile of F, where ``ok``."""
-    size = field(row, K.SIZE)
-    inside = (r < size) & (c < size) & ok
-    ours, at = r * leading(row, K.PADDED, 16) + c, aux_offsets(row, r, c, TRANSPOSED)
-    g = tl.load(address(row, K.GRAD, tl.float32, 16) + ours, mask=inside, other=0)
-    avg_at, avg_sq_at = address(row, K.AVG, tl.float32, 1) + at, address(row, K.AVG_SQ, tl.float32, 1) + at
-    avg, avg_sq = tl.load(avg_at, mask=inside, other=0), tl.load(avg_sq_at, mask=inside, other=0)
-    tl.store(avg_at, first_moment(avg, g, beta1), mask=inside)
-    tl.store(avg_sq_at, second_moment(avg_sq, g, beta2), mask=inside)
-    new = tl.load(address(row, K.NEW, tl.float32, 16) + ours, mask=inside, other=0)
-    tl.store(address(row, K.AUX, tl.float32, 1) + at, new, mask=inside)
-
-
-@triton.jit(do_not_specialize=["tiles", "dot_slots", "square_slots"])
-def commit_kernel(
-    rows, schedule, dots, dot_slots, squares, square_slots, loss, taken, beta1, beta2, tiles,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """S, P, λ and its moments. Schedule: (row, i, j, 0: tile of F Fᵀ with j ≤ i; 1: elementwise tile of F)."""
-    ok = decide(dots, dot_slots, squares, square_slots, loss, taken)
-    for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry, _, row, i, j = scheduled(schedule, t, rows, K.LENGTH)
-        if last_number(entry) == 0:
-            rm, rn = tile_indices(i, j, BM, BN)
-            size, depth = field(row, K.SIZE), leading(row, K.PADDED, 16)
-            start = address(row, K.NEW, tl.float32, 16)
-            acc = tl.zeros([BM, BN], tl.float32)
-            for k in range(0, depth.to(tl.int32), BK):
-                kk = (k + tl.arange(0, BK))[None, :]
-                a = tl.load(start + rm[:, None] * depth + kk, mask=(rm < size)[:, None] & (kk < depth), other=0)
-                b = tl.load(start + rn[:, None] * depth + kk, mask=(rn < size)[:, None] & (kk < depth), other=0)
-                acc = dot(a, b, acc, PRECISION)
-            square, ld = address(row, K.SQUARE, tl.float32, 16), leading(row, K.LD_SQUARE, 16)
-            store_symmetric(square, ld, acc, rm, rn, i, j, size, depth, ok)
-        else:
-            r, c = tile_grid(i, j, ROWS, COLS)
-            if field(row, K.TRANSPOSED) != 0:
-                commit_tile(row, r, c, beta1, beta2, ok, True)
-            else:
-                commit_tile(row, r, c, beta1, beta2, ok, False)
-            if (i == 0) & (j == 0) & (field(row, K.FIRST) != 0):
-                increment(row, K.STEP, ok)
+        mine, count = squares + field(row, K.SLOT), field(row, K.SLOTS)
+        tl.store(mine + last_number(entry), tl.sum(g * g))
+        if last_to_arrive(arrived, field(row, K.INDEX), count):
+            tl.store(square_sums + field(row, K.INDEX), total(mine, count, 256))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .access import address, field, last_number, leading, matrix, scheduled, scheduled_step, tile_grid, tile_indices
-from .arithmetic import dot, total
+from .arithmetic import dot, last_to_arrive, total
 from .factors import store_symmetric
 from .row_layout import POLAR, F, H
 from .theta_step import stored_product
@@ -23,13 +23,16 @@ from .theta_step import stored_product
 
 @triton.jit(do_not_specialize=["tiles"])
 def unit_kernel(
-    rows, hyperparameters, schedule, partials, tiles,
+    rows, schedule, sums, tiles,
     AFTER: tl.constexpr, DIAGONAL: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """nat/‖nat‖ and its transpose, with zeros in the padding. Schedule: (row, i, j, unused)."""
+    """nat/‖nat‖ and its transpose, with zeros in the padding. Schedule: (row, i, j, unused).
+
+    sums (blocks,): ‖nat‖².
+    """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        _, row, hyper, i, j = scheduled_step(schedule, t, rows)
         r, c = tile_grid(i, j, ROWS, COLS)
         m, n = field(row, F.M), field(row, F.N)
         mp, np = leading(row, F.MP, 16), leading(row, F.NP, 16)
@@ -38,7 +41,7 @@ def unit_kernel(
         if AFTER:
             x = matrix(row, F.X, F.LDX, r, c, inside, leading(row, F.X_COLS, ALIGN_X), ALIGN_X)
             nat = tl.load(hyper + H.KEEP) * x + tl.load(hyper + H.TAKE) * nat
-        square = total(partials + field(row, F.SLOT), field(row, F.SLOTS), 256)
+        square = tl.load(sums + field(row, F.INDEX))
         nat = tl.where(inside & (c < n), nat, 0.0) / tl.where(square > 0, tl.sqrt(square), 1.0)
         tl.store(address(row, F.POLAR, tl.float32, 16) + r * np + c, nat, mask=inside & (c < np))
         at = address(row, F.POLAR_T, tl.float32, 16) + tl.trans(c) * mp + tl.trans(r)
@@ -59,13 +62,16 @@ def square_of_rows(acc, start, size, depth, rm, rn, PRECISION: tl.constexpr, BK:
 
 @triton.jit(do_not_specialize=["tiles"])
 def symmetric_kernel(
-    rows, schedule, squares, linear, quadratic, tiles,
+    rows, schedule, squares, bounds, arrived, linear, quadratic, tiles,
     STAGE: tl.constexpr,  # "gram": A = X Xᵀ; "bound": B = A² and its tiles' sums of squares; "combined": B = bA + cA²
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A or B. Schedule: (row, i, j ≤ i, number of the tile)."""
+    """A or B. Schedule: (row, i, j ≤ i, number of the tile).
+
+    bounds (rows,): ‖A²‖² of each matrix, from its tiles' ``squares``. arrived (rows,): zeros.
+    """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry, _, row, i, j = scheduled(schedule, t, rows, POLAR.LENGTH)
+        entry, number, row, i, j = scheduled(schedule, t, rows, POLAR.LENGTH)
         rm, rn = tile_indices(i, j, BM, BN)
         size = field(row, POLAR.SHORT)
         if STAGE == "gram":
@@ -88,22 +94,26 @@ def symmetric_kernel(
         else:
             result = address(row, POLAR.B, tl.float32, 16)
         store_symmetric(result, ld, acc, rm, rn, i, j, size, ld, i >= 0)
+        if STAGE == "bound":
+            count = field(row, POLAR.SLOTS)
+            if last_to_arrive(arrived, number, count):
+                tl.store(bounds + number, total(squares + field(row, POLAR.SLOT), count, 256))
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def apply_kernel(
-    rows, schedule, squares, keep, linear, quadratic, tiles,
+    rows, schedule, bounds, keep, linear, quadratic, tiles,
     FIRST: tl.constexpr,  # B holds A²
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """X ← keep·X + BX, and its transpose. Schedule: (row, tile of the short side, tile of the long one, unused)."""
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, _, row, i, j = scheduled(schedule, t, rows, POLAR.LENGTH)
+        _, number, row, i, j = scheduled(schedule, t, rows, POLAR.LENGTH)
         rm, rn = tile_indices(i, j, BM, BN)
         short, long = field(row, POLAR.SHORT), field(row, POLAR.LONG)
         depth, ld = leading(row, POLAR.SHORT_PADDED, 16), leading(row, POLAR.LONG_PADDED, 16)
         if FIRST:
-            square = total(squares + field(row, POLAR.SLOT), field(row, POLAR.SLOTS), 256)
+            square = tl.load(bounds + number)
             bound = tl.where(square > 0, tl.sqrt(tl.sqrt(square)), 1.0)  # of the squared singular values
             linear_here, quadratic_here, scale = linear / bound, quadratic / (bound * bound), 1 / tl.sqrt(bound)
             A = address(row, POLAR.A, tl.float32, 16) + rm[:, None] * depth

@@ -30,8 +30,9 @@ from .access import (
     scheduled_step,
     tile_grid,
     tile_indices,
+    told_address,
 )
-from .arithmetic import dot
+from .arithmetic import dot, finite, last_to_arrive, total
 from .row_layout import F, H
 
 
@@ -52,25 +53,25 @@ def operand(
         if SOURCE != "x":
             u = keep * u + take * gradient(row, r, c, inside, G, GENERAL, ALIGN)
         if SOURCE == "residual":
-            u += curve * matrix(row, F.V, F.LDV, r, c, inside, field(row, F.N), ALIGN_V)
+            u += curve * matrix(row, F.V, F.LDV, r, c, inside, leading(row, F.V_COLS, ALIGN_V), ALIGN_V)
     if SCALED:
         u = u * outer_diagonal(row, r, c, inside)
     return u
 
 
-@triton.jit(do_not_specialize=["tiles", "slots"])
+@triton.jit(do_not_specialize=["tiles"])
 def right_kernel(
-    rows, hyperparameters, schedule, corrections, checks, tiles,
+    rows, schedule, corrections, broken, tiles,
     SOURCE: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, CHECK: tl.constexpr,
     G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Xᵀ = S uᵀ of each term. Schedule: (row, tile of n, tile of m, term).
 
-    COUNT: write each block's correction. CHECK: write each tile's Σ|Xᵀ|, not finite where any entry is not.
+    COUNT: write each block's correction. CHECK: set ``broken`` to 1 where an entry is not finite.
     """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        entry, row, hyper, i, j = scheduled_step(schedule, t, rows)
         term, m, n, np = last_number(entry), field(row, F.M), field(row, F.N), leading(row, F.NP, 16)
         rm, rn = tile_indices(i, j, BM, BN)
         if SOURCE == "g":
@@ -93,7 +94,7 @@ def right_kernel(
         c_start = address(row, F.XT, tl.float32, 16) + term * mp + rm[:, None] * (field(row, F.TERMS) * mp)
         tl.store(c_start + rn[None, :], acc, mask=(rm < n)[:, None] & (rn < mp)[None, :])
         if CHECK:
-            tl.store(checks + t, tl.sum(tl.abs(acc)))
+            tl.store(broken, 1, mask=finite(tl.sum(tl.abs(acc))) == 0)
         if COUNT:
             if (i == 0) & (j == 0) & (term == 0):
                 tl.store(corrections + field(row, F.INDEX), momentum_correction(row, hyper))
@@ -117,15 +118,18 @@ def left_tile(row, i, j, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.const
     return acc
 
 
-@triton.jit(do_not_specialize=["tiles", "slots"])
+@triton.jit(do_not_specialize=["tiles", "slots", "blocks"])
 def left_kernel(
-    rows, hyperparameters, schedule, corrections, partials, slots, tiles,
+    rows, schedule, corrections, partials, slots, sums, blocks, arrived, tiles,
     SUMS: tl.constexpr,  # "none"; or ‖nat‖² and, per tile, "rms": whether g is zero, "trust": ⟨m̂, nat⟩, "norm": no more
     AFTER: tl.constexpr, SCALED: tl.constexpr, SQUARED: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """C = P X, A∘(P X) if SCALED, A²∘(P X) if SQUARED too. Schedule: (row, tile of m, tile of n, its number)."""
+    """C = P X, A∘(P X) if SCALED, A²∘(P X) if SQUARED too. Schedule: (row, tile of m, tile of n, its number).
+
+    sums (2, blocks): of the tiles' ``partials`` (2, slots). arrived (blocks,): zeros.
+    """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry, _, row, i, j = scheduled(schedule, t, rows, F.LENGTH)
         acc = left_tile(row, i, j, PRECISION, BM, BN, BK)
@@ -137,12 +141,13 @@ def left_kernel(
             if SQUARED:
                 scaling = scaling * scaling
             acc = acc * scaling
-        tl.store(address(row, F.OUT, tl.float32, 16) + r * np + c, acc, mask=inside & (c < np))
+        tl.store(told_address(row, F.OUT, tl.float32, 16) + r * np + c, acc, mask=inside & (c < np))
         if SUMS != "none":
-            hyper = hyperparameters + tl.load(entry) * H.LENGTH  # loaded again: registers are scarce
+            hyper = told_address(row, F.HYPER, tl.float32, 1)
             slot = partials + field(row, F.SLOT) + last_number(entry)
             correction = tl.load(corrections + field(row, F.INDEX))
             store_sums(row, hyper, r, c, inside, acc, correction, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, ALIGN_X)
+            add_up(row, partials, slots, sums, blocks, arrived, SUMS != "norm")
 
 
 @triton.jit
@@ -172,3 +177,17 @@ def store_sums(
         else:
             paired, power = keep * m + take * g, correction * correction
         tl.store(slot + slots, tl.sum(paired * nat) * tl.load(hyper + H.BASE_LR_SQUARED) / power)
+
+
+@triton.jit
+def add_up(row, partials, slots, sums, blocks, arrived, BOTH: tl.constexpr):
+    """Add the partial sums of a row's block, where this is its last tile: in the same order whichever is the last.
+
+    sums (2, blocks), of partials (2, slots); BOTH: the second of them too.
+    """
+    index, count = field(row, F.INDEX), field(row, F.SLOTS)
+    if last_to_arrive(arrived, index, count):
+        mine = partials + field(row, F.SLOT)
+        tl.store(sums + index, total(mine, count, 128))
+        if BOTH:
+            tl.store(sums + blocks + index, total(mine + slots, count, 128))

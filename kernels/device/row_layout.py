@@ -42,6 +42,9 @@ class Fields(tl.constexpr):
 class BlockFields(Fields):
     """A block (m, n), int64: sizes, strides in elements, and addresses, 0 for a tensor that there is not.
 
+    What changes from step to step is told apart from the rows, in a table of addresses (``host/tables/step_table.py``):
+    fields marked * hold where in that table the address is.
+
     Our own matrices have leading dimensions that are multiples of 16 elements and zeros in the padding, which is why
     they are read and written up to it: whole vectors of 16 bytes.
     """
@@ -56,28 +59,29 @@ class BlockFields(Fields):
     S: int  # (terms, n, np)
     P: int  # (m, terms·mp)
     XT: int  # (n, terms·mp): (Q's first product)ᵀ
-    OUT: int  # (m, np): Q's second product
+    OUT: int  # *: (m, np): Q's second product
     POLAR: int  # (m, np): nat's polar factor; 0: nat is left as it is
     POLAR_T: int  # (n, mp): its transpose
     # matrices that others laid out, each with its leading dimension
     A: int  # outer diagonal A, or d of a Diagonal
     LDA: int
-    X: int  # momentum; F v in a λ step
+    X: int  # *: momentum; F v in a λ step
     LDX: int
     X_COLS: int  # columns that may be read: with the padding where it is ours
-    V: int  # v = Q u in a λ step
+    V: int  # *: v = Q u in a λ step
     LDV: int
+    V_COLS: int  # columns that may be read: with the padding where it is ours
     # the gradient, where the parameters hold it: columns below COLS in one tensor, column COLS in another
     COLS: int
-    GRAD: int
+    GRAD: int  # *
     GRAD_COLS: int  # COLS, or 0 where that gradient is None
     GRAD_ROW: int  # stride of a row
     GRAD_INNER: int  # column c is at (c // inner)·outer stride + (c % inner)·inner stride
     GRAD_OUTER: int
     GRAD_STEP: int
-    BIAS_GRAD: int
+    BIAS_GRAD: int  # *
     BIAS_GRAD_ROW: int
-    SCALE: int  # a device scalar that multiplies the gradient
+    SCALE: int  # *: a device scalar that multiplies the gradient
     # parameters; 0: it does not move
     WEIGHT: int
     WEIGHT_ROW: int
@@ -88,6 +92,8 @@ class BlockFields(Fields):
     BIAS_ROW: int
     # scalars of the block
     STEP: int  # the step counter on the device; 0: the host's, told in the hyperparameters
+    HYPER: int  # *: the hyperparameters of a θ step
+    ENTRIES: int  # of a θ step's nat, by which its length is set: m·n; max(m, n) of a polar factor
     LR: int  # lr on the device, weight's and bias's; 0: in the hyperparameters
     BIAS_LR: int
     SLOT: int  # the block's partial sums: the first, and how many
@@ -105,7 +111,7 @@ class BlockFields(Fields):
 
 
 class HyperFields(Fields):
-    """The hyperparameters of a row in a θ step, float32."""
+    """The hyperparameters of a θ step, float32; blocks of one parameter group that were stepped as often share them."""
 
     KEEP: int  # m̂ = keep·m + take·g before the bias correction
     TAKE: int
@@ -118,7 +124,7 @@ class HyperFields(Fields):
     BIAS_LR: int
     BIAS_DECAY: int
     BASE_LR_SQUARED: int  # lr₀²
-    LENGTH_OF_STEP: int  # ‖step‖/lr with normalize="rms", 0.2·√(mn); what multiplies a polar factor, 0.2·√max(m, n)
+    RMS: int  # root-mean-square of a step by "rms" and "spectral", over lr
 
 
 class FactorFields(Fields):
@@ -142,7 +148,9 @@ class FactorFields(Fields):
     SQUARE: int  # F Fᵀ: S or P; a DiagKron's copy of F
     LD_SQUARE: int
     TRANSPOSED: int  # 1: F is the transpose of what λ holds
-    SLOT: int  # first partial sum
+    SLOT: int  # partial sums: the first, and how many
+    SLOTS: int
+    INDEX: int  # where their sum goes
     STEP: int  # Adam's counter on the device; 0: the host counts
     FIRST: int  # 1 in one row of each block
     LD_RIGHT: int

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .access import (
     address,
+    diagonal_matrix,
     field,
     gradient,
     increment,
@@ -18,10 +19,11 @@ from .access import (
     outer_diagonal,
     scheduled_step,
     tile_grid,
+    told_address,
     weight_pointers,
 )
-from .arithmetic import all_finite, finite, total
-from .products import left_tile, store_sums
+from .arithmetic import all_finite, finite, last_to_arrive, total
+from .products import add_up, left_tile, store_sums
 from .row_layout import F, H
 
 
@@ -30,7 +32,7 @@ def diagonal_product(
     row, hyper, r, c, inside, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr
 ):
     """d²∘m̂, or d²∘g with momentum AFTER."""
-    d = matrix(row, F.A, F.LDA, r, c, inside, field(row, F.N), 1)
+    d = diagonal_matrix(row, r, c, inside)
     x = gradient(row, r, c, inside, G, GENERAL, ALIGN)
     if not AFTER:
         m = matrix(row, F.X, F.LDX, r, c, inside, field(row, F.N), 1)
@@ -38,15 +40,18 @@ def diagonal_product(
     return d * d * x
 
 
-@triton.jit(do_not_specialize=["tiles", "slots"])
+@triton.jit(do_not_specialize=["tiles", "slots", "blocks"])
 def diagonal_kernel(
-    rows, hyperparameters, schedule, corrections, partials, slots, tiles,
+    rows, schedule, corrections, partials, slots, sums, blocks, arrived, tiles,
     SUMS: tl.constexpr, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of Diagonal blocks. Schedule: (row, tile of rows, tile of columns, number of the tile in its block)."""
+    """The sums of Diagonal blocks, as ``left_kernel``'s.
+
+    Schedule: (row, tile of rows, tile of columns, number of the tile in its block).
+    """
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        entry, row, hyper, i, j = scheduled_step(schedule, t, rows)
         r, c = tile_grid(i, j, ROWS, COLS)
         inside = r < field(row, F.M)
         correction = momentum_correction(row, hyper)
@@ -55,6 +60,7 @@ def diagonal_kernel(
         q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
         slot = partials + field(row, F.SLOT) + last_number(entry)
         store_sums(row, hyper, r, c, inside, q, correction, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, 1)
+        add_up(row, partials, slots, sums, blocks, arrived, SUMS != "norm")
 
 
 @triton.jit
@@ -68,10 +74,10 @@ def stored_product(
             q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
         else:
             np = field(row, F.NP)
-            q = tl.load(address(row, F.OUT, tl.float32, 1) + r * np + c, mask=inside & (c < np), other=0)
+            q = tl.load(told_address(row, F.OUT, tl.float32, 1) + r * np + c, mask=inside & (c < np), other=0)
     else:
         np = leading(row, F.NP, 16)
-        q = tl.load(address(row, F.OUT, tl.float32, 16) + r * np + c, mask=inside & (c < np), other=0)
+        q = tl.load(told_address(row, F.OUT, tl.float32, 16) + r * np + c, mask=inside & (c < np), other=0)
     return q
 
 
@@ -93,7 +99,7 @@ def update_tile(
 
     POLAR: the polar factors of some rows take nat's place.
     """
-    m_at = address(row, F.X, tl.float32, ALIGN_X) + r * leading(row, F.LDX, ALIGN_X) + c
+    m_at = told_address(row, F.X, tl.float32, ALIGN_X) + r * leading(row, F.LDX, ALIGN_X) + c
     limit = leading(row, F.X_COLS, ALIGN_X)
     m = tl.load(m_at, mask=inside & (c < limit), other=0)
     if AFTER:
@@ -117,40 +123,42 @@ def update_tile(
     tl.store(b_at, (b - lr * (nat + tl.load(hyper + H.BIAS_DECAY) * b)).to(W), mask=bias)
 
 
-@triton.jit(do_not_specialize=["tiles", "slots"])
+@triton.jit(do_not_specialize=["tiles", "blocks"])
 def update_kernel(
-    rows, hyperparameters, schedule, corrections, partials, slots, kappa, norms, taken, tiles,
+    rows, schedule, corrections, sums, blocks, kappa, norms, taken, tiles,
     RULE: tl.constexpr,  # "rms", "spectral", "trust" or "none"
     AFTER: tl.constexpr, DIAGONAL: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """m and θ, from nat. Schedule: (row, tile of rows, tile of columns, unused).
 
-    norms (blocks,): ‖nat‖; taken: whether the step was, a bool. DIAGONAL: some rows compute nat here.
+    sums (2, blocks): as ``left_kernel`` adds them up. norms (blocks,): ‖nat‖; taken: whether the step was, a bool.
+    DIAGONAL: some rows compute nat here.
     """
-    ok = all_finite(partials, slots, 1024)
+    ok = all_finite(sums, blocks, 256)
     trust = 1.0
     if RULE == "trust":
-        length = tl.maximum(total(partials + slots, slots, 1024), 1.1754943508222875e-38)
+        length = tl.maximum(total(sums + blocks, blocks, 256), 1.1754943508222875e-38)
         trust = tl.minimum(tl.sqrt(kappa / length), 1.0)
     if tl.program_id(0) == 0:
         tl.store(taken, ok)
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        _, row, hyper, i, j = scheduled_step(schedule, t, rows)
         r, c = tile_grid(i, j, ROWS, COLS)
         inside = r < field(row, F.M)
-        correction = tl.load(corrections + field(row, F.INDEX))
-        count, slot = field(row, F.SLOTS), field(row, F.SLOT)
-        norm = tl.sqrt(total(partials + slot, count, 256)) / correction
+        index = field(row, F.INDEX)
+        correction = tl.load(corrections + index)
+        norm = tl.sqrt(tl.load(sums + index)) / correction
         factor = trust / correction
         if RULE == "rms" or RULE == "spectral":
-            moving = (norm > 0) & (total(partials + slots + slot, count, 256) > 0)
-            length = tl.where(moving, tl.load(hyper + H.LENGTH_OF_STEP), 0.0)
+            moving = (norm > 0) & (tl.load(sums + blocks + index) > 0)
+            length = tl.load(hyper + H.RMS) * tl.sqrt(field(row, F.ENTRIES).to(tl.float32))
+            length = tl.where(moving, length, 0.0)
             factor = length / tl.where(moving, norm, 1.0) / correction
             if RULE == "spectral":
                 factor = tl.where(field(row, F.POLAR) != 0, length, factor)
         if (i == 0) & (j == 0) & (field(row, F.FIRST) != 0):
-            tl.store(norms + field(row, F.INDEX), norm)
+            tl.store(norms + index, norm)
             increment(row, F.STEP, ok)
         q = stored_product(row, hyper, r, c, inside, AFTER, DIAGONAL, G, GENERAL, ALIGN)
         update_tile(
@@ -158,38 +166,21 @@ def update_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def store_norms(partials, slots, ranges, blocks, most, corrections, norms, taken):
-    """‖nat‖ of each block and whether all are finite. ``ranges`` (blocks, 2): first slot, slots; ``most`` of them."""
-    tl.store(taken, all_finite(partials, slots, 1024))
-    for first in range(0, blocks, 32):
-        b = first + tl.arange(0, 32)
-        start = tl.load(ranges + 2 * b, mask=b < blocks, other=0)
-        count = tl.load(ranges + 2 * b + 1, mask=b < blocks, other=0)
-        acc = tl.zeros([32], tl.float32)
-        for slot in range(0, most, 32):
-            at = (slot + tl.arange(0, 32))[None, :]
-            acc += tl.sum(tl.load(partials + start[:, None] + at, mask=at < count[:, None], other=0), 1)
-        correction = tl.load(corrections + b, mask=b < blocks, other=1)
-        tl.store(norms + b, tl.sqrt(acc) / correction, mask=b < blocks)
-
-
-@triton.jit(do_not_specialize=["tiles", "slots", "checked", "blocks", "most"])
+@triton.jit(do_not_specialize=["tiles", "slots", "blocks"])
 def fused_kernel(
-    rows, hyperparameters, schedule, corrections, checks, checked, partials, slots, ranges, blocks, most, norms, taken,
-    arrived, tiles,
+    rows, schedule, corrections, broken, partials, slots, sums, blocks, arrived, norms, taken, tiles,
     AFTER: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, W: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """nat = P X, and m and θ moved in the epilogue. Schedule: (row, tile of m, tile of n, number of the tile).
 
-    Nothing is written where the first product is not finite. The program that comes last adds up the norms, in the
-    same order whichever it is; ``arrived`` counts them and is 0 again after it.
+    Nothing is written where the first product is not finite, as ``broken`` tells, which is 0 again after the launch.
+    arrived (blocks + 1,): zeros; the last counts programs.
     """
-    ok = all_finite(checks, checked, 1024)
+    ok = tl.load(broken) == 0
     for t in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        entry, row, hyper, i, j = scheduled_step(schedule, t, rows, hyperparameters)
+        entry, row, hyper, i, j = scheduled_step(schedule, t, rows)
         q = left_tile(row, i, j, PRECISION, BM, BN, BK)
         r, c = tile_grid(i, j, BM, BN)
         inside = r < field(row, F.M)
@@ -203,8 +194,17 @@ def fused_kernel(
         )  # fmt: skip
         if (i == 0) & (j == 0):
             increment(row, F.STEP, ok)
-    tl.debug_barrier()  # all of this program's sums are written before it counts as arrived
-    before = tl.atomic_add(arrived, 1, sem="acq_rel")
-    if before == tl.num_programs(0) - 1:
-        store_norms(partials, slots, ranges, blocks, most, corrections, norms, taken)
-        tl.store(arrived, 0)
+        store_norm(row, partials, sums, arrived, corrections, norms)
+    if last_to_arrive(arrived, blocks, tl.num_programs(0)):
+        tl.store(taken, all_finite(sums, blocks, 256))
+        tl.store(broken, 0)
+
+
+@triton.jit
+def store_norm(row, partials, sums, arrived, corrections, norms):
+    """Add up ‖nat‖² of a row's block, where this is its last tile."""
+    index, count = field(row, F.INDEX), field(row, F.SLOTS)
+    if last_to_arrive(arrived, index, count):
+        square = total(partials + field(row, F.SLOT), count, 256)
+        tl.store(sums + index, square)
+        tl.store(norms + index, tl.sqrt(square) / tl.load(corrections + index))

@@ -65,6 +65,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 
+_TUNED: dict[int, dict[str, dict[str, Tile]]] = {}  # capability -> what was measured on this machine's device, as TILES
+
 ELEMENTWISE = ElementwiseTile(16, 128, 8)
 COPY = ElementwiseTile(32, 32, 4)  # of a matrix that may be transposed
 BESIDE_PRODUCTS = Sides(16, 64)  # elementwise tiles in kernels of products, whose warps they have
@@ -76,8 +78,18 @@ def elementwise_tiles(shape: tuple[int, int]) -> int:
     return -(-shape[0] // ELEMENTWISE.ROWS) * -(-shape[1] // ELEMENTWISE.COLS)
 
 
+def tune(capability: int, tiles: dict[str, dict[str, Tile]]) -> None:
+    """Have ``tile`` give these in the place of pinned ones for this compute capability, until the next call."""
+    _TUNED[capability] = tiles
+
+
 def tile(shape: str, precision: str, capability: int) -> Tile:
-    """The pinned tile of a shape class for compute capability 80, 86, 90, 100, ...; what is older counts as 80."""
+    """The tile of a shape class for compute capability 80, 86, 90, 100, ...: a tuned one, or the pinned one, for which
+    what is older counts as 80.
+    """
+    tuned = _TUNED.get(capability, {}).get(shape, {}).get(precision)
+    if tuned is not None:
+        return tuned
     tiles = TILES[shape][precision]
     return tiles[max((arch for arch in tiles if arch <= capability), default=min(tiles))]
 

@@ -11,21 +11,20 @@ Q u = A∘(Rᵀ(B²∘(R(A∘u)L))Lᵀ) in the order of ``device/products.py``, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...model.block import Block
 from ..device.factors import copy_kernel
 from ..device.products import left_kernel, right_kernel
 from .configurations import COPY, Tile
-from .launch import launch
+from .launch import Launch, launch
 from .state import workspace_of
 from .tables.block_rows import BlockRows, Gradient
 from .tables.factor_rows import FactorRows
+from .tables.step_table import Sources, StepTable
 from .tables.strides import padded
-from .tables.uploads import Schedule, schedule, tiles, upload
+from .tables.uploads import schedule, tiles, upload
 from .tables.workspace import ProductBuffers
 
 
@@ -36,11 +35,12 @@ def core_buffers(block: Block) -> ProductBuffers:
     return ProductBuffers(1, L, R, workspace.XT, workspace.out)
 
 
-def append_core(rows: BlockRows, block: Block) -> None:
+def append_core(rows: BlockRows, block: Block, sources: Sources) -> None:
     """A block's row in its core: B²∘(P X), then that times S."""
     buffers, n = core_buffers(block), block.shape[1]
     B = block.structure.fishleg_aux["B"]
-    rows.append(block.shape, Gradient(cols=n), buffers=buffers, A=B, x=buffers.out[:, :n])
+    out = sources.fixed(buffers.out[:, :n])
+    rows.append(block.shape, Gradient(cols=n), buffers=buffers, A=B, x=out, out=out)
 
 
 def copy_factors(blocks: Sequence[Block]) -> None:
@@ -71,37 +71,21 @@ def copy_factors(blocks: Sequence[Block]) -> None:
         workspace_of(block).version = block.structure.version
 
 
-class CoreProducts(NamedTuple):
-    """The core of some blocks, prepared."""
-
-    table: Tensor
-    left: Schedule
-    right: Schedule
-    constants: dict
-
-
-def core_products(rows: BlockRows, precision: str, config: Tile, device: torch.device) -> CoreProducts | None:
-    """Of rows of ``append_core``; None where there are none."""
+def core_launches(rows: BlockRows, told: StepTable, precision: str, config: Tile, device: torch.device) -> list[Launch]:
+    """Two, of rows of ``append_core``; none where there are none. ``told``: as in ``BlockRows.upload``."""
     if not len(rows):
-        return None
-    left = tiles([(k, m, n, 0) for k, (m, n, _) in enumerate(rows.shapes)], config.BM, config.BN)
-    right = tiles([(k, n, m, 0) for k, (m, n, _) in enumerate(rows.shapes)], config.BM, config.BN)
-    constants = {"PRECISION": precision, **rows.constants(), **config._asdict()}
-    return CoreProducts(rows.upload(device), schedule(left, device), schedule(right, device), constants)
-
-
-def launch_core(core: CoreProducts | None, device: torch.device) -> None:
-    """Two launches; none for None."""
-    if core is None:
-        return
-    none = upload((0.0,), torch.float32, device)  # stands for what is not read
-    entries, count = core.left
-    launch(
-        left_kernel, count, core.table, none, entries, none, none, 0, device=device, SUMS="none", AFTER=False,
-        SCALED=True, SQUARED=True, **core.constants,
-    )  # fmt: skip
-    entries, count = core.right
-    launch(
-        right_kernel, count, core.table, none, entries, none, none, device=device, SOURCE="x", SCALED=False,
-        COUNT=False, CHECK=False, **core.constants,
-    )  # fmt: skip
+        return []
+    left, left_count = schedule(
+        tiles([(k, m, n, 0) for k, (m, n, _) in enumerate(rows.shapes)], config.BM, config.BN), device
+    )
+    right, right_count = schedule(
+        tiles([(k, n, m, 0) for k, (m, n, _) in enumerate(rows.shapes)], config.BM, config.BN), device
+    )
+    shared = {"device": device, "PRECISION": precision, **rows.constants(), **config._asdict()}
+    none, table = upload((0.0,), torch.float32, device), rows.upload(device, told)  # none stands for what is not read
+    squared = {"SUMS": "none", "AFTER": False, "SCALED": True, "SQUARED": True}
+    plain = {"SOURCE": "x", "SCALED": False, "COUNT": False, "CHECK": False}
+    return [
+        Launch(left_kernel, left_count, (table, left, none, none, 0, none, 0, none), {**squared, **shared}),
+        Launch(right_kernel, right_count, (table, right, none, none), {**plain, **shared}),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -28,6 +28,19 @@ def capability(device: torch.device) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors. In the interpreter, 2: enough to run a persistent loop."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+class Launch(NamedTuple):
+    """A launch that is prepared once and made at every step."""
+
+    kernel: Any
+    tiles: int
+    args: tuple
+    constants: dict[str, Any]  # and ``device``, ``num_warps``, ...
+
+    def __call__(self, *more: Any) -> None:
+        """``more``: arguments after those that are prepared."""
+        launch(self.kernel, self.tiles, *self.args, *more, **self.constants)
 
 
 def launch(

@@ -13,6 +13,7 @@ from .configurations import shape_class, stored_twice, tile
 from .coverage import covered_kind, kind
 from .diagkron import copy_factors
 from .launch import capability, launch, processors
+from .plans import Blocks, Plan, plan_of
 from .state import workspace_of
 from .tables.factor_rows import FactorRows, factors_of
 from .tables.uploads import schedule, tiles
@@ -33,12 +34,14 @@ def square_tile(
 
 def share_products(block: Block) -> None:
     """Tell the structure that our P and S are those of its λ."""
-    workspace_of(block).version = block.structure.version
-    cache = {}
-    for factor in factors_of(block):
-        product = ("P" if factor.transposed else "S") + factor.name[1:]
-        cache[product] = factor.square[:, : factor.square.shape[0]]
-    block.structure.adopt(cache)
+    workspace = workspace_of(block)
+    workspace.version = block.structure.version
+    if workspace.products is None:
+        workspace.products = {}
+        for factor in factors_of(block):
+            product = ("P" if factor.transposed else "S") + factor.name[1:]
+            workspace.products[product] = factor.square[:, : factor.square.shape[0]]
+    block.structure.adopt(dict(workspace.products))
 
 
 def refresh_stale(blocks: Sequence[Block]) -> None:
@@ -63,9 +66,23 @@ def refresh_stale(blocks: Sequence[Block]) -> None:
         share_products(block)
 
 
+class RefreshPlan(Plan):
+    """Which blocks have P and S, or copies, that our kernels make."""
+
+    def __init__(self, blocks: Sequence[Block], now: Blocks) -> None:
+        super().__init__(blocks, now)
+        kinds = [covered_kind(b) for b in blocks]
+        self.ours = [i for i, b in enumerate(blocks) if kinds[i] == "kron" or kind(b) == "diagkron"]
+        self.uncovered = [i for i, found in enumerate(kinds) if found is None]
+
+
 def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None = None) -> None:
     """As the reference's; P and S of the blocks that the kernels cover are always formed."""
-    refresh_stale([b for b in blocks if covered_kind(b) == "kron" or kind(b) == "diagkron"])
-    for block, uses in zip(blocks, applications or [None] * len(blocks), strict=True):
-        if covered_kind(block) is None:
-            block.structure.refresh(uses)
+    if not blocks:
+        return
+    now = Blocks(blocks)
+    plan = plan_of(blocks, now, "refresh", (), lambda: RefreshPlan(blocks, now))
+    if plan.needs_refresh():
+        refresh_stale([blocks[i] for i in plan.ours])
+    for i in plan.uncovered:
+        blocks[i].structure.refresh(applications[i] if applications else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ class TritonState(BackendState):
 
     workspace: Workspace | None = None
     polar: Scratch | None = None
-    theta_plans: OrderedDict[tuple, Any] = field(default_factory=OrderedDict)  # by what ``theta.plan`` tells them apart
+    plans: list[Any] = field(default_factory=list)  # ``plans.Plan``, the latest used first
 
 
 def workspace_of(block: Block) -> Workspace:

@@ -139,10 +139,11 @@ def _check_text(data: Data) -> list[str]:
         if key.startswith("check/"):
             errors = r.get("errors", {})
             shown = [("not finite" if errors[q] is None else f"{errors[q]:.1e}") if q in errors else "" for q in
-                     ("refresh", "qv", "lambda", "theta")]  # fmt: skip
+                     ("refresh", "qv", "inner", "lambda_step", "theta_step", "spectral")]  # fmt: skip
             verdict = "error" if "error" in r else "yes" if r["right"] else "NO"
             rows.append([*key.split("/")[1:], *shown, f"{r['limit']:.0e}" if "limit" in r else "", verdict])
-    header = ["structure", "backend", "precision", "P, S", "Q v", "change of λ", "change of θ", "limit", "right"]
+    header = ["structure", "backend", "precision", "P, S", "Q v", "⟨x, y⟩", "change of λ", "change of θ",
+              "spectral", "limit", "right"]  # fmt: skip
     return [table(header, rows)] if rows else ["Not checked."]
 
 

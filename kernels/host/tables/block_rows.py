@@ -10,52 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....algebra.matrix import Matrix
 from ....model.block import Block
-from ....model.gradients import GradientInPlace
 from ...device.row_layout import F
 from ..launch import DTYPES
-from .strides import Columns, columns, is_padded, padded, with_columns
-from .uploads import upload
+from .step_table import StepTable, Told
+from .strides import Columns, columns, is_padded, padded
+from .uploads import sent
 from .workspace import LambdaBuffers, ProductBuffers
-
-
-class BlockMatrix(NamedTuple):
-    """A matrix (m, n) as a block's parameters hold it, in one of DTYPES: a gradient, or a vector of its form."""
-
-    parts: list[Tensor | None]  # one a part, in the part's shape or (m, columns)
-    scale: Tensor | None  # a device scalar that multiplies them, float32
-    dtype: torch.dtype
-    copied: bool  # whether any of the parts is a copy
-
-
-def block_matrix(block: Block, g: Matrix) -> BlockMatrix:
-    """g as the kernels read it: where it is, but for a copy of what has another dtype."""
-    scale = None
-    if isinstance(g, Tensor):
-        sizes = [part.of(part.param).numel() // (block.shape[0] if block.axis else 1) for part in block.parts]
-        split = g.split(sizes, dim=block.axis)
-        found = [s.select(1, 0) if block.axis == 0 or (k and block.axis) else s for k, s in enumerate(split)]
-    else:
-        found = [None if t is None else t if t.layout == torch.strided else t.to_dense() for t in block.grads]
-        scale = g.scale if isinstance(g, GradientInPlace) else None
-    dtype = next((t.dtype for t in found if t is not None), torch.float32)
-    dtype = dtype if dtype in DTYPES else torch.float32
-    parts = [None if t is None else t.to(dtype) for t in found]
-    copied = any(a is not b for a, b in zip(parts, found, strict=True))
-    return BlockMatrix(parts, None if scale is None else scale.to(block.momentum.device, torch.float32), dtype, copied)
 
 
 class Gradient(NamedTuple):
     """What a row's kernels read as the gradient."""
 
     cols: int  # of the weight
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None  # a device scalar that multiplies both
+    weight: Told | None = None
+    bias: Told | None = None
+    scale: Told | None = None  # a device scalar that multiplies both
 
     @staticmethod
-    def of(parts: Sequence[Tensor | None], cols: int, scale: Tensor | None = None) -> Gradient:
+    def of(parts: Sequence[Told | None], cols: int, scale: Told | None = None) -> Gradient:
         """``parts``: the weight's and, if there is one, the bias's."""
         weight, bias = (*parts, None)[:2]
         return Gradient(cols, weight, bias, scale)
@@ -84,6 +57,8 @@ class Scalars(NamedTuple):
     slots: int = 0  # and how many
     block: int = 0  # the block's number
     first: bool = True  # whether this is the row that writes the block's scalars
+    hyper: int = 0  # the number of the address of its hyperparameters
+    entries: int = 0  # ``F.ENTRIES``
 
 
 class Piece(NamedTuple):
@@ -121,6 +96,22 @@ def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _rows(t: Tensor, m: int, n: int, vector: bool) -> tuple[int, int, bool]:
+    """(stride of a row, columns that may be read, whether rows are whole vectors of 16 elements)."""
+    if vector or m == 1:
+        wide = n % 16 == 0 and t.data_ptr() % 16 == 0
+        return 0, n, wide
+    wide = is_padded(t)
+    return t.stride(0), padded(n) if wide else n, wide
+
+
+def _number(t: Told | None) -> int:
+    return 0 if t is None else t.number
+
+
+_TOLD = [F.OUT, F.X, F.V, F.GRAD, F.BIAS_GRAD, F.SCALE, F.HYPER]  # fields marked * in ``BlockFields``
+
+
 @dataclass
 class BlockRows:
     """Rows for one launch: gradients of one dtype, parameters of one dtype."""
@@ -130,10 +121,9 @@ class BlockRows:
     general: bool = False  # whether any gradient's or parameter's columns do not lie next to each other
     align: int = 16  # elements: of gradients and parameters
     align_x: int = 16  # of x
+    align_v: int = 16  # of v
     values: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (m, n, terms) of each row
-    keep_alive: list[Tensor] = field(default_factory=list)  # what the kernels read, until they are launched
-    copied: bool = False  # whether any of that is a copy
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -146,9 +136,11 @@ class BlockRows:
         """The same for kernels that read no padding of x."""
         return {"G": DTYPES[self.G], "GENERAL": self.general, "ALIGN": self.align}
 
-    def upload(self, device: torch.device) -> Tensor:
-        """The table of all rows."""
-        return upload(self.values, torch.int64, device)
+    def upload(self, device: torch.device, told: StepTable) -> Tensor:
+        """The table of all rows, which point to ``told``."""
+        values = torch.tensor(self.values, dtype=torch.int64, device="cpu").reshape(-1, F.LENGTH)
+        values[:, _TOLD] = told.places(values[:, _TOLD])
+        return sent(values, device)
 
     def append(
         self,
@@ -156,9 +148,10 @@ class BlockRows:
         gradient: Gradient,
         *,
         buffers: ProductBuffers | None = None,  # None: a Diagonal's
+        out: Told | None = None,  # of Q's second product
         A: Tensor | None = None,
-        x: Tensor | None = None,
-        v: Tensor | None = None,
+        x: Told | None = None,
+        v: Told | None = None,
         parameters: Parameters = NO_PARAMETERS,
         scalars: Scalars = NO_SCALARS,
         moments: tuple[Tensor, Tensor] | None = None,  # of a Diagonal's d
@@ -169,47 +162,49 @@ class BlockRows:
         """One row; names are the fields'."""
         m, n = shape
         terms = 1 if buffers is None else buffers.terms
-        S, P, XT, OUT = (None,) * 4 if buffers is None else buffers[1:]
+        S, P, XT = (None,) * 3 if buffers is None else buffers[1:4]
         U, UT, WS = (None,) * 3 if scratch is None else scratch
         avg, avg_sq = moments or (None, None)
         POLAR, POLAR_T = polar or (None, None)
         self.values += F.pack(
             M=m, N=n, MP=padded(m), NP=padded(n), TERMS=terms, DIAGONAL=int(buffers is None),
-            S=_at(S), P=_at(P), XT=_at(XT), OUT=_at(OUT), POLAR=_at(POLAR), POLAR_T=_at(POLAR_T),
+            S=_at(S), P=_at(P), XT=_at(XT), OUT=_number(out), POLAR=_at(POLAR), POLAR_T=_at(POLAR_T),
             A=_at(A), LDA=0 if A is None or vector else A.stride(0),
-            V=_at(v), LDV=0 if v is None else v.stride(0),
-            STEP=_at(scalars.step), SLOT=scalars.slot, SLOTS=scalars.slots, INDEX=scalars.block,
+            STEP=_at(scalars.step), HYPER=scalars.hyper, ENTRIES=scalars.entries,
+            SLOT=scalars.slot, SLOTS=scalars.slots, INDEX=scalars.block,
             FIRST=int(scalars.first), U=_at(U), UT=_at(UT), WS=_at(WS), AVG=_at(avg), AVG_SQ=_at(avg_sq),
-            **self._momentum(x, m, n, vector), **self._gradient(gradient, m, vector),
+            **self._momentum(x, m, n, vector), **self._v(v, m, n, vector), **self._gradient(gradient, m, vector),
             **self._parameters(parameters, m, gradient.cols, vector),
         )  # fmt: skip
         self.shapes.append((m, n, terms))
-        self.keep_alive += [t for t in (gradient.bias, gradient.scale, v) if t is not None]
 
-    def _momentum(self, x: Tensor | None, m: int, n: int, vector: bool) -> dict[str, int]:
-        if x is None:
+    def _momentum(self, told: Told | None, m: int, n: int, vector: bool) -> dict[str, int]:
+        if told is None:
             return {"X": 0, "LDX": 0, "X_COLS": 0}
-        if vector or m == 1:
-            wide = n % 16 == 0 and x.data_ptr() % 16 == 0
-            row, readable = 0, n
-        else:
-            wide = is_padded(x)
-            row, readable = x.stride(0), padded(n) if wide else n
+        row, readable, wide = _rows(told.tensor, m, n, vector)
         self.align_x = self.align_x if wide else 1
-        return {"X": x.data_ptr(), "LDX": row, "X_COLS": readable}
+        return {"X": told.number, "LDX": row, "X_COLS": readable}
+
+    def _v(self, told: Told | None, m: int, n: int, vector: bool) -> dict[str, int]:
+        if told is None:
+            return {"V": 0, "LDV": 0, "V_COLS": 0}
+        row, readable, wide = _rows(told.tensor, m, n, vector)
+        self.align_v = self.align_v if wide else 1
+        return {"V": told.number, "LDV": row, "V_COLS": readable}
 
     def _gradient(self, g: Gradient, m: int, vector: bool) -> dict[str, int]:
-        weight, where = g.weight, _NOWHERE
-        if weight is not None:
-            weight, where = with_columns(weight, vector)
-            self._align(weight, where, m, g.cols)
-            self.keep_alive.append(weight)
-            self.copied |= weight is not g.weight
+        where = _NOWHERE
+        if g.weight is not None:
+            found = columns(g.weight.tensor, vector)
+            assert found is not None
+            where = found
+            self._align(g.weight.tensor, where, m, g.cols)
         return {
-            "COLS": g.cols, "GRAD": _at(weight), "GRAD_COLS": 0 if weight is None else g.cols,
+            "COLS": g.cols, "GRAD": _number(g.weight), "GRAD_COLS": 0 if g.weight is None else g.cols,
             "GRAD_ROW": 0 if vector else where.row,
             "GRAD_INNER": where.inner, "GRAD_OUTER": where.outer, "GRAD_STEP": where.step,
-            "BIAS_GRAD": _at(g.bias), "BIAS_GRAD_ROW": 0 if g.bias is None else g.bias.stride(0), "SCALE": _at(g.scale),
+            "BIAS_GRAD": _number(g.bias), "BIAS_GRAD_ROW": 0 if g.bias is None else g.bias.tensor.stride(0),
+            "SCALE": _number(g.scale),
         }  # fmt: skip
 
     def _parameters(self, p: Parameters, m: int, cols: int, vector: bool) -> dict[str, int]:

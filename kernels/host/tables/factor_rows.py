@@ -46,7 +46,9 @@ class Learning(NamedTuple):
     sym: Tensor  # scratch for M + Mᵀ, the new F and ∂F
     new: Tensor
     grad: Tensor
-    slot: int  # the first partial sum
+    slot: int  # partial sums: the first, and how many
+    slots: int
+    place: int  # where their sum goes
     step: Tensor | None  # Adam's counter, if the device counts
     first: bool  # whether this is the row that writes the block's scalars
 
@@ -77,9 +79,7 @@ class FactorRows:
         self.sizes.append(k)
 
 
-_NOT_LEARNED = dict.fromkeys(
-    ["AVG", "AVG_SQ", "LEFT", "RIGHT", "DEPTH", "LD_RIGHT", "SYM", "NEW", "GRAD", "SLOT", "STEP", "FIRST"], 0
-)
+_NOT_LEARNED = dict.fromkeys("AVG AVG_SQ LEFT RIGHT DEPTH LD_RIGHT SYM NEW GRAD SLOT SLOTS INDEX STEP FIRST".split(), 0)
 
 
 def _learning_fields(given: Learning | None) -> dict[str, int]:
@@ -89,5 +89,6 @@ def _learning_fields(given: Learning | None) -> dict[str, int]:
         "AVG": given.avg.data_ptr(), "AVG_SQ": given.avg_sq.data_ptr(), "LEFT": given.left.data_ptr(),
         "RIGHT": given.right.data_ptr(), "DEPTH": given.left.stride(0), "LD_RIGHT": given.right.stride(0),
         "SYM": given.sym.data_ptr(), "NEW": given.new.data_ptr(), "GRAD": given.grad.data_ptr(), "SLOT": given.slot,
+        "SLOTS": given.slots, "INDEX": given.place,
         "STEP": 0 if given.step is None else given.step.data_ptr(), "FIRST": int(given.first),
     }  # fmt: skip

@@ -16,27 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import streams
+from .staging import send
+
 TABLES, SCHEDULES = 8 << 20, 64 << 20  # bytes of device tensors kept for what they are made from
 Schedule = tuple[Tensor, int]  # (tiles, 4) int32 on the device, and how many tiles there are
 
 _CODES = {torch.int64: "q", torch.int32: "i", torch.float32: "f"}  # of array.array
-_captured: dict[tuple[int, ...], object] = {}
 
 
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def keep(*used: object) -> None:
-    """Keep for good what a CUDA graph that is being captured will read and write."""
-    if capturing():
-        _captured[tuple(map(id, used))] = used
-
-
-def stream_of(device: torch.device) -> int:
-    """The current stream."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device."""
+    found = torch.empty_like(host, device=device)
+    if host.numel():
+        send(host, found)
+    return found
 
 
 class Uploads:
@@ -49,7 +43,7 @@ class Uploads:
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` makes on the host, on the device."""
-        mine, captured = (stream_of(device), key), device.type == "cuda" and capturing()
+        mine, captured = (streams.stream_of(device), key), device.type == "cuda" and streams.capturing()
         with self._lock:
             found = self._found.get(mine)
             if found is not None:
@@ -57,15 +51,10 @@ class Uploads:
             elif captured:  # which began by synchronising: any stream's is there
                 found = next((t for (_, other), t in self._found.items() if other == key), None)
         if found is None:
-            host = make()
-            host = host.pin_memory() if device.type == "cuda" else host
-            found = host.to(device, non_blocking=True)
-            if captured:  # memory of a graph's pool is that graph's, which copies the host's at each replay
-                keep(host)
-            else:
+            found = sent(make(), device)
+            if not captured:  # memory of a graph's pool is that graph's
                 self._put(mine, found)
-        if captured:
-            keep(found)
+        streams.keep(found)
         return found
 
     def _put(self, mine: tuple[int, Hashable], found: Tensor) -> None:

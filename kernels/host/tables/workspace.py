@@ -72,6 +72,7 @@ class Workspace(Scratch):
         self.XT = self._zeros(n, self.terms * padded(m))
         self.out = self._zeros(m, padded(n))
         self.version: object = None
+        self.products: dict[str, Tensor] | None = None  # P and S without padding, by the names that structures have
 
     def buffers(self, out: Tensor | None = None) -> ProductBuffers:
         """For Q's products; ``out`` for the result, instead of the workspace's."""

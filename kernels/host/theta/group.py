@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from ..configurations import COPY, ELEMENTWISE, Tile
-from ..diagkron import CoreProducts, core_products
 from ..tables.block_rows import BlockRows
 from ..tables.uploads import Schedule, schedule, tiles
 
@@ -23,9 +20,7 @@ class Group:
     scaled: bool  # whether any has an outer diagonal A
     rows: BlockRows
     config: Tile
-    members: list[tuple[int, slice]] = field(default_factory=list)  # of each row: its block, and its parts of that
     factored: list[int] = field(default_factory=list)  # row numbers of the FACTORED kinds
-    slots: list[tuple[int, int]] = field(default_factory=list)  # (first, how many) partial sums of each of those
     diagonal: list[tuple[int, int]] = field(default_factory=list)  # (row, its first tile's number in the block)
     polar: list[int] = field(default_factory=list)  # row numbers of those whose polar factors are computed
     core_rows: BlockRows = field(default_factory=BlockRows)  # of DiagKron blocks
@@ -36,42 +31,27 @@ class Group:
             "PRECISION": self.precision, "SCALED": self.scaled, **self.rows.constants(), **self.config._asdict(),
         }  # fmt: skip
 
-    @cached_property
-    def table(self) -> Tensor:
-        """The rows on the device."""
-        return self.rows.upload(self.device)
-
-    @cached_property
     def right_tiles(self) -> Schedule:
         """(row, tile of n, tile of m, term)"""
         shapes = self.rows.shapes
         found = [(k, shapes[k][1], shapes[k][0], term) for k in self.factored for term in range(shapes[k][2])]
         return schedule(tiles(found, self.config.BM, self.config.BN), self.device)
 
-    @cached_property
-    def core(self) -> CoreProducts | None:
-        """DiagKron's products in between."""
-        return core_products(self.core_rows, self.precision, self.config, self.device)
-
-    @cached_property
     def left_tiles(self) -> Schedule:
         """(row, tile of m, tile of n, its number)"""
         found = [(k, *self.rows.shapes[k][:2], 0) for k in self.factored]
         return schedule(tiles(found, self.config.BM, self.config.BN, numbered=True), self.device)
 
-    @cached_property
     def diagonal_tiles(self) -> Schedule:
         """(row, tile of rows, tile of columns, its number) of Diagonal blocks."""
         found = [(k, *self.rows.shapes[k][:2], number) for k, number in self.diagonal]
         return schedule(tiles(found, ELEMENTWISE.ROWS, ELEMENTWISE.COLS, numbered=True), self.device)
 
-    @cached_property
     def unit_tiles(self) -> Schedule:
         """(row, tile of rows, tile of columns, unused) of matrices whose polar factors are computed."""
         found = [(k, *self.rows.shapes[k][:2], 0) for k in self.polar]
         return schedule(tiles(found, COPY.ROWS, COPY.COLS), self.device)
 
-    @cached_property
     def update_tiles(self) -> Schedule:
         """(row, tile of rows, tile of columns, unused)"""
         found = [(k, m, n, 0) for k, (m, n, _) in enumerate(self.rows.shapes)]

@@ -15,7 +15,7 @@ from ...device.polar import apply_kernel, symmetric_kernel
 from ...device.row_layout import POLAR
 from ..configurations import Tile, shape_class, stored_twice, tile
 from ..coverage import FACTORED
-from ..launch import capability, launch, processors
+from ..launch import Launch, capability, processors
 from ..refresh import square_tile
 from ..state import polar_scratch_of, workspace_of
 from ..tables.strides import padded
@@ -109,22 +109,22 @@ class PolarFactors:
         return [k * (k + 1) // 2 for k in across]
 
     @cached_property
-    def squares(self) -> Tensor:
-        """Those sums."""
-        return torch.empty(sum(self._slots), dtype=torch.float32, device=self.device)
-
-    def launch(self) -> None:
+    def launches(self) -> list[Launch]:
         """From nat/‖nat‖ and its transpose to the polar factor and its."""
         halves, wholes = (*self.halves, self.symmetric_tile), (*self.wholes, self.apply_tile._asdict())
+        squares = torch.empty(sum(self._slots), dtype=torch.float32, device=self.device)
+        bounds = torch.empty(len(self.shapes), dtype=torch.float32, device=self.device)
+        arrived = torch.zeros(len(self.shapes), dtype=torch.int32, device=self.device)
+        found = []
         for step, (keep, linear, quadratic) in enumerate(COEFFICIENTS):
             rows, first = self.tables[step % 2], step == 0
             for stage in ("gram", "bound" if first else "combined"):
-                self._launch(symmetric_kernel, rows, halves, linear, quadratic, STAGE=stage)
-            self._launch(apply_kernel, rows, wholes, keep, linear, quadratic, FIRST=first)
+                args = (squares, bounds, arrived, linear, quadratic)
+                found.append(self._launch(symmetric_kernel, rows, halves, args, STAGE=stage))
+            found.append(self._launch(apply_kernel, rows, wholes, (bounds, keep, linear, quadratic), FIRST=first))
+        return found
 
-    def _launch(self, kernel: object, rows: Tensor, work: tuple, *coefficients: float, **constants: Any) -> None:
+    def _launch(self, kernel: object, rows: Tensor, work: tuple, args: tuple, **constants: Any) -> Launch:
         entries, count, sides = work
-        launch(
-            kernel, count, rows, entries, self.squares, *coefficients, device=self.device, PRECISION=self.precision,
-            **constants, **sides,
-        )  # fmt: skip
+        shared = {"device": self.device, "PRECISION": self.precision, **sides}
+        return Launch(kernel, count, (rows, entries, *args), {**shared, **constants})

@@ -50,7 +50,8 @@ def polar(xs: list[Tensor], precision: str = "ieee") -> list[Tensor]:
     factors, given = PolarFactors(torch.device("cpu"), precision), [buffers(x) for x in xs]
     for x, b in zip(xs, given, strict=True):
         factors.append(tuple(x.shape), b)
-    factors.launch()
+    for launch in factors.launches:
+        launch()
     for x, b in zip(xs, given, strict=True):
         m, n = x.shape
         assert torch.equal(b.polar[:, :n], b.polar_t[:, :m].T)

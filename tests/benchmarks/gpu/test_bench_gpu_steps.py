@@ -5,7 +5,6 @@ Nothing here is about how long anything takes.
 
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from benchmarks.common.published import Published
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.measurements import checks, models, steps
 from fishleg_fast.backends import reference
+from fishleg_fast.selfcheck.cases import limit
 from support.dense import randn
 
 CPU = torch.device("cpu")
@@ -32,26 +32,27 @@ def wrong(op, change):
 
 
 def errors_of(ops):
-    make = partial(checks.optimizer, 1, CPU, structure="kron")
-    ours = make(torch.float32, backend="reference", precision="highest")
-    truth = make(torch.float64, backend="reference", precision="highest")
-    got, want = checks.run(ours, ops), checks.run(truth, reference)
-    return {q: checks.relative(got[q], want[q]) for q in checks.QUANTITIES}
+    return checks.errors(CPU, ops, "highest", "kron", 1)
 
 
 def test_the_check_finds_what_is_wrong():
-    limit = checks.LIMITS["highest"]
-    assert max(errors_of(reference).values()) < limit
+    most = limit("qv", "highest", torch.float32)
+    assert all(e < limit(family, "highest", torch.float32) for family, e in errors_of(reference).items())
     off = errors_of(wrong("qv", lambda qv: lambda bs, us: [1.001 * v for v in qv(bs, us)]))
-    assert off["qv"] > limit > off["refresh"]
+    assert off["qv"] > most > off["refresh"]
     nan = errors_of(wrong("qv", lambda qv: lambda bs, us: [v / 0 * 0 for v in qv(bs, us)]))
     assert nan["qv"] == float("inf")
     half = errors_of(wrong("lambda_step", lambda f: lambda *a: f(*a[:-1], replace(a[-1], damping=2 * a[-1].damping))))
-    assert half["lambda"] > limit > half["qv"]
+    assert half["lambda_step"] > most > half["qv"]
     plain = errors_of(wrong("theta_step", lambda f: lambda *a: f(*a[:-1], replace(a[-1], nesterov=False))))
-    assert plain["theta"] > limit > plain["lambda"]
+    assert plain["theta_step"] > most > plain["lambda_step"]
     lazy = errors_of(wrong("theta_step", lambda f: lambda *a, **o: None))
-    assert lazy["theta"] == pytest.approx(1)
+    assert lazy["theta_step"] == lazy["spectral"] == pytest.approx(1)
+
+
+def test_a_check_says_what_is_right():
+    found = checks.check_task(CPU, "reference", "high", "diagkron", 1)
+    assert found["right"] and set(found["errors"]) == set(found["limits"]) >= {"qv", "spectral"}
 
 
 @pytest.mark.parametrize("case", models.TINY)

@@ -1,0 +1,1 @@
+"""The λ step: its plan, its launches, and the op."""
