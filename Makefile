@@ -20,7 +20,7 @@ NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint train train-resnet train-gpt convergence bench bench-passes bench-gpu wallclock clean
+.PHONY: help setup test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,6 +60,9 @@ train-resnet: setup  ## train a ResNet18, FishLeg beside AdamW; ARGS='--help' fo
 
 train-gpt: setup  ## train a small GPT on Python's help texts, FishLeg beside AdamW; ARGS='--help' for its options
 	$(BIN)/python -m benchmarks.train.train_gpt $(ARGS)
+
+train-ddp: setup  ## train the deep autoencoder by two processes (gloo) beside one; ARGS='--help' for its options
+	$(BIN)/python -m benchmarks.train.train_ddp $(ARGS)
 
 convergence: setup  ## the study behind the defaults: optimizers, problems, learning rates, seeds (hours)
 	$(BIN)/python -m benchmarks.study.convergence $(ARGS)
