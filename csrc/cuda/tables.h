@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 struct CUstream_st;
 
@@ -20,24 +21,33 @@ enum class Precision : int32_t { ieee, tf32x3, tf32, bf16 };  // what float32 is
 /// Which operands of C = A B are stored transposed.
 enum class Layout : int32_t { nn, tn, nt };
 
+/// A factor of a product as it is stored.
+struct Operand {
+    const float* data;
+    int32_t ld;
+    int32_t aligned;  // whether rows start at multiples of 16 bytes
+};
+
 /// One product C (M, N) = A (M, K) B (K, N), row-major with leading dimensions; or with ``add``,
 /// C = times·A B + add_times·add, add_times times ``*add_scale`` where there is one.
 struct Product {
-    const float* A;
-    const float* B;
+    Operand operands[2];  // A and B
     float* C;
     const float* outer;  // (M, N) dense or null: C ← outer∘(A B)
     const float* pair;   // as C's layout or null: Σ pair∘(A B) is wanted
     const float* add;    // as C's layout or null
     const float* add_scale;
     Sums* sums;          // of each tile: (Σ C², Σ pair∘(A B), 0), of a symmetric one with its mirror image; or null
-    int32_t lda, ldb, ldc;
+    int32_t* arrivals;   // of tiles that are done, zero before; or null
+    double* norm;        // ‖C‖, where there is ``arrivals``, which needs ``sums``
+    int32_t* clear;      // to become zero, or null
+    int32_t ldc;
     int32_t M, N, K;
     Layout layout;
     float times, add_times;
     int32_t symmetric;  // M = N: C is, and half its tiles are computed
-    int32_t aligned_a, aligned_b;  // whether rows start at multiples of 16 bytes
-    int32_t tiles_n;
+    int32_t plus_transpose;  // M = N, Layout::tn or ::nt: C = A B + (A B)ᵀ, and so symmetric
+    int32_t tiles, tiles_n;
     int32_t first_tile;
 };
 
@@ -59,17 +69,9 @@ struct Chain {
 struct FirstStep {
     const float* A;
     float* B;
-    const Sums* sums;  // of the tiles of A²
-    float* scale;      // 1/√ℓ
+    const double* norm;  // ‖A²‖
+    float* scale;        // 1/√ℓ
     float linear, quadratic;
-    int32_t count;  // of sums
-    int32_t n, ld;
-    int32_t first_tile;
-};
-
-/// M ← M + Mᵀ in place, for M (n, n).
-struct Square {
-    float* M;
     int32_t n, ld;
     int32_t first_tile;
 };
@@ -80,37 +82,59 @@ constexpr int most_dims = 4;
 struct AuxLoss;
 struct NatStatistics;
 
-/// A parameter, or some of its rows, beside the block's matrices. Dimensions are outermost first; unused ones are 1.
-struct Part {
+/// How a parameter, or some of its rows, lies beside the block's matrices. Dimensions are outermost first; unused ones
+/// are 1. Parts that lie alike share one.
+struct Strides {
     int64_t sizes[most_dims];
-    int64_t theta_strides[most_dims], g_strides[most_dims];       // of the parameter and of its gradient
-    int64_t matrix_strides[most_dims];  // of (m, n) dense
-    int64_t padded_strides[most_dims];  // and of (m, n) with the workspace's leading dimension
-    void* theta;                        // null: keep it
+    int64_t theta[most_dims], g[most_dims];  // of the parameter and of its gradient
+    int64_t matrix[most_dims];               // of (m, n) dense
+    int64_t padded[most_dims];               // and of (m, n) with the workspace's leading dimension
+
+    bool operator==(const Strides&) const = default;
+};
+
+/// What every pass over the entries of a parameter, or of some of its rows, is told.
+struct Part {
     const void* g;        // null: zeros
     const float* scale;   // a factor of g, or null
-    float* momentum;      // all from here on at the part's first entry
-    const float* factor;  // A (m, n) of a Kron or null; d of a Diagonal
+    const float* factor;  // A (m, n) of a Kron or null; d of a Diagonal. All from here on at the part's first entry
     float* x;             // padded
     float* y;             // padded: the block's Q m̂, or the residual w
-    const float* v;       // (m, n) dense
-    const float* fv;
-    float* grad;  // (m, n) dense: of d
-    const AuxLoss* aux;
-    Sums* sums;   // of each tile
-    float* polar;  // padded: nat/‖nat‖, then its polar factor; null: nat is left as it is
-    const NatStatistics* statistics;  // the block's
-    const double* step_scale;  // c over the bias correction of the block, or of a polar factor
-    const float* lr_pointer;   // null: lr
-    const uint8_t* ok;         // whether the step is taken
-    float lr, decay;            // decay: of the λ step's residual γ
-    float weight, lead_weight;  // of g in m, 1 − β; and in m̂, 1 − βᵗⁱᵐᵉˢ
-    int32_t diagonal;           // Q u = d²∘u
+    Sums* sums;           // of each tile
+    int64_t count;
+    int32_t strides;   // number of its Strides
+    int32_t diagonal;  // Q u = d²∘u
     Type theta_type, g_type;
     int32_t dims;
     int32_t first_tile;
-    int64_t count;
-    int64_t offset;  // of its first entry in (m, n) dense
+};
+
+/// Of a θ step.
+struct ThetaPart : Part {
+    void* theta;  // null: keep it
+    float* momentum;
+    float* polar;              // padded: nat/‖nat‖, then its polar factor; null: nat is left as it is
+    const NatStatistics* nat;  // the block's
+    const float* lr_pointer;   // null: lr
+    float lr, decay;
+    float weight, lead_weight;  // of g in m, 1 − β; and in m̂, 1 − βᵗⁱᵐᵉˢ
+};
+
+/// Of a λ step, or of Q u.
+struct AuxPart : Part {
+    const float* v;  // (m, n) dense
+    const float* fv;
+    float* grad;  // (m, n) dense: of d; or Q u
+    const AuxLoss* aux;
+    float damping;  // γ
+};
+
+/// Parts of a plan, whose ``strides`` are numbers of ``all``.
+template <class Item>
+struct Parts {
+    std::vector<Strides> all;
+    std::vector<Item> items;
+    int32_t* arrivals = nullptr;  // to be zero after the first pass
 };
 
 constexpr int tile_entries = 4096;  // of a part, by one thread block
@@ -136,14 +160,17 @@ struct Counter {
     int32_t first_tile;
 };
 
-/// What is known of a block's nat when the step is decided.
+/// What is known of a block's nat when the step is decided, and then the decision.
 struct NatStatistics {
     double norm;   // ‖nat‖, corrected
     double power;  // lr₀² m̂ᵀnat, corrected
     double correction;
+    double scale;     // c over the bias correction of the block, or of a polar factor
     int64_t entries;  // m n; max(m, n) where nat gives way to its polar factor
     int32_t gradient_is_zero;
-    int32_t flat;  // whether it does
+    int32_t flat;   // whether it does
+    int32_t taken;  // whether the step is
+    float* step;    // a counter on the device that then goes up by one, or null
 };
 
 /// Where one block's sums are: (Σ nat², Σ m̂∘nat, entries of g that are not zero).
@@ -154,18 +181,19 @@ struct NatSums {
     int64_t entries;  // these are the statistics'
     int32_t flat;
     const float* step_pointer;  // steps so far, on the device; null: ``step``
+    float* counted;             // the same where it is to go up by one
     double step, beta, base_lr;
     int32_t times;              // how often g is averaged into m̂
     int32_t squared;            // both factors of the power are without their bias correction
     NatStatistics* statistics;
-    int32_t first_tile;
+    int32_t first_tile;  // its number, one thread block each
 };
 
 enum class Normalize : int32_t { none, rms, trust, spectral };
 
 /// The decision about a θ step.
 struct ThetaDecision {
-    const NatStatistics* statistics;
+    NatStatistics* statistics;
     int32_t count;
     Normalize normalize;
     double kappa;
@@ -173,6 +201,7 @@ struct ThetaDecision {
     float* norms;         // of each block
     double* wide_norms;   // the same
     uint8_t* ok;
+    int32_t* arrivals;  // of thread blocks at the decision: zero
 };
 
 /// 𝒜 and the best multiple of Q, from the sums (uᵀv, vᵀF v, vᵀv) of all tiles.

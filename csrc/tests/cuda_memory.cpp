@@ -119,12 +119,32 @@ struct Layers {
     }
 };
 
-/// Each gradient, without a scale.
-void push_gradients(std::vector<int64_t>& pointers, const Layer& l) {
-    for (float* g : l.gs) {
-        pointers.insert(pointers.end(), {number(g), 0});
+/// What the first ``count`` layers hand over at a step.
+struct Handed {
+    std::vector<int64_t> g, scale, operators, momentum, steps, aux_steps, theta, lr_pointers, adam, v, fv, outs;
+    std::vector<double> beta, base_lr, step, lr, decay;
+
+    Handed(const Layers& layers, size_t count) {
+        for (size_t k = 0; k < count; ++k) {
+            const Layer& l = layers.all[k];
+            const bool diagonal = l.layout.kind == Kind::diagonal;
+            operators.insert(operators.end(), {number(diagonal ? l.R : l.P), l.layout.m, number(l.S), l.layout.n,
+                                               number(l.A)});
+            momentum.push_back(number(l.momentum)), steps.push_back(number(l.step));
+            aux_steps.push_back(number(l.aux_step)), v.push_back(number(l.v)), fv.push_back(number(l.fv));
+            outs.push_back(number(l.out));
+            adam.insert(adam.end(), {number(l.R), number(l.moments[0]), number(l.moments[1]), number(l.L),
+                                     number(l.moments[2]), number(l.moments[3])});
+            beta.push_back(0.9), base_lr.push_back(0.1), step.push_back(0);
+            for (size_t i = 0; i < l.gs.size(); ++i) {
+                g.push_back(number(l.gs[i])), scale.push_back(0);
+                theta.push_back(number(l.thetas[i])), lr_pointers.push_back(0);
+                lr.push_back(0.1), decay.push_back(0.01);
+            }
+        }
     }
-}
+    Gradients gradients() const { return {g, scale}; }
+};
 
 void refresh(Layers& layers) {
     std::vector<int64_t> pointers;
@@ -175,15 +195,10 @@ std::pair<double, double> wanted_product(const Layer& l) {
 }
 
 void qv(Layers& layers) {
-    std::vector<int64_t> pointers;
     Plan plan = layers.plan(Op::qv, layers.all.size());
-    for (const Layer& l : layers.all) {
-        const bool diagonal = l.layout.kind == Kind::diagonal;
-        pointers.insert(pointers.end(), {number(diagonal ? l.R : l.P), l.layout.m, number(l.S), l.layout.n,
-                                         number(l.A), number(l.out)});
-        push_gradients(pointers, l);
-    }
-    plan.qv(nullptr, number(layers.memory.bytes(plan.workspace_bytes)), pointers);
+    const Handed handed(layers, layers.all.size());
+    plan.qv(nullptr, number(layers.memory.bytes(plan.workspace_bytes)), handed.gradients(), handed.operators,
+            handed.outs);
     for (const Layer& l : layers.all) {
         const int64_t m = l.layout.m, n = l.layout.n;
         if (m == 0) {
@@ -199,47 +214,28 @@ void theta_step(Layers& layers, int count, bool after, Normalize normalize) {
     const size_t all = layers.all.size();
     const bool spectral = normalize == Normalize::spectral;
     Plan step = layers.plan(Op::theta, all, spectral);
-    std::vector<int64_t> pointers;
-    std::vector<double> numbers;
-    for (const Layer& l : layers.all) {
-        const bool diagonal = l.layout.kind == Kind::diagonal;
-        pointers.insert(pointers.end(), {number(l.momentum), number(diagonal ? l.R : l.P), l.layout.m, number(l.S),
-                                         l.layout.n, number(l.A), number(l.step)});
-        push_gradients(pointers, l);
-        numbers.insert(numbers.end(), {0.9, 0.1, 0});
-        for (float* theta : l.thetas) {
-            pointers.insert(pointers.end(), {number(theta), 0});
-            numbers.insert(numbers.end(), {0.1, 0.01});
-        }
-    }
-    if (spectral) {
-        numbers.insert(numbers.end(), {8, -24, 17, 4, -3, 0.5});
-    }
+    const Handed h(layers, all);
+    const std::vector<double> coefficients = spectral ? std::vector<double>{8, -24, 17, 4, -3, 0.5}
+                                                      : std::vector<double>{};
     float* const norms = layers.memory.floats(static_cast<int64_t>(all));
     char* const ok = layers.memory.bytes(1);
-    step.theta_step(nullptr, number(layers.memory.bytes(step.workspace_bytes)), pointers, numbers, after, 1 + after,
-                    normalize, 1e-3, number(norms), 0, number(ok));
+    step.theta_step(nullptr, number(layers.memory.bytes(step.workspace_bytes)),
+                    {h.gradients(), h.operators, h.momentum, h.steps, h.theta, h.lr_pointers, h.beta, h.base_lr, h.step,
+                     h.lr, h.decay, coefficients},
+                    after, 1 + after, normalize, 1e-3, number(norms), 0, number(ok));
     expect(*ok == 1 && *layers.all[0].step == count, "θ step", "all");
 }
 
 void lambda_steps(Layers& layers) {
     Plan learn = layers.plan(Op::lambda, layers.without_scale);
-    std::vector<int64_t> pointers;
-    const std::vector<double> steps(layers.without_scale, 0.0);
-    for (size_t k = 0; k < layers.without_scale; ++k) {
-        const Layer& l = layers.all[k];
-        pointers.insert(pointers.end(), {number(l.P), l.layout.m, number(l.S), l.layout.n, number(l.R),
-                                         number(l.moments[0]), number(l.moments[1]), number(l.L),
-                                         number(l.moments[2]), number(l.moments[3]), number(l.v), number(l.fv),
-                                         number(l.aux_step)});
-        push_gradients(pointers, l);
-    }
+    const Handed h(layers, layers.without_scale);
     char* const workspace = layers.memory.bytes(learn.workspace_bytes);
     float* const loss = layers.memory.floats(2);
     char* const ok = layers.memory.bytes(1);
     for (const bool precondition : {false, true}) {
-        learn.aux_loss(nullptr, number(workspace), pointers, 0.1, precondition, number(loss), number(loss + 1));
-        learn.aux_update(nullptr, number(workspace), steps, 0.1, precondition, 1e-3, 0, 0.9, 0.999, 1e-8, number(ok));
+        learn.aux_loss(nullptr, number(workspace), {h.gradients(), h.operators, h.adam, h.v, h.fv, h.aux_steps}, 0.1,
+                       precondition, number(loss), number(loss + 1));
+        learn.aux_update(nullptr, number(workspace), h.step, precondition, 1e-3, 0, 0.9, 0.999, 1e-8, number(ok));
         expect(*ok == 1 && *layers.all[0].aux_step == 1 + precondition, "λ step", "all");
     }
 }

@@ -75,7 +75,8 @@ def build(sources: Sequence[Path], name: str, flags: Sequence[str], link: Sequen
 
         def compile_one(source: Path) -> str:
             made = str(target.parent / f"{name}-{source.name}.o")
-            quick = [] if source.suffix == ".cu" else ["-O0"]  # what runs long are the kernels
+            timed = source.suffix == ".cu" or "-DFISHLEG_CUDA_STUBBED" in flags
+            quick = [] if timed else ["-O0"]  # what runs long are the kernels
             run(cxx, *FLAGS, *flags, *quick, "-c", str(source), "-o", made)
             return made
 
@@ -90,12 +91,21 @@ def build(sources: Sequence[Path], name: str, flags: Sequence[str], link: Sequen
 @functools.cache
 def emulated() -> ModuleType:
     """The kernels as a Python module; skips the test where it cannot be built."""
+    return _module("_cuda_on_cpu", ["-O2"])
+
+
+@functools.cache
+def stubbed() -> ModuleType:
+    """The same with launches that are only counted, so that the host's work can be timed."""
+    return _module("_cuda_stubbed", ["-O1", "-DFISHLEG_CUDA_STUBBED"])
+
+
+def _module(name: str, flags: Sequence[str]) -> ModuleType:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    spec = importlib.util.spec_from_file_location(
-        "_cuda_on_cpu", build(MODULE, "_cuda_on_cpu.so", [*includes, "-O2"], ["-shared"])
-    )
+    built = build(MODULE, f"{name}.so", [*includes, *flags], ["-shared"])
+    spec = importlib.util.spec_from_file_location(name, built)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-// The λ step: the auxiliary loss, w, Adam. Products are products.cu's.
+// The λ step: the auxiliary loss, w, Adam; what Q u gathers; inner products. Products are products.cu's.
 #include "cuda/device/auxiliary.h"
 
 #include "cuda/device/entries.h"
@@ -14,39 +14,50 @@ struct Entry {
     float u, v, fv, d;
 };
 
-__device__ __forceinline__ Entry loaded(const Part& p, const Place& at) {
+using AuxTable = PartTable<AuxPart>;
+
+__device__ __forceinline__ Entry loaded(const AuxPart& p, const Place& at) {
     Entry e{};
-    e.u = p.g ? read(p.g, p.g_type, at.g) : 0;
-    if (p.scale) {
-        e.u *= *p.scale;
-    }
+    e.u = gradient(p, at);
     e.v = p.v[at.matrix];
     e.fv = p.fv[at.matrix];
     e.d = p.diagonal ? p.factor[at.matrix] : 0;
     return e;
 }
 
-__global__ void __launch_bounds__(entry_threads, 3) dots_kernel(const __grid_constant__ Table<Part> table) {
+/// x = A∘u of Kronecker blocks; all of a Diagonal's Q u.
+__global__ void __launch_bounds__(entry_threads, 3) gather_kernel(const __grid_constant__ AuxTable table) {
+    const PartWork<AuxPart> work = work_of(table);
+    const AuxPart& p = work.item;
+    for_entries<Entry>(
+        work,
+        [&](const Place& at) {
+            Entry e{};
+            e.u = gradient(p, at);
+            e.d = p.factor ? p.factor[at.matrix] : 1;
+            return e;
+        },
+        [&](const Place& at, const Entry& e) {
+            if (p.diagonal) {
+                p.grad[at.matrix] = e.d * e.d * e.u;
+            } else {
+                p.x[at.padded] = e.d * e.u;
+            }
+        });
+}
+
+__global__ void __launch_bounds__(entry_threads, 3) dots_kernel(const __grid_constant__ AuxTable table) {
     FISHLEG_SHARED(Sums, shared);
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
+    const PartWork<AuxPart> work = work_of(table);
+    const AuxPart& p = work.item;
     Sums sums{};
     for_entries<Entry>(
-        p, work.tile, [&](const Place& at) { return loaded(p, at); },
+        work, [&](const Place& at) { return loaded(p, at); },
         [&](const Place&, const Entry& e) {
             const double v = e.v;
             sums = sums + Sums{e.u * v, v * e.fv, v * v};
         });
     write_sum(sums, shared, p.sums + work.tile);
-}
-
-/// ``count`` sums added up by one thread block, for thread 0.
-__device__ __forceinline__ Sums total(const Sums* sums, int64_t count, Sums* scratch) {
-    Sums mine{};
-    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-        mine = mine + sums[i];
-    }
-    return block_sum(mine, scratch);
 }
 
 constexpr int total_threads = 1024;
@@ -66,14 +77,14 @@ __global__ void __launch_bounds__(total_threads) aux_loss_kernel(const __grid_co
 }
 
 template <bool precondition>
-__global__ void __launch_bounds__(entry_threads, 3) residual_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) residual_kernel(const __grid_constant__ AuxTable table) {
     FISHLEG_SHARED(Sums, shared);
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
-    const float alpha = static_cast<float>(p.aux->alpha), damping = p.decay;
+    const PartWork<AuxPart> work = work_of(table);
+    const AuxPart& p = work.item;
+    const float alpha = static_cast<float>(p.aux->alpha), damping = p.damping;
     Sums sums{};
     for_entries<Entry>(
-        p, work.tile, [&](const Place& at) { return loaded(p, at); },
+        work, [&](const Place& at) { return loaded(p, at); },
         [&](const Place& at, const Entry& e) {
             float w = alpha * (e.fv + damping * e.v) - e.u;
             if (p.diagonal) {
@@ -123,6 +134,13 @@ __global__ void __launch_bounds__(entry_threads, 3) adam_kernel(const __grid_con
     }
 }
 
+__global__ void count_kernel(const __grid_constant__ Table<Counter> table) {
+    const Counter& c = table.items[blockIdx.x];
+    if (threadIdx.x == 0 && *c.ok) {
+        *c.value += 1;
+    }
+}
+
 __global__ void __launch_bounds__(entry_threads, 3) inner_kernel(const __grid_constant__ Table<Pair> table) {
     FISHLEG_SHARED(Sums, shared);
     const Work<Pair> work = work_of(table);
@@ -149,7 +167,11 @@ __global__ void __launch_bounds__(total_threads) total_kernel(const __grid_const
 
 }  // namespace
 
-void aux_dots_all(std::vector<Part>& parts, Stream stream) {
+void gather_all(const Parts<AuxPart>& parts, Stream stream) {
+    launch_all("gather", gather_kernel, parts, [](const Part& p) { return tiles(p); }, entry_threads, 0, stream);
+}
+
+void aux_dots_all(const Parts<AuxPart>& parts, Stream stream) {
     launch_all("aux_dots", dots_kernel, parts, [](const Part& p) { return tiles(p); }, entry_threads, shared_bytes,
                stream);
 }
@@ -158,10 +180,7 @@ void aux_loss(const AuxLossJob& job, Stream stream) {
     launch("aux_loss", aux_loss_kernel, 1, total_threads, total_bytes, stream, job);
 }
 
-void residual_all(std::vector<Part>& parts, float damping, bool precondition, Stream stream) {
-    for (Part& p : parts) {
-        p.decay = damping;
-    }
+void residual_all(const Parts<AuxPart>& parts, bool precondition, Stream stream) {
     launch_all("residual", precondition ? residual_kernel<true> : residual_kernel<false>, parts,
                [](const Part& p) { return tiles(p); }, entry_threads, shared_bytes, stream);
 }
@@ -175,6 +194,10 @@ int64_t tiles(const AdamTensor& t) { return (t.count + adam_entries - 1) / adam_
 void adam_all(std::vector<AdamTensor>& tensors, Stream stream) {
     launch_all("adam", adam_kernel, tensors, [](const AdamTensor& t) { return tiles(t); }, entry_threads,
                sizeof(Adam<float>), stream);
+}
+
+void count_all(std::vector<Counter>& counters, Stream stream) {
+    launch_all("count", count_kernel, counters, [](const Counter&) { return int64_t{1}; }, warp_size, 0, stream);
 }
 
 int64_t tiles(const Pair& p) { return (p.count + tile_entries - 1) / tile_entries; }

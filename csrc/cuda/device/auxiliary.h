@@ -7,15 +7,18 @@
 
 namespace fishleg::cuda {
 
+/// x = A∘u, for u in g; of a Diagonal Q u, into ``grad``.
+void gather_all(const Parts<AuxPart>& parts, Stream stream);
+
 /// Each part's sums become (uᵀv, vᵀF v, vᵀv); u is the part's g.
-void aux_dots_all(std::vector<Part>& parts, Stream stream);
+void aux_dots_all(const Parts<AuxPart>& parts, Stream stream);
 
 /// 𝒜 and α from all those sums.
 void aux_loss(const AuxLossJob& job, Stream stream);
 
 /// x = u and y = w = α(F v + γv) − u; of a Diagonal the gradient 2 d∘u∘w (d²∘w in place of w: ``precondition``), and
 /// each part's sums become (Σ gradient², 0, 0).
-void residual_all(std::vector<Part>& parts, float damping, bool precondition, Stream stream);
+void residual_all(const Parts<AuxPart>& parts, bool precondition, Stream stream);
 
 /// Whether the λ step is taken.
 void decide_aux(const AuxDecision& decision, Stream stream);
@@ -24,6 +27,9 @@ int64_t tiles(const AdamTensor& t);
 
 /// Adam, where the step is taken.
 void adam_all(std::vector<AdamTensor>& tensors, Stream stream);
+
+/// Counters of steps on the device.
+void count_all(std::vector<Counter>& counters, Stream stream);
 
 int64_t tiles(const Pair& p);
 

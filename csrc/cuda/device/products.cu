@@ -14,22 +14,25 @@ constexpr int operand = edge * along_k;  // floats: as many as depth·across_k
 static_assert(operand == depth * across_k);
 constexpr size_t shared_bytes = 2 * 2 * operand * sizeof(float);
 
+/// acc += A B of a tile, or BᵀAᵀ where ``mirrored``: of A B, as it is stored, the mirror image.
 template <Precision precision, Layout layout>
-__device__ __forceinline__ void tile_product(const Product& p, float* shared, Accumulator& acc, int row, int column) {
+__device__ __forceinline__ void tile_product(const Product& p, bool mirrored, float* shared, Accumulator& acc, int row,
+                                             int column) {
+    const Operand &A = p.operands[mirrored], &B = p.operands[!mirrored];
     constexpr bool a_transposed = layout == Layout::tn, b_transposed = layout == Layout::nt;
     const int warp = static_cast<int>(threadIdx.x) / warp_size, i = 32 * (warp / 2), j = 32 * (warp % 2);
     const auto copy = [&](int k, int stage) {
         float* a = shared + stage * 2 * operand;
         float* b = a + operand;
         if constexpr (a_transposed) {
-            copy_tile<threads>(a, across_k, p.A, p.lda, depth, edge, k, row, p.K, p.M, p.aligned_a);
+            copy_tile<threads>(a, across_k, A.data, A.ld, depth, edge, k, row, p.K, p.M, A.aligned);
         } else {
-            copy_tile<threads>(a, along_k, p.A, p.lda, edge, depth, row, k, p.M, p.K, p.aligned_a);
+            copy_tile<threads>(a, along_k, A.data, A.ld, edge, depth, row, k, p.M, p.K, A.aligned);
         }
         if constexpr (b_transposed) {
-            copy_tile<threads>(b, along_k, p.B, p.ldb, edge, depth, column, k, p.N, p.K, p.aligned_b);
+            copy_tile<threads>(b, along_k, B.data, B.ld, edge, depth, column, k, p.N, p.K, B.aligned);
         } else {
-            copy_tile<threads>(b, across_k, p.B, p.ldb, depth, edge, k, column, p.K, p.N, p.aligned_b);
+            copy_tile<threads>(b, across_k, B.data, B.ld, depth, edge, k, column, p.K, p.N, B.aligned);
         }
         commit_copies();
     };
@@ -60,7 +63,8 @@ __device__ __forceinline__ void place(const Product& p, int tile, int& row, int&
     row = tile - column * (column + 1) / 2;
 }
 
-template <Precision precision>
+/// ``doubled``: with plus_transpose.
+template <Precision precision, bool doubled>
 __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant__ Table<Product> table) {
     FISHLEG_SHARED(float, shared);
     const Work<Product> work = work_of(table);
@@ -70,10 +74,21 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
     row *= edge, column *= edge;
     Accumulator acc;
     clear(acc);
-    switch (p.layout) {
-        case Layout::nn: tile_product<precision, Layout::nn>(p, shared, acc, row, column); break;
-        case Layout::tn: tile_product<precision, Layout::tn>(p, shared, acc, row, column); break;
-        case Layout::nt: tile_product<precision, Layout::nt>(p, shared, acc, row, column); break;
+    if constexpr (doubled) {
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) {
+            if (p.layout == Layout::tn) {
+                tile_product<precision, Layout::tn>(p, pass, shared, acc, row, column);
+            } else {
+                tile_product<precision, Layout::nt>(p, pass, shared, acc, row, column);
+            }
+        }
+    } else {
+        switch (p.layout) {
+            case Layout::nn: tile_product<precision, Layout::nn>(p, false, shared, acc, row, column); break;
+            case Layout::tn: tile_product<precision, Layout::tn>(p, false, shared, acc, row, column); break;
+            case Layout::nt: tile_product<precision, Layout::nt>(p, false, shared, acc, row, column); break;
+        }
     }
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     row += 32 * (warp / 2), column += 32 * (warp % 2);
@@ -100,8 +115,19 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
             p.C[static_cast<int64_t>(j) * p.ldc + i] = value;
         }
     });
-    if (p.sums) {
-        write_sum(sums, reinterpret_cast<Sums*>(shared), p.sums + work.tile);
+    Sums* const scratch = reinterpret_cast<Sums*>(shared);
+    if (p.clear && work.tile == 0 && threadIdx.x == 0) {
+        *p.clear = 0;
+    }
+    if (!p.sums) {
+        return;
+    }
+    write_sum(sums, scratch, p.sums + work.tile);
+    if (p.arrivals && last_to_arrive(p.arrivals, p.tiles, scratch)) {
+        const Sums all = total(p.sums, p.tiles, scratch);
+        if (threadIdx.x == 0) {
+            *p.norm = sqrt(all.a);
+        }
     }
 }
 
@@ -110,18 +136,21 @@ __global__ void __launch_bounds__(threads) products_kernel(const __grid_constant
 int64_t tiles(Product& p) {
     const int64_t rows = (p.M + edge - 1) / edge;
     p.tiles_n = (p.N + edge - 1) / edge;
-    return p.symmetric ? rows * (rows + 1) / 2 : rows * p.tiles_n;
+    const int64_t count = p.symmetric ? rows * (rows + 1) / 2 : rows * p.tiles_n;
+    p.tiles = static_cast<int32_t>(count);
+    return count;
 }
 
 void multiply_all(std::vector<Product>& products, Precision precision, Stream stream) {
-    void (*const kernels[])(Table<Product>) = {
-        products_kernel<Precision::ieee>,
-        products_kernel<Precision::tf32x3>,
-        products_kernel<Precision::tf32>,
-        products_kernel<Precision::bf16>,
+    void (*const kernels[2][4])(Table<Product>) = {
+        {products_kernel<Precision::ieee, false>, products_kernel<Precision::tf32x3, false>,
+         products_kernel<Precision::tf32, false>, products_kernel<Precision::bf16, false>},
+        {products_kernel<Precision::ieee, true>, products_kernel<Precision::tf32x3, true>,
+         products_kernel<Precision::tf32, true>, products_kernel<Precision::bf16, true>},
     };
-    launch_all("products", kernels[static_cast<int>(precision)], products, [](Product& p) { return tiles(p); }, threads,
-               shared_bytes, stream);
+    const bool doubled = !products.empty() && products.front().plus_transpose;
+    launch_all("products", kernels[doubled][static_cast<int>(precision)], products, [](Product& p) { return tiles(p); },
+               threads, shared_bytes, stream);
 }
 
 }  // namespace fishleg::cuda

@@ -1,5 +1,5 @@
-// Grouped matrix products (products.cu), P X S at once (chain.cu), M + Mᵀ (symmetrise.cu) and the start of polar factors
-// (polar.cu). Host functions; each is one launch (one for every few hundred products).
+// Grouped matrix products (products.cu), P X S at once (chain.cu) and the start of polar factors (polar.cu).
+// Host functions; each is one launch (one for every few hundred products).
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@ namespace fishleg::cuda {
 /// Tiles of a product, and so the number of Sums that it writes. Fills in ``tiles_n``.
 int64_t tiles(Product& p);
 
-/// C = A B for all of them.
+/// C = A B for all of them; either all or none with ``plus_transpose``.
 void multiply_all(std::vector<Product>& products, Precision precision, Stream stream);
 
 constexpr int chain_width = 256;  // the most columns of a chain
@@ -23,10 +23,5 @@ void chain_all(std::vector<Chain>& chains, Precision precision, Stream stream);
 
 /// B and the scale of all of them.
 void first_step_all(std::vector<FirstStep>& steps, Stream stream);
-
-int64_t tiles(Square& s);
-
-/// M ← M + Mᵀ for all of them.
-void symmetrise_all(std::vector<Square>& squares, Stream stream);
 
 }  // namespace fishleg::cuda

@@ -7,18 +7,14 @@
 namespace fishleg::cuda {
 namespace {
 
+using ThetaTable = PartTable<ThetaPart>;
+
 constexpr size_t shared_bytes = entry_threads / warp_size * sizeof(Sums);
 
 /// What is read of one entry.
 struct Entry {
     float g, momentum, factor, y, theta, polar;
 };
-
-__device__ __forceinline__ float scaled(const Part& p, float g) { return p.scale ? g * *p.scale : g; }
-
-__device__ __forceinline__ float gradient(const Part& p, const Place& at) {
-    return p.g ? scaled(p, read(p.g, p.g_type, at.g)) : 0;
-}
 
 /// What m averages: g, or Q g where momentum is "after".
 template <bool after>
@@ -28,13 +24,16 @@ __device__ __forceinline__ float averaged(const Part& p, const Entry& e) {
 
 /// Before the products: x = A∘m̂ (A∘g where momentum is "after"), whether g is zero, and all of a Diagonal's nat.
 template <bool after>
-__global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_constant__ ThetaTable table) {
     FISHLEG_SHARED(Sums, shared);
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
+    const PartWork<ThetaPart> work = work_of(table);
+    const ThetaPart& p = work.item;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        *table.arrivals = 0;  // of this step's decision
+    }
     Sums sums{};
     for_entries<Entry>(
-        p, work.tile,
+        work,
         [&](const Place& at) {
             Entry e{};
             e.g = gradient(p, at);
@@ -56,35 +55,14 @@ __global__ void __launch_bounds__(entry_threads, 3) prepare_kernel(const __grid_
     write_sum(sums, shared, p.sums + work.tile);
 }
 
-/// x = A∘u of Kronecker blocks; all of a Diagonal's Q u.
-__global__ void __launch_bounds__(entry_threads, 3) gather_kernel(const __grid_constant__ Table<Part> table) {
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
-    for_entries<Entry>(
-        p, work.tile,
-        [&](const Place& at) {
-            Entry e{};
-            e.g = gradient(p, at);
-            e.factor = p.factor ? p.factor[at.matrix] : 1;
-            return e;
-        },
-        [&](const Place& at, const Entry& e) {
-            if (p.diagonal) {
-                p.grad[at.matrix] = e.factor * e.factor * e.g;
-            } else {
-                p.x[at.padded] = e.factor * e.g;
-            }
-        });
-}
-
 /// After the products, where momentum is "after": nat = m̂ of Kronecker blocks, from y = Q g.
-__global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_constant__ Table<Part> table) {
+__global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_constant__ ThetaTable table) {
     FISHLEG_SHARED(Sums, shared);
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
+    const PartWork<ThetaPart> work = work_of(table);
+    const ThetaPart& p = work.item;
     Sums sums{};
     for_entries<Entry>(
-        p, work.tile,
+        work,
         [&](const Place& at) {
             Entry e{};
             e.g = gradient(p, at);
@@ -103,13 +81,13 @@ __global__ void __launch_bounds__(entry_threads, 3) measure_kernel(const __grid_
 
 /// nat/‖nat‖ of blocks whose polar factors are computed.
 template <bool after>
-__global__ void __launch_bounds__(entry_threads, 3) unit_kernel(const __grid_constant__ Table<Part> table) {
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
-    const double norm = p.statistics->norm * p.statistics->correction;
+__global__ void __launch_bounds__(entry_threads, 3) unit_kernel(const __grid_constant__ ThetaTable table) {
+    const PartWork<ThetaPart> work = work_of(table);
+    const ThetaPart& p = work.item;
+    const double norm = p.nat->norm * p.nat->correction;
     const float scale = static_cast<float>(norm > 0 ? 1 / norm : 1);
     for_entries<Entry>(
-        p, work.tile,
+        work,
         [&](const Place& at) {
             Entry e{};
             e.g = p.diagonal ? gradient(p, at) : 0;
@@ -126,16 +104,16 @@ __global__ void __launch_bounds__(entry_threads, 3) unit_kernel(const __grid_con
 
 /// m ← βm + (1−β)g and θ ← θ − lr·(c·nat + wd·θ), where the step is taken.
 template <bool after>
-__global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_constant__ Table<Part> table) {
-    const Work<Part> work = work_of(table);
-    const Part& p = work.item;
-    if (!*p.ok) {
+__global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_constant__ ThetaTable table) {
+    const PartWork<ThetaPart> work = work_of(table);
+    const ThetaPart& p = work.item;
+    if (!p.nat->taken) {
         return;
     }
     const float lr = p.lr_pointer ? *p.lr_pointer : p.lr;
-    const float move = static_cast<float>(lr * *p.step_scale), decay = lr * p.decay;
+    const float move = static_cast<float>(lr * p.nat->scale), decay = lr * p.decay;
     for_entries<Entry>(
-        p, work.tile,
+        work,
         [&](const Place& at) {
             Entry e{};
             e.g = gradient(p, at);
@@ -158,8 +136,55 @@ __global__ void __launch_bounds__(entry_threads, 3) update_kernel(const __grid_c
 
 constexpr int sum_threads = 256;
 
-/// A thread block adds up one block's tiles.
-__global__ void __launch_bounds__(sum_threads) nat_statistics_kernel(const __grid_constant__ Table<NatSums> table) {
+/// Blocks' sums and, for the last thread block of them, what is to be decided.
+struct DecisionTable {
+    static constexpr int capacity = static_cast<int>((table_bytes - 16 - sizeof(ThetaDecision)) / sizeof(NatSums));
+    ThetaDecision decision;
+    int32_t count, tiles;
+    NatSums items[capacity];
+};
+
+/// Norms, scales and whether to step, by one thread block, from all blocks' statistics.
+__device__ __forceinline__ void decide(const ThetaDecision& decision, Sums* shared) {
+    const int t = static_cast<int>(threadIdx.x);
+    Sums sums{};  // a: norms that are not finite; b: Σ lr₀² m̂ᵀnat
+    for (int k = t; k < decision.count; k += sum_threads) {
+        const NatStatistics& nat = decision.statistics[k];
+        decision.norms[k] = static_cast<float>(nat.norm);
+        if (decision.wide_norms) {
+            decision.wide_norms[k] = nat.norm;
+        }
+        sums.a += !finite(static_cast<float>(nat.norm));
+        sums.b += nat.power;
+    }
+    sums = block_sum(sums, shared);
+    __syncthreads();
+    if (t == 0) {
+        *decision.ok = sums.a == 0;
+        *shared = sums;
+    }
+    __syncthreads();
+    const bool taken = shared->a == 0;
+    const double power = shared->b;
+    for (int k = t; k < decision.count; k += sum_threads) {
+        NatStatistics& nat = decision.statistics[k];
+        double c = 1;
+        if (decision.normalize == Normalize::rms || decision.normalize == Normalize::spectral) {
+            c = rms_scale(nat.norm, nat.entries, nat.gradient_is_zero);
+        } else if (decision.normalize == Normalize::trust) {
+            c = trust_scale(power, decision.kappa);
+        }
+        nat.scale = nat.flat ? polar_scale(nat.norm, nat.entries, nat.gradient_is_zero) : c / nat.correction;
+        decision.scales[k] = nat.scale;
+        nat.taken = taken;
+        if (taken && nat.step) {
+            *nat.step += 1;
+        }
+    }
+}
+
+/// A thread block adds up one block's tiles; the last one to be done decides.
+__global__ void __launch_bounds__(sum_threads) decision_kernel(const __grid_constant__ DecisionTable table) {
     FISHLEG_SHARED(Sums, shared);
     const NatSums& nat = table.items[blockIdx.x];
     Sums sums{};
@@ -174,92 +199,52 @@ __global__ void __launch_bounds__(sum_threads) nat_statistics_kernel(const __gri
         const double step = nat.step_pointer ? *nat.step_pointer : nat.step;
         const double correction = 1 - pow(nat.beta, step + nat.times);
         const double powers = nat.squared ? correction * correction : correction;
-        *nat.statistics = {sqrt(sums.a) / correction, sums.b / powers * nat.base_lr * nat.base_lr, correction,
-                           nat.entries, sums.c == 0, nat.flat};
+        NatStatistics found{};
+        found.norm = sqrt(sums.a) / correction, found.power = sums.b / powers * nat.base_lr * nat.base_lr;
+        found.correction = correction, found.entries = nat.entries;
+        found.gradient_is_zero = sums.c == 0, found.flat = nat.flat, found.step = nat.counted;
+        *nat.statistics = found;
     }
-}
-
-/// One thread block, all blocks' statistics.
-__global__ void __launch_bounds__(sum_threads) theta_decision_kernel(const __grid_constant__ ThetaDecision decision) {
-    FISHLEG_SHARED(Sums, shared);
-    const int t = static_cast<int>(threadIdx.x);
-    Sums sums{};  // a: norms that are not finite; b: Σ lr₀² m̂ᵀnat
-    for (int k = t; k < decision.count; k += sum_threads) {
-        const NatStatistics& statistics = decision.statistics[k];
-        decision.norms[k] = static_cast<float>(statistics.norm);
-        if (decision.wide_norms) {
-            decision.wide_norms[k] = statistics.norm;
-        }
-        sums.a += !finite(static_cast<float>(statistics.norm));
-        sums.b += statistics.power;
-    }
-    sums = block_sum(sums, shared);
-    double* const power = reinterpret_cast<double*>(shared);
-    __syncthreads();
-    if (t == 0) {
-        *decision.ok = sums.a == 0;
-        *power = sums.b;
-    }
-    __syncthreads();
-    for (int k = t; k < decision.count; k += sum_threads) {
-        const NatStatistics& statistics = decision.statistics[k];
-        double c = 1;
-        if (statistics.flat) {
-            decision.scales[k] = polar_scale(statistics.norm, statistics.entries, statistics.gradient_is_zero);
-            continue;
-        }
-        if (decision.normalize == Normalize::rms || decision.normalize == Normalize::spectral) {
-            c = rms_scale(statistics.norm, statistics.entries, statistics.gradient_is_zero);
-        } else if (decision.normalize == Normalize::trust) {
-            c = trust_scale(*power, decision.kappa);
-        }
-        decision.scales[k] = c / statistics.correction;
-    }
-}
-
-__global__ void count_kernel(const __grid_constant__ Table<Counter> table) {
-    const Counter& c = table.items[blockIdx.x];
-    if (threadIdx.x == 0 && *c.ok) {
-        *c.value += 1;
+    if (last_to_arrive(table.decision.arrivals, table.decision.count, shared)) {
+        decide(table.decision, shared);
     }
 }
 
 }  // namespace
 
-int64_t tiles(const Part& p) { return (p.count + tile_entries - 1) / tile_entries; }
+int64_t tiles(const Part& p) { return p.count == 0 ? 1 : (p.count + tile_entries - 1) / tile_entries; }
 
-void prepare_all(std::vector<Part>& parts, bool after, Stream stream) {
+void prepare_all(const Parts<ThetaPart>& parts, bool after, Stream stream) {
     launch_all("prepare", after ? prepare_kernel<true> : prepare_kernel<false>, parts,
                [](const Part& p) { return tiles(p); }, entry_threads, shared_bytes, stream);
 }
 
-void gather_all(std::vector<Part>& parts, Stream stream) {
-    launch_all("gather", gather_kernel, parts, [](const Part& p) { return tiles(p); }, entry_threads, 0, stream);
-}
-
-void measure_all(std::vector<Part>& parts, Stream stream) {
+void measure_all(const Parts<ThetaPart>& parts, Stream stream) {
     launch_all("measure", measure_kernel, parts, [](const Part& p) { return p.diagonal ? 0 : tiles(p); },
                entry_threads, shared_bytes, stream);
 }
 
-void unit_all(std::vector<Part>& parts, bool after, Stream stream) {
+void unit_all(const Parts<ThetaPart>& parts, bool after, Stream stream) {
     launch_all("unit", after ? unit_kernel<true> : unit_kernel<false>, parts,
-               [](const Part& p) { return p.polar ? tiles(p) : 0; }, entry_threads, 0, stream);
+               [](const ThetaPart& p) { return p.polar ? tiles(p) : 0; }, entry_threads, 0, stream);
 }
 
-void update_all(std::vector<Part>& parts, bool after, Stream stream) {
+void update_all(const Parts<ThetaPart>& parts, bool after, Stream stream) {
     launch_all("update", after ? update_kernel<true> : update_kernel<false>, parts,
                [](const Part& p) { return tiles(p); }, entry_threads, 0, stream);
 }
 
 void decide_theta(std::vector<NatSums>& nat_sums, const ThetaDecision& decision, Stream stream) {
-    launch_all("nat_statistics", nat_statistics_kernel, nat_sums, [](const NatSums&) { return int64_t{1}; },
-               sum_threads, shared_bytes, stream);
-    launch("theta_decision", theta_decision_kernel, 1, sum_threads, shared_bytes, stream, decision);
-}
-
-void count_all(std::vector<Counter>& counters, Stream stream) {
-    launch_all("count", count_kernel, counters, [](const Counter&) { return int64_t{1}; }, warp_size, 0, stream);
+    const auto add = [&](DecisionTable& table, const NatSums& nat) {
+        if (table.count == DecisionTable::capacity) {
+            return false;
+        }
+        table.decision = decision;
+        table.items[table.count] = nat;
+        return true;
+    };
+    launch_tables("decision", decision_kernel, nat_sums, [](const NatSums&) { return int64_t{1}; }, add, sum_threads,
+                  shared_bytes, stream);
 }
 
 }  // namespace fishleg::cuda

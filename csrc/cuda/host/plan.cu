@@ -1,74 +1,16 @@
 // Plans: from blocks to descriptors of kernels (cuda/tables.h). Steps are in plan_theta.cu and plan_lambda.cu.
 #include "cuda/host/plan.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "cuda/device/products.h"
 #include "cuda/device/theta.h"
+#include "cuda/host/plan_layout.h"
 #include "cuda/host/plan_parts.h"
 
 namespace fishleg::cuda {
 namespace {
-
-constexpr int64_t alignment = 256;
-
-/// Sizes and strides with dimensions of one entry dropped and those that run on in each other merged.
-Part layout_of(const BlockLayout& block, const PartLayout& part, int64_t ld) {
-    const size_t dims = part.shape.size();
-    const auto wrong = [&](const std::string& what) {
-        return std::invalid_argument("block '" + block.name + "': " + what);
-    };
-    if (part.theta_strides.size() != dims || part.g_strides.size() != dims) {
-        throw wrong("a parameter and its gradient should have as many strides as dimensions");
-    }
-    struct Dim {
-        int64_t size, theta, g, matrix, padded;
-    };
-    std::vector<Dim> merged;  // innermost first
-    int64_t run = 1, count = 1;
-    for (size_t d = dims; d-- > 0;) {
-        const int64_t size = part.shape[d];
-        const bool rows = block.axis == 0 || d == 0;
-        const int64_t matrix = block.axis == 0 ? run : rows ? block.n : run;
-        const int64_t with_ld = block.axis == 0 ? run * ld : rows ? ld : run;
-        run *= size;
-        count *= size;
-        if (size == 1) {
-            continue;
-        }
-        const Dim dim{size, part.theta_strides[d], part.g_strides[d], matrix, with_ld};
-        if (!merged.empty()) {
-            Dim& inner = merged.back();
-            if (dim.theta == inner.theta * inner.size && dim.g == inner.g * inner.size &&
-                dim.matrix == inner.matrix * inner.size && dim.padded == inner.padded * inner.size) {
-                inner.size *= size;
-                continue;
-            }
-        }
-        merged.push_back(dim);
-    }
-    if (merged.size() > most_dims) {
-        throw wrong("a parameter should have at most " + std::to_string(most_dims) +
-                    " dimensions that do not run on in each other, but has " + std::to_string(merged.size()));
-    }
-    Part p{};
-    p.count = count;
-    p.dims = static_cast<int32_t>(merged.size());
-    for (int d = 0; d < most_dims; ++d) {
-        const int from = p.dims - 1 - d;
-        const Dim dim = from >= 0 ? merged[from] : Dim{1, 0, 0, 0, 0};
-        p.sizes[d] = dim.size;
-        p.theta_strides[d] = dim.theta;
-        p.g_strides[d] = dim.g;
-        p.matrix_strides[d] = dim.matrix;
-        p.padded_strides[d] = dim.padded;
-    }
-    p.offset = part.offset;
-    p.theta_type = part.theta_type;
-    p.g_type = part.g_type;
-    p.diagonal = block.kind == Kind::diagonal;
-    return p;
-}
 
 /// A product's tiles without its pointers.
 int64_t tiles_of(int64_t M, int64_t N) {
@@ -79,33 +21,19 @@ int64_t tiles_of(int64_t M, int64_t N) {
 
 bool fits_chain(const BlockLayout& b) { return b.m <= chain_width && b.n <= chain_width; }
 
-/// Hands out byte offsets, each at a multiple of the alignment.
-class OffsetAllocator {
-public:
-    int64_t take(int64_t bytes) {
-        const int64_t start = end_;
-        end_ = (end_ + bytes + alignment - 1) / alignment * alignment;
-        return start;
-    }
-    int64_t floats(int64_t count) { return take(count * static_cast<int64_t>(sizeof(float))); }
-    int64_t end() const { return end_; }
-
-private:
-    int64_t end_ = 0;
-};
-
 /// The matrices on the way to a block's polar factor. One of them is x, where there is that: it has been used by then.
 void lay_out_polar(const BlockLayout& b, OffsetAllocator& workspace, BlockOffsets& offsets) {
     const int64_t shorter = b.m < b.n ? b.m : b.n;
     Product square{};
     square.M = square.N = static_cast<int32_t>(shorter), square.symmetric = 1;
-    offsets.polar_tiles = tiles(square);
     offsets.polar = workspace.floats(b.m * offsets.ld);
     offsets.turn = kronecker(b) ? offsets.x : workspace.floats(b.m * offsets.ld);
     offsets.polar_A = workspace.floats(shorter * padded(shorter));
     offsets.polar_B = workspace.floats(shorter * padded(shorter));
-    offsets.polar_sums = workspace.take(offsets.polar_tiles * static_cast<int64_t>(sizeof(Sums)));
+    offsets.polar_sums = workspace.take(tiles(square) * static_cast<int64_t>(sizeof(Sums)));
     offsets.polar_scale = workspace.floats(1);
+    offsets.polar_norm = workspace.take(sizeof(double));
+    offsets.polar_arrivals = workspace.take(sizeof(int32_t));
 }
 
 /// The matrices of one block, and how many tiles its products with sums have.
@@ -153,18 +81,33 @@ Plan::Plan(Op op, std::vector<BlockLayout> blocks, int device)
             throw wrong("axis should be 0 or 1 but is " + std::to_string(b.axis));
         }
         int64_t entries = 0;
-        const int64_t ld = padded(b.n);
-        std::vector<Part> parts;
-        for (const PartLayout& part : b.parts) {
-            parts.push_back(layout_of(b, part, ld));
-            entries += parts.back().count;
+        for (size_t i = 0; i < b.parts.size(); ++i) {
+            Strides strides{};
+            const Part part = layout_of(b, b.parts[i], padded(b.n), strides);
+            add_part(part, strides, static_cast<int32_t>(&b - blocks_.data()), b.parts[i].offset);
+            entries += part.count;
         }
         if (b.kind != Kind::uncovered && op_ != Op::refresh && entries != b.m * b.n) {
             throw wrong("its parts have " + std::to_string(entries) + " entries, not " + std::to_string(b.m * b.n));
         }
-        templates_.push_back(std::move(parts));
     }
     lay_out();
+}
+
+/// A part with its block and with the offset in it; strides that others have too are theirs.
+void Plan::add_part(Part part, const Strides& strides, int32_t block, int64_t offset) {
+    std::vector<Strides>& all = op_ == Op::theta ? theta_parts_.all : aux_parts_.all;
+    const auto found = std::find(all.begin(), all.end(), strides);
+    part.strides = static_cast<int32_t>(found - all.begin());
+    if (found == all.end()) {
+        all.push_back(strides);
+    }
+    if (op_ == Op::theta) {
+        theta_parts_.items.push_back({part, {}, {}, {}, {}, {}, {}, {}, {}, {}});
+    } else {
+        aux_parts_.items.push_back({part, {}, {}, {}, {}, {}});
+    }
+    places_.push_back({block, tiles(part), offset, offset * (blocks_[block].axis == 0 ? padded(blocks_[block].n) : 1)});
 }
 
 void Plan::lay_out() {
@@ -183,9 +126,10 @@ void Plan::lay_out() {
             offsets_.push_back(offsets);
             continue;
         }
+        ++covered_;
         offsets.sums = part_tiles * one;
-        for (const Part& p : templates_[k]) {
-            offsets.part_tiles += tiles(p);
+        for (const PartPlace& place : places_) {
+            offsets.part_tiles += place.block == static_cast<int32_t>(k) ? place.tiles : 0;
         }
         part_tiles += offsets.part_tiles;
         offsets.product_sums = product_tiles * one;
@@ -215,17 +159,28 @@ void Plan::lay_out() {
     scales = workspace.take(static_cast<int64_t>(blocks_.size() * sizeof(double)));
     statistics_ = workspace.take(static_cast<int64_t>(blocks_.size() * sizeof(NatStatistics)));
     aux_ = workspace.take(sizeof(AuxLoss));
+    arrivals_ = workspace.take(sizeof(int32_t));
     workspace_bytes = workspace.end();
 }
 
-/// P and S, or d.
-Plan::Operator Plan::operator_at(Pointers& pointers, size_t k) const {
-    Operator q{};
-    q.P = next<const float>(pointers);
-    q.ld_P = next_number(pointers);
-    q.S = next<const float>(pointers);
-    q.ld_S = next_number(pointers);
+void Plan::check(size_t expected, size_t found, const char* what) const {
+    if (expected != found) {
+        throw std::invalid_argument("this plan needs " + std::to_string(expected) + " " + what + " but there are " +
+                                    std::to_string(found));
+    }
+}
+
+void Plan::check(const Gradients& gradients, Pointers operators) const {
+    check(places_.size(), gradients.g.size(), "gradients"), check(places_.size(), gradients.scale.size(), "factors");
+    check(5 * covered_, operators.size(), "numbers of operators");
+}
+
+/// P and S, or d, of the ``place``th block that is covered, whose number is ``k``.
+Plan::Operator Plan::operator_at(Pointers operators, size_t place, size_t k) const {
     const BlockLayout& b = blocks_[k];
+    const auto at = [&](size_t i) { return operators[5 * place + i]; };
+    const auto matrix = [&](size_t i) { return reinterpret_cast<const float*>(at(i)); };
+    const Operator q{matrix(0), at(1), matrix(2), at(3), matrix(4)};
     require(b, q.P, kronecker(b) ? "P" : "d");
     if (kronecker(b)) {
         require(b, q.S, "S");
@@ -236,39 +191,26 @@ Plan::Operator Plan::operator_at(Pointers& pointers, size_t k) const {
     return q;
 }
 
-/// The parts of block ``k`` with their g and scale, and where their entries are in the workspace.
-std::vector<Part> Plan::parts_at(int64_t workspace, Pointers& pointers, size_t k) const {
-    const BlockLayout& b = blocks_[k];
-    const BlockOffsets& offsets = offsets_[k];
-    std::vector<Part> parts = templates_[k];
-    Sums* sums = at<Sums>(workspace, offsets.sums);
-    for (size_t i = 0; i < parts.size(); ++i) {
-        Part& p = parts[i];
-        p.g = next<const void>(pointers);
-        p.scale = next<const float>(pointers);
-        const int64_t start = b.parts[i].offset * (b.axis == 0 ? offsets.ld : 1);
-        p.x = at<float>(workspace, offsets.x) + start;
-        p.y = at<float>(workspace, offsets.y) + start;
-        p.sums = sums;
-        sums += tiles(p);
-    }
-    return parts;
+/// Where the gradient, and the part's entries in the workspace, are.
+void Plan::point(Part& p, size_t i, int64_t workspace, Sums*& sums, const Gradients& gradients) const {
+    const BlockOffsets& offsets = offsets_[places_[i].block];
+    p.g = reinterpret_cast<const void*>(gradients.g[i]);
+    p.scale = reinterpret_cast<const float*>(gradients.scale[i]);
+    p.x = at<float>(workspace, offsets.x) + places_[i].start;
+    p.y = at<float>(workspace, offsets.y) + places_[i].start;
+    p.sums = sums;
+    sums += places_[i].tiles;
 }
 
-/// Where A or d is beside a part's entries.
-const float* Plan::factor_at(const BlockLayout& b, const Operator& q, const float* A, const Part& p) {
-    return kronecker(b) ? (A ? A + p.offset : nullptr) : q.P + p.offset;
-}
-
-/// Queues out = outer∘(P x S): a chain, or two products.
-void Plan::products_of(int64_t workspace, size_t k, const Operator& q, const float* outer, const float* x, float* out,
-                       int64_t out_ld, Sums* sums) {
+/// Queues out = A∘(P x S): a chain, or two products.
+void Plan::products_of(int64_t workspace, size_t k, const Operator& q, const float* x, float* out, int64_t out_ld,
+                       Sums* sums) {
     const BlockLayout& b = blocks_[k];
     const BlockOffsets& offsets = offsets_[k];
     const int precision = static_cast<int>(b.precision);
     if (fits_chain(b)) {
         Chain c{};
-        c.P = q.P, c.X = x, c.S = q.S, c.C = out, c.outer = outer, c.sums = sums;
+        c.P = q.P, c.X = x, c.S = q.S, c.C = out, c.outer = q.A, c.sums = sums;
         c.m = static_cast<int32_t>(b.m), c.n = static_cast<int32_t>(b.n);
         c.ldp = static_cast<int32_t>(q.ld_P), c.lds = static_cast<int32_t>(q.ld_S);
         c.ld = static_cast<int32_t>(offsets.ld), c.ldc = static_cast<int32_t>(out_ld);
@@ -279,7 +221,7 @@ void Plan::products_of(int64_t workspace, size_t k, const Operator& q, const flo
     float* const t = at<float>(workspace, offsets.t);
     first_[precision].push_back(product(q.P, q.ld_P, x, offsets.ld, t, offsets.ld, b.m, b.n, b.m));
     Product second = product(t, offsets.ld, q.S, q.ld_S, out, out_ld, b.m, b.n, b.n);
-    second.outer = outer, second.sums = sums;
+    second.outer = q.A, second.sums = sums;
     second.pair = sums ? x : nullptr;
     second_[precision].push_back(second);
 }

@@ -41,38 +41,10 @@ private:
 #endif
 };
 
-/// Takes pointers and numbers off their lists.
-template <class T>
-T* next(Pointers& pointers) {
-    if (pointers.empty()) {
-        throw std::invalid_argument("too few pointers for this plan");
-    }
-    T* const first = reinterpret_cast<T*>(pointers.front());
-    pointers = pointers.subspan(1);
-    return first;
-}
-
-inline int64_t next_number(Pointers& pointers) { return reinterpret_cast<int64_t>(next<void>(pointers)); }
-
 /// Pointers that kernels will follow, unless the block is empty.
 inline void require(const BlockLayout& b, const void* pointer, const char* what) {
     if (!pointer && b.m * b.n > 0) {
         throw std::invalid_argument("block '" + b.name + "': " + what + " has no memory");
-    }
-}
-
-inline double next(Numbers& numbers) {
-    if (numbers.empty()) {
-        throw std::invalid_argument("too few numbers for this plan");
-    }
-    const double first = numbers.front();
-    numbers = numbers.subspan(1);
-    return first;
-}
-
-inline void all_used(Pointers pointers, Numbers numbers) {
-    if (!pointers.empty() || !numbers.empty()) {
-        throw std::invalid_argument("too many pointers or numbers for this plan");
     }
 }
 
@@ -84,11 +56,11 @@ T* at(int64_t workspace, int64_t offset) {
 inline Product product(const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t M,
                        int64_t N, int64_t K, Layout layout = Layout::nn) {
     Product p{};
-    p.A = A, p.B = B, p.C = C;
-    p.lda = static_cast<int32_t>(lda), p.ldb = static_cast<int32_t>(ldb), p.ldc = static_cast<int32_t>(ldc);
+    p.operands[0] = {A, static_cast<int32_t>(lda), aligned(A, lda)};
+    p.operands[1] = {B, static_cast<int32_t>(ldb), aligned(B, ldb)};
+    p.C = C, p.ldc = static_cast<int32_t>(ldc);
     p.M = static_cast<int32_t>(M), p.N = static_cast<int32_t>(N), p.K = static_cast<int32_t>(K);
     p.layout = layout;
-    p.aligned_a = aligned(A, lda), p.aligned_b = aligned(B, ldb);
     return p;
 }
 

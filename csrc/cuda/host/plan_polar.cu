@@ -8,23 +8,16 @@
 namespace fishleg::cuda {
 namespace {
 
-/// The products of one step, of all blocks of one precision: X is (m, n), A and B are on its shorter side.
-struct Step {
-    std::vector<Product> gram;    // A = X Xᵀ or XᵀX
-    std::vector<Product> square;  // B = bA + cA²; at the first step A²
-    std::vector<Product> apply;   // aX + BX or aX + XB
-    std::vector<FirstStep> first;
-};
-
 void set(Product& p, float times, float add_times) { p.times = times, p.add_times = add_times; }
 
 /// X ← aX + (bA + cA²)X for all of them, and the next step's X where this one's was not.
-void run(Step& step, const double* coefficients, bool first, Precision precision, Stream stream) {
+void run(PolarStep& step, const double* coefficients, bool first, Precision precision, Stream stream) {
     const float a = static_cast<float>(coefficients[0]), b = static_cast<float>(coefficients[1]),
                 c = static_cast<float>(coefficients[2]);
     for (Product& p : step.square) {
-        p.add = first ? nullptr : p.A;
+        p.add = first ? nullptr : p.operands[0].data;
         p.sums = first ? p.sums : nullptr;
+        p.arrivals = first ? p.arrivals : nullptr;
         set(p, c, b);
     }
     for (size_t i = 0; i < step.apply.size(); ++i) {
@@ -42,8 +35,8 @@ void run(Step& step, const double* coefficients, bool first, Precision precision
         Product &gram = step.gram[i], &apply = step.apply[i];
         float* const next = apply.C;
         apply.C = const_cast<float*>(apply.add);
-        (apply.A == apply.add ? apply.A : apply.B) = next;
-        apply.add = gram.A = gram.B = next;
+        apply.operands[apply.operands[0].data != apply.add].data = next;
+        apply.add = gram.operands[0].data = gram.operands[1].data = next;
     }
 }
 
@@ -51,7 +44,12 @@ void run(Step& step, const double* coefficients, bool first, Precision precision
 
 /// From nat/‖nat‖, in ``polar`` of each block that is flat, to the polar factor.
 void Plan::polar_factors(Stream stream, int64_t workspace, Numbers coefficients) {
-    Step steps[4];
+    if (coefficients.empty()) {
+        return;
+    }
+    for (PolarStep& step : polar_steps_) {
+        step.gram.clear(), step.square.clear(), step.apply.clear(), step.first.clear();
+    }
     for (size_t k = 0; k < blocks_.size(); ++k) {
         const BlockLayout& b = blocks_[k];
         if (!b.flat) {
@@ -63,25 +61,25 @@ void Plan::polar_factors(Stream stream, int64_t workspace, Numbers coefficients)
                       ld_A = padded(shorter);
         float *const X = at<float>(workspace, offsets.polar), *const next = at<float>(workspace, offsets.turn);
         float *const A = at<float>(workspace, offsets.polar_A), *const B = at<float>(workspace, offsets.polar_B);
-        Sums* const sums = at<Sums>(workspace, offsets.polar_sums);
-        Step& step = steps[static_cast<int>(b.precision)];
+        PolarStep& step = polar_steps_[static_cast<int>(b.precision)];
         Product gram = product(X, ld, X, ld, A, ld_A, shorter, shorter, longer, tall ? Layout::tn : Layout::nt);
         Product square = product(A, ld_A, A, ld_A, B, ld_A, shorter, shorter, shorter);
         gram.symmetric = square.symmetric = 1;
-        square.sums = sums;
+        square.sums = at<Sums>(workspace, offsets.polar_sums);
+        square.arrivals = gram.clear = at<int32_t>(workspace, offsets.polar_arrivals);
+        square.norm = at<double>(workspace, offsets.polar_norm);
         Product apply = tall ? product(X, ld, B, ld_A, next, ld, b.m, b.n, shorter)
                              : product(B, ld_A, X, ld, next, ld, b.m, b.n, shorter);
         apply.add = X;
         FirstStep first{};
-        first.A = A, first.B = B, first.sums = sums, first.scale = at<float>(workspace, offsets.polar_scale);
-        first.count = static_cast<int32_t>(offsets.polar_tiles);
+        first.A = A, first.B = B, first.norm = square.norm, first.scale = at<float>(workspace, offsets.polar_scale);
         first.n = static_cast<int32_t>(shorter), first.ld = static_cast<int32_t>(ld_A);
         step.gram.push_back(gram), step.square.push_back(square), step.apply.push_back(apply);
         step.first.push_back(first);
     }
     for (size_t i = 0; i < coefficients.size(); i += 3) {
         for (int precision = 0; precision < 4; ++precision) {
-            run(steps[precision], coefficients.data() + i, i == 0, static_cast<Precision>(precision), stream);
+            run(polar_steps_[precision], coefficients.data() + i, i == 0, static_cast<Precision>(precision), stream);
         }
     }
 }

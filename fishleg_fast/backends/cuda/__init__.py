@@ -3,7 +3,9 @@
 Theirs are ``Kron`` and ``Diagonal`` blocks with λ in float32, dense factors, and parameters and gradients in float32,
 bfloat16 or float16, read and written where they are. ``coverage`` says which blocks are not: those go through the
 reference's functions in the same op, with the same decision, norms and trust scale. Nothing waits for the device,
-but for counters of steps that are on the CPU (``capturable=False``).
+but for counters of steps that are on the CPU (``capturable=False``), and nothing is uploaded: kernels get what they are
+told by value. A plan is found again by its blocks and their λ; where parameters, gradients and moments are, and how
+they lie, is looked at in every step.
 
 A plan has one workspace: steps of one optimizer on several streams have to be ordered by the caller. ``refresh`` always
 forms both P and S of a block. The kernels have been tested as compiled for the CPU and by ptxas's report, but not on a

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...algebra.low_rank import LowRank
 from ...algebra.matrix import Matrix
@@ -28,36 +27,34 @@ _KINDS = ((KRON, 1), (KRON_SCALED, 2), (DIAGONAL, 3))
 class BlockFacts:
     """What the kernels are told of a block, and does not change from step to step."""
 
-    __slots__ = ("kind", "kronecker", "layout", "offsets", "shapes", "signature", "why")
+    __slots__ = ("flat", "kind", "kronecker", "layout", "offsets", "signature", "why")
 
     def __init__(self, block: Block, signature: list[Any]) -> None:
         self.signature = signature
         self.why = _why_uncovered(block)
         self.kind = next((kind for maths, kind in _KINDS if block.structure.maths is maths), UNCOVERED)
         self.kronecker = self.kind in (1, 2)
+        self.flat = min(block.shape) > 1 and block.dtype == torch.float32  # whether its nat may be
         views = [part.of(part.param) for part in block.parts]
-        self.shapes = [tuple(v.shape) for v in views]
         self.offsets = [0]
         for v in views:
             self.offsets.append(self.offsets[-1] + v.numel() // (max(v.shape[0], 1) if block.axis else 1))
-        self.layout = [(tuple(v.shape), v.stride(), TYPES.get(v.dtype, 0)) for v in views]
+        first_rows = [-1 if p.rows is None else p.rows.indices(p.param.shape[0])[0] for p in block.parts]
+        self.layout = [
+            (tuple(v.shape), v.stride(), TYPES.get(v.dtype, 0), first)
+            for v, first in zip(views, first_rows, strict=True)
+        ]
 
-    def operator(self, block: Block) -> tuple[int, int, int, int]:
-        """P and S with their leading dimensions, or d, as they were last refreshed."""
-        if not self.kronecker:
-            return block.structure.fishleg_aux["d"].data_ptr(), 0, 0, 0
-        cache = block.structure.cache
-        P, S = cache["P"], cache["S"]
-        return P.data_ptr(), max(P.stride(0), P.shape[0]), S.data_ptr(), max(S.stride(0), S.shape[0])
 
-    def outer(self, block: Block) -> Tensor | None:
-        """A."""
-        return block.structure.fishleg_aux.get("A")
-
-    @property
-    def lambdas(self) -> tuple[str, ...]:
-        """The names of R and L, or of d."""
-        return ("R", "L") if self.kronecker else ("d",)
+def signature_of(block: Block) -> list[Any]:
+    """What ``BlockFacts`` depend on."""
+    found: list[Any] = [block.structure.operand_dtype]
+    for t in block.structure.fishleg_aux.values():
+        found += (id(t), t.dtype, t.device, t.is_contiguous())
+    for part in block.parts:
+        p = part.param
+        found += (p.shape, p.stride(), p.dtype, p.device)
+    return found
 
 
 def _why_uncovered(block: Block) -> str | None:
@@ -69,6 +66,8 @@ def _why_uncovered(block: Block) -> str | None:
             return f"λ {name!r} is not contiguous float32 on a {kind} device"
         if name in ("R", "L") and t.ndim != 2:
             return f"factor {name!r} is not dense"
+    if structure.maths is not DIAGONAL and structure.operand_dtype not in (None, torch.float32):
+        return f"its products are to be {structure.operand_dtype}"
     if structure.maths is not DIAGONAL and min(block.shape) >= LARGE:
         return f"both sides are at least {LARGE}: torch's products are taken to be faster"
     for p in (part.param for part in block.parts):

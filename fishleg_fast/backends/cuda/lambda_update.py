@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ...algebra.maths import Aux
 from ...algebra.matrix import Matrix, dense, dot
-from ...model.block import Block
+from ...model.block import Block, advance
 from ..protocol import LambdaOptions
 from ..reference import lambda_update as reference
-from .coverage import BlockFacts
-from .plans import GradientViews, Op, Plan
-from .products import prepare
+from .plans import Op, Plan
+from .prepare import Prepared, launched
 
 Uncovered = tuple[Block, Matrix, Matrix, Matrix]  # block, u, v, F v
 
@@ -27,53 +26,70 @@ def lambda_step(
     options: LambdaOptions,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    plan, facts, views = prepare(Op.LAMBDA, blocks, us, vs)
-    if plan is None:
-        return reference.lambda_step(blocks, us, vs, fvs, options)
-    ours = [b for b, view in zip(blocks, views, strict=True) if view is not None]
     uncovered: list[Uncovered] = []
-    for block, found, u, v, fv, view in zip(blocks, facts, us, vs, fvs, views, strict=True):
-        if view is None:
-            dots = [dot(u, v), dot(v, fv), dot(v, v)]
-            plan.external[len(uncovered)] = torch.stack([d.to(plan.device, torch.float64) for d in dots])
-            uncovered.append((block, u, v, fv))
-        else:
-            _point_to_block(plan, block, found, v, fv, view, options)
-    loss, alpha = (torch.empty((), dtype=torch.float32, device=plan.device) for _ in range(2))
+    results: list[Tensor] = []
+
+    def launch(p: Prepared) -> bool:
+        plan, inside = p.plan, p.plan.covered
+        results[:] = [torch.empty((), dtype=torch.float32, device=plan.device) for _ in range(2)]
+        uncovered[:] = _uncovered(plan, blocks, us, vs, fvs)
+        mine = [[x for x, covered in zip(xs, inside, strict=True) if covered] for xs in (vs, fvs)]
+        before = plan.stream, plan.workspace.data_ptr(), p.gradients, p.factors, p.operators, _adam_tensors(p.ours)
+        after = ([b.aux_step for b in p.ours], options.capturable, options.damping, options.learn_scale)
+        pointers = [t.data_ptr() for t in results]
+        if plan.native.aux_loss(*before, *mine, *after, *pointers):
+            return True
+        held[:] = [[dense(x).float().contiguous() for x in xs] for xs in mine]
+        return plan.native.aux_loss(*before, *held, *after, *pointers)
+
+    held: list[list[Tensor]] = []  # copies of v and F v, until all is launched
+    prepared = launched(Op.LAMBDA, blocks, us, launch, vs=vs)
+    if prepared is None:
+        return reference.lambda_step(blocks, us, vs, fvs, options)
+    plan, ours = prepared.plan, prepared.ours
+    loss, alpha = results
     ok = torch.empty((), dtype=torch.bool, device=plan.device)
-    workspace = plan.workspace.data_ptr()
-    plan.native.aux_loss(
-        plan.stream, workspace, plan.lists[0], options.damping, options.learn_scale, loss.data_ptr(), alpha.data_ptr()
-    )
     gradients = _uncovered_gradients(plan, uncovered, alpha, options)
     lr = options.lr
-    on_device = isinstance(lr, Tensor) and lr.device == plan.device
-    pointer = plan.hold(lr.float()).data_ptr() if isinstance(lr, Tensor) and on_device else 0
+    rate = lr.float() if isinstance(lr, Tensor) and lr.device == plan.device else None
     plan.native.aux_update(
-        plan.stream, workspace, plan.lists[1], options.damping, options.precondition, 0.0 if on_device else float(lr),
-        pointer, *options.betas, options.eps, ok.data_ptr(),
+        plan.stream, plan.workspace.data_ptr(), options.precondition, 0.0 if rate is not None else float(lr),
+        0 if rate is None else rate.data_ptr(), *options.betas, options.eps, ok.data_ptr(),
     )  # fmt: skip
-    plan.begin()
     for block, grads in gradients:
         reference.adam_step(block, grads, options, ok)
     torch.autograd.graph.increment_version([t for b in ours for t in b.structure.fishleg_aux.values()])
-    plan.count([b.aux_step for b in ours], [b.aux_step for b, *_ in uncovered], ok, options.capturable)
+    if uncovered:
+        advance([b.aux_step for b, *_ in uncovered], ok)
+    plan.count([b.aux_step for b in ours], [True] * len(ours), ok, options.capturable)
     return loss, ok
 
 
-def _point_to_block(
-    plan: Plan, block: Block, facts: BlockFacts, v: Matrix, fv: Matrix, view: GradientViews, options: LambdaOptions
-) -> None:
-    """Where λ, its moments, u, v and F v of a block are, and its counter."""
-    plan.pointers += facts.operator(block)
-    for name in facts.lambdas:
-        plan.point(block.structure.fishleg_aux[name], block.exp_avg[name], block.exp_avg_sq[name])
-    if not facts.kronecker:
-        plan.point(None, None, None)
-    step = block.aux_step if options.capturable and block.aux_step.device == plan.device else None
-    plan.point(plan.hold(dense(v).float().contiguous()), plan.hold(dense(fv).float().contiguous()), step)
-    plan.numbers.append(0.0 if step is not None else block.aux_step.item())
-    plan.take(view)
+def _adam_tensors(blocks: Sequence[Block]) -> list[Tensor | None]:
+    """Each block's R and L with their moments; or d with its, and three None."""
+    tensors: list[Tensor | None] = []
+    for block in blocks:
+        aux, first, second = block.structure.fishleg_aux, block.exp_avg, block.exp_avg_sq
+        if "d" in aux:
+            tensors += (aux["d"], first["d"], second["d"], None, None, None)
+        else:
+            tensors += (aux["R"], first["R"], second["R"], aux["L"], first["L"], second["L"])
+    return tensors
+
+
+def _uncovered(
+    plan: Plan, blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix]
+) -> list[Uncovered]:
+    """Blocks that the kernels do not cover, whose sums the plan gets."""
+    found: list[Uncovered] = []
+    if all(plan.covered):
+        return found
+    for block, u, v, fv, covered in zip(blocks, us, vs, fvs, plan.covered, strict=True):
+        if not covered:
+            dots = [dot(u, v), dot(v, fv), dot(v, v)]
+            plan.external[len(found)] = torch.stack([d.to(plan.device, torch.float64) for d in dots])
+            found.append((block, u, v, fv))
+    return found
 
 
 def _uncovered_gradients(

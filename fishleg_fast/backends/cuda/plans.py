@@ -1,7 +1,8 @@
-"""Where gradients lie, and the extension's plans with their workspaces, as the ops point them to memory."""
+"""The extension's plans with their workspaces, and what they are for."""
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
@@ -10,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...algebra.matrix import Matrix
 from ...model.block import Block, advance
-from ...model.gradients import GradientInPlace
-from .coverage import ALIGNED, PRECISIONS, TYPES, UNCOVERED, BlockFacts
+from .coverage import ALIGNED, PRECISIONS, UNCOVERED, BlockFacts
+from .gradients import BlockGradient
 from .runtime import runtime
 
 
@@ -26,57 +26,105 @@ class Op(IntEnum):
     REFRESH = 3
 
 
-class GradientViews:
-    """Where a block's gradient is: a pointer, strides over the part's shape and a type for each part, and a factor."""
+class Watch:
+    """Blocks with the λ and the settings that they had, to tell whether these are still theirs."""
 
-    __slots__ = ("held", "layouts", "pointers")
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._extension = runtime().extension
+        self._blocks = [weakref.ref(b) for b in blocks]  # which they keep alive, not the other way round
+        self._lambdas, self._settings = self._found(blocks)
+        self._versions = self._extension.Versions()
 
-    def __init__(self, block: Block, facts: BlockFacts, u: Matrix) -> None:
-        self.held: list[Tensor] = []  # temporary tensors that the pointers are of
-        self.pointers: list[int] = []  # g and the factor of each part; 0: zeros, no factor
-        self.layouts: list[tuple[tuple[int, ...], int]] = []
-        if isinstance(u, GradientInPlace):
-            scale = 0
-            if u.scale is not None:
-                scale = self._hold(u.scale.to(block.momentum.device, torch.float32)).data_ptr()
-            for grad, shape in zip(u.block.grads, facts.shapes, strict=True):
-                if grad is None:
-                    self.pointers += (0, 0)
-                    self.layouts.append(((0,) * len(shape), 0))
-                else:
-                    self.pointers += (grad.data_ptr(), scale)
-                    self.layouts.append((grad.stride(), TYPES[grad.dtype]))
-            return
-        assert isinstance(u, Tensor)
-        whole = self._hold(u if u.dtype in TYPES else u.float())
-        start, size, kind = whole.data_ptr(), whole.element_size(), TYPES[whole.dtype]
-        outer, along = whole.stride()
-        for shape, offset in zip(facts.shapes, facts.offsets, strict=False):
-            strides, run = [], along if block.axis else outer
-            for d in range(len(shape) - 1, -1, -1):
-                strides.append(outer if block.axis and d == 0 else run)
-                run *= shape[d]
-            self.layouts.append((tuple(reversed(strides)), kind))
-            self.pointers += (start + offset * size * (along if block.axis else outer), 0)
+    def _found(self, blocks: Sequence[Block]) -> tuple[list[Tensor], list[Any]]:
+        structures = [b.structure for b in blocks]
+        settings = [s.precision for s in structures] + [s.operand_dtype for s in structures]
+        return self._extension.flattened(structures, "fishleg_aux"), settings
 
-    def _hold(self, t: Tensor) -> Tensor:
-        self.held.append(t)
-        return t
+    def same(self, blocks: Sequence[Block]) -> bool:
+        """Whether these are the blocks, with the same tensors of λ and settings of products."""
+        identical = self._extension.identical
+        if not identical([ref() for ref in self._blocks], list(blocks)):
+            return False
+        lambdas, settings = self._found(blocks)
+        return identical(lambdas, self._lambdas) and settings == self._settings
+
+    def moved(self) -> bool:
+        """Whether λ has been written to since this was last asked."""
+        return self._versions.moved(self._lambdas)
+
+    def forget(self) -> None:
+        """λ counts as written to."""
+        self._versions.forget()
+
+
+class Rates:
+    """Which parameter group each block and part is in, and what the groups say now."""
+
+    def __init__(self) -> None:
+        self._groups: list[dict[str, Any] | None] = []
+        self._distinct: list[tuple[dict[str, Any], bool]] = []
+        self.of_block = self.of_part = array("q")
+
+    def numbers(
+        self, blocks: Sequence[Block], covered: Sequence[bool], device: torch.device
+    ) -> tuple[list[tuple[float, float, float, float]], list[Tensor | None]]:
+        """(β, lr₀, lr, weight decay) of each group, and lr where it is on the device.
+
+        lr₀ of blocks that are not covered is 1: their sums contain it.
+        """
+        extension = runtime().extension
+        groups = extension.flattened(list(blocks), "groups")
+        if not extension.identical(groups, self._groups):
+            self._assign(blocks, covered, groups)
+        numbers, rates = [], []
+        for group, ours in self._distinct:
+            lr = group["lr"]
+            on_device = isinstance(lr, Tensor) and lr.device == device
+            rates.append(lr.float().reshape(()) if on_device else None)
+            numbers.append(
+                (group["beta"], group["base_lr"] if ours else 1.0, 0.0 if on_device else lr, group["weight_decay"])
+            )
+        return [tuple(map(float, four)) for four in numbers], rates  # type: ignore[misc]
+
+    def _assign(self, blocks: Sequence[Block], covered: Sequence[bool], groups: list[dict[str, Any] | None]) -> None:
+        places: dict[tuple[int, bool], int] = {}
+        self._groups, self._distinct, self.of_block, self.of_part = groups, [], array("q"), array("q")
+        for block, ours in zip(blocks, covered, strict=True):
+            found = []
+            for group in block.groups:
+                if (id(group), ours) not in places:
+                    places[id(group), ours] = len(self._distinct)
+                    self._distinct.append((group, ours))
+                found.append(places[id(group), ours])
+            self.of_block.append(found[0])
+            self.of_part.extend(found if ours else ())
 
 
 class Plan:
-    """One of the extension's plans with its workspace, and what it is pointed to for the op under way."""
+    """One of the extension's plans with its workspace, for blocks that lie as ``facts`` and ``covered`` tell."""
 
-    def __init__(self, compiled: Any, count: int, uncovered: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        blocks: Sequence[Block],
+        facts: Sequence[BlockFacts],
+        covered: Sequence[bool],
+        device: torch.device,
+    ) -> None:
         self.native, self.device = compiled, device
+        self.facts, self.covered = list(facts), list(covered)  # alive, so that facts' ids are theirs
+        uncovered = self.covered.count(False)
         self.workspace = torch.empty(max(compiled.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self.external = self._doubles(compiled.external, 3 * uncovered).view(uncovered, 3)
         self.external_2 = self._doubles(compiled.external_2, 3 * uncovered).view(uncovered, 3)
         self.external_2.zero_()
-        self.scales = self._doubles(compiled.scales, count)
+        self.scales = self._doubles(compiled.scales, len(blocks))
         self.captured = False
-        self.facts: list[BlockFacts] = []
-        self.begin()
+        self.rates = Rates()
+        self.watch = Watch(blocks)
+        self.spectral, self.may_be_flat = False, [False] * len(blocks)  # whether polar factors are taken, and of what
+        self.operators: Any = None  # those of covered blocks, an ``operators.Operators``
+        self.generation = -1  # of them, as the compiled plan knows them
 
     def _doubles(self, offset: int, count: int) -> Tensor:
         return self.workspace[offset : offset + 8 * count].view(torch.float64)
@@ -87,50 +135,33 @@ class Plan:
         ld = -(-n // ALIGNED) * ALIGNED
         return self.workspace[start : start + 4 * m * ld].view(torch.float32).view(m, ld)[:, :n]
 
-    def begin(self) -> None:
-        """Forget what the last op was pointed to."""
-        self.pointers: list[int] = []
-        self.numbers: list[float] = []
-        self.held: list[Any] = []
-        self.stream = runtime().stream(self.device)
-
-    def point(self, *tensors: Tensor | None) -> None:
-        """Append where tensors are; 0 for None."""
-        for t in tensors:
-            self.pointers.append(0 if t is None else t.data_ptr())
-
-    def take(self, views: GradientViews) -> None:
-        """Append where a gradient is."""
-        self.held.append(views)
-        self.pointers += views.pointers
-
-    def hold(self, t: Tensor) -> Tensor:
-        """Keep a temporary tensor until the op has been launched."""
-        self.held.append(t)
-        return t
-
-    def count(self, covered: Sequence[Tensor], uncovered: Sequence[Tensor], ok: Tensor, on_device: bool) -> None:
-        """Advance the blocks' counters where the kernels have not: those of covered ones that are not on the device, or
-        all unless ``on_device``.
+    def count(self, counters: Sequence[Tensor], covered: Sequence[bool], ok: Tensor, on_device: bool) -> bool:
+        """Advance the counters that the op was given, where the kernels have not. Whether the step was taken; True
+        where the host has no need to know. ``covered``: which counters are of blocks that the kernels cover.
         """
-        mine = [t for t in covered if not on_device or t.device != self.device]
-        advance([*mine, *uncovered], ok)
+        taken = bool(ok) if self.native.counts_on_host or not on_device else True
+        others = self.native.count_steps(taken)
+        if others:
+            advance([counters[k] for k in others if not (on_device and covered[k])], ok)
+        return taken
 
     @property
-    def lists(self) -> tuple[array[int], array[float]]:
-        """Pointers and numbers as the extension takes them."""
-        return array("q", self.pointers), array("d", self.numbers)
+    def stream(self) -> int:
+        """The device's current stream."""
+        return runtime().stream(self.device)
 
 
-def described(op: Op, block: Block, facts: BlockFacts, view: GradientViews | None, flat: bool) -> tuple:
+def described(op: Op, block: Block, facts: BlockFacts, gradient: BlockGradient | None, flat: bool) -> tuple:
     """A block as csrc/bindings/cuda.cpp takes it. ``flat``: nat gives way to its polar factor."""
     precision = PRECISIONS[block.structure.precision]
     if op is Op.REFRESH:
         return block.name, facts.kind, precision, *block.shape, block.axis, (), False
-    if view is None:
+    if gradient is None:
         return block.name, UNCOVERED, precision, *block.shape, block.axis, (), flat
     parts = [
-        (shape, strides, layout[0], kind, layout[1], offset)
-        for (shape, strides, kind), layout, offset in zip(facts.layout, view.layouts, facts.offsets, strict=False)
+        (shape, strides, layout[0], kind, layout[1], offset, first)
+        for (shape, strides, kind, first), layout, offset in zip(
+            facts.layout, gradient.layouts, facts.offsets, strict=False
+        )
     ]
     return block.name, facts.kind, precision, *block.shape, block.axis, parts, flat

@@ -13,10 +13,12 @@ from ...algebra.matrix import Matrix, dot
 from ...model.block import Block
 from ...model.gradients import GradientInPlace
 from .. import reference
-from .coverage import ALIGNED, TYPES, BlockFacts, why_uncovered
-from .plans import GradientViews, Op, Plan
+from .coverage import TYPES, why_uncovered
+from .operators import operators_of
+from .plans import Op
+from .prepare import Prepared, launched
 from .runtime import runtime
-from .state import facts_of, plan_of
+from .state import CudaState, facts_of
 
 
 def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None = None) -> None:
@@ -24,81 +26,40 @@ def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None
 
     ``applications`` as the protocol has them, for uncovered blocks; of the others both products are always formed.
     """
-    counts: Sequence[Applications] = applications or [None] * len(blocks)
-    ours, facts = [], []
-    for block, count in zip(blocks, counts, strict=True):
-        found = facts_of(block)
-        if why_uncovered(found) is not None:
-            block.structure.refresh(count)
-        else:
-            ours.append(block)
-            facts.append(found)
-    _form(ours, facts)
-
-
-def _form(blocks: Sequence[Block], facts: Sequence[BlockFacts]) -> None:
-    """P and S of covered blocks, where they are not today's."""
-    stale = [
-        k for k, (b, f) in enumerate(zip(blocks, facts, strict=True)) if f.kronecker and not b.structure.holds("P", "S")
-    ]
-    if not stale:
+    if not blocks:
         return
-    ours = [blocks[k] for k in stale]
-    plan = plan_of(Op.REFRESH, ours, [facts[k] for k in stale], [None] * len(ours))
-    caches = []
-    for block in ours:
-        aux = block.structure.fishleg_aux
-        cache = block.structure.cache_memory(ALIGNED, P=aux["R"], S=aux["L"])
-        plan.point(aux["R"], aux["L"])
-        for product in (cache["P"], cache["S"]):
-            plan.pointers += (product.data_ptr(), max(product.stride(0), product.shape[0]))
-        caches.append(cache)
-    plan.native.refresh(plan.stream, plan.lists[0])
-    plan.begin()
-    for block, cache in zip(ours, caches, strict=True):
-        block.structure.adopt(cache)
-
-
-def prepare(
-    op: Op,
-    blocks: Sequence[Block],
-    us: Sequence[Matrix],
-    vs: Sequence[Matrix | None] | None = None,
-    flat: Sequence[bool] = (),
-) -> tuple[Plan | None, list[BlockFacts], list[GradientViews | None]]:
-    """A plan, with P and S formed, and where each u is, None for a block not covered; no plan where none is.
-
-    ``flat``: of which blocks a θ step takes polar factors.
-    """
+    state = blocks[0].kept(CudaState)
+    known = state.operators.get((True,) * len(blocks))
+    if known is not None and known.watch.same(blocks):
+        known.update(blocks)
+        return
     facts = [facts_of(b) for b in blocks]
-    views: list[GradientViews | None] = []
-    for block, found, u, v in zip(blocks, facts, us, vs or [None] * len(blocks), strict=True):
-        covered = why_uncovered(found, u, v, learning=op is Op.LAMBDA) is None
-        views.append(GradientViews(block, found, u) if covered else None)
-    inside = [k for k, view in enumerate(views) if view is not None]
-    if not inside:
-        return None, facts, views
-    _form([blocks[k] for k in inside], [facts[k] for k in inside])
-    return plan_of(op, blocks, facts, views, flat), facts, views
+    covered = [why_uncovered(f) is None for f in facts]
+    for block, count, mine in zip(blocks, applications or [None] * len(blocks), covered, strict=True):
+        if not mine:
+            block.structure.refresh(count)
+    inside = [k for k, mine in enumerate(covered) if mine]
+    if inside:
+        ours = [blocks[k] for k in inside]
+        operators_of(state, covered, ours, [facts[k] for k in inside]).update(ours)
 
 
 def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """Q u for each block, low-rank where u is (which ``structure.keeps_low_rank`` has to allow)."""
-    plan, facts, views = prepare(Op.QV, blocks, us)
-    outs: list[Matrix] = []
-    for block, found, view, u in zip(blocks, facts, views, us, strict=True):
-        if plan is None or view is None:
-            outs.append(reference.qv([block], [u])[0])
-            continue
-        out = torch.empty(block.shape, dtype=torch.float32, device=block.momentum.device)
-        plan.pointers += found.operator(block)
-        plan.point(found.outer(block), out)
-        plan.take(view)
-        outs.append(out)
-    if plan is not None:
-        plan.native.qv(plan.stream, plan.workspace.data_ptr(), plan.lists[0])
-        plan.begin()
-    return outs
+    outs: list[Tensor] = []
+
+    def launch(p: Prepared) -> bool:
+        outs[:] = [torch.empty(b.shape, dtype=torch.float32, device=p.plan.device) for b in p.ours]
+        return p.plan.native.qv(p.plan.stream, p.plan.workspace.data_ptr(), p.gradients, p.factors, p.operators, outs)
+
+    prepared = launched(Op.QV, blocks, us, launch)
+    if prepared is None:
+        return reference.qv(blocks, us)
+    ours = iter(outs)
+    return [
+        next(ours) if covered else reference.qv([block], [u])[0]
+        for block, u, covered in zip(blocks, us, prepared.plan.covered, strict=True)
+    ]
 
 
 def inner(xs: Sequence[Matrix], ys: Sequence[Matrix]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fishleg_fast.backends.cuda import plans, products, state
+from fishleg_fast.backends.cuda import prepare
 
 pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda", "cuda_cases_polar")
 
@@ -12,11 +12,13 @@ pytest.register_assert_rewrite("cuda_cases", "cuda_cases_lambda", "cuda_cases_po
 @pytest.fixture
 def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
     """As an optimizer calls its ops, on workspaces that hold nothing but NaN before each op."""
-    plan_of = state.plan_of
+    for name in ("_recent", "_exact"):
+        find = getattr(prepare, name)
 
-    def poisoned(*arguments: object) -> plans.Plan:
-        plan = plan_of(*arguments)  # type: ignore[arg-type]
-        plan.workspace.fill_(255)
-        return plan
+        def poisoned(*arguments: object, find=find) -> prepare.Prepared | None:
+            prepared = find(*arguments)
+            if prepared is not None:
+                prepared.plan.workspace.fill_(255)
+            return prepared
 
-    monkeypatch.setattr(products, "plan_of", poisoned)
+        monkeypatch.setattr(prepare, name, poisoned)

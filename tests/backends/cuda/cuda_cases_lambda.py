@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from array import array
 
 import pytest
 import torch
@@ -178,19 +177,24 @@ def test_plans_follow_gradients_and_are_dropped_with_their_blocks(device: torch.
 
 def test_a_plan_refuses_what_its_kernels_could_not_follow(device: torch.device) -> None:
     extension = runtime.runtime().extension
-    part = ((4, 3), (3, 1), (3, 1), 0, 0, 0)
+    part = ((4, 3), (3, 1), (3, 1), 0, 0, 0, -1)
     with pytest.raises(ValueError, match="block 'fc': its parts have 12 entries, not 20"):
         extension.CudaPlan(2, [("fc", 1, 0, 4, 5, 1, [part], False)], 0)
     with pytest.raises(ValueError, match="block 'fc': axis should be 0 or 1 but is 2"):
         extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 2, [part], False)], 0)
     with pytest.raises(ValueError, match="block 'fc': a parameter should have at most 4 dimensions"):
         shape, strides = (2,) * 5, (1, 2, 4, 8, 16)
-        extension.CudaPlan(2, [("fc", 1, 0, 2, 16, 1, [(shape, strides, strides, 0, 0, 0)], False)], 0)
+        extension.CudaPlan(2, [("fc", 1, 0, 2, 16, 1, [(shape, strides, strides, 0, 0, 0, -1)], False)], 0)
     with pytest.raises(ValueError, match="block 'fc': polar factors are of matrices, in a θ step"):
         extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 1, [part], True)], 0)
     plan = extension.CudaPlan(2, [("fc", 1, 0, 4, 3, 1, [part], False)], 0)
-    with pytest.raises(ValueError, match="block 'fc': P has no memory"):
-        plan.qv(0, 0, array("q", [0] * 8))
-    for count, words in ((7, "too few"), (9, "too many")):
-        with pytest.raises(ValueError, match=words):
-            plan.qv(0, 0, array("q", [16, 4, 16, 3, 0, 16, *[0] * (count - 6)]))
+    g, P, S, out = (torch.zeros(*shape, device=device) for shape in ((4, 3), (4, 4), (3, 3), (4, 3)))
+    with pytest.raises(ValueError, match="needs 1 gradients but there are 2"):
+        plan.qv(0, 0, [g, g], None, [P, S, None], [out])
+    with pytest.raises(ValueError, match="needs 3 operators but there are 2"):
+        plan.qv(0, 0, [g], None, [P, S], [out])
+    lie = [([g.T], [P, S, None], [out]), ([g.double()], [P, S, None], [out]), ([g], [S, S, None], [out])]
+    lie += [([g], [P, S.bfloat16(), None], [out]), ([g], [P, S, None], [out[:, ::2]]), ([g], [P, S, g.T], [out])]
+    lie += [([g.to_sparse()], [P, S, None], [out]), ([g.tolist()], [P, S, None], [out])]
+    for gradients, operators, outs in lie:
+        assert plan.qv(0, 0, gradients, None, operators, outs) is False

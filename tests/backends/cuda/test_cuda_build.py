@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,13 +74,13 @@ def test_the_extension_has_the_plan_and_needs_no_gpu_to_be_imported() -> None:
     if not native.features()["cuda"]:
         pytest.skip(native.cuda_status()[1])
     extension = native.extension()
-    plan = extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 3), (3, 1), (3, 1), 0, 0, 0)], False)], 0)
+    plan = extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 3), (3, 1), (3, 1), 0, 0, 0, -1)], False)], 0)
     assert plan.workspace_bytes > 0
     with pytest.raises(ValueError, match="block 'layer': its parts have 8 entries, not 12"):
-        extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 2), (2, 1), (2, 1), 0, 0, 0)], False)], 0)
+        extension.CudaPlan(2, [("layer", 1, 0, 4, 3, 1, [((4, 2), (2, 1), (2, 1), 0, 0, 0, -1)], False)], 0)
     if not native.cuda_status()[0]:
-        with pytest.raises(RuntimeError, match="CUDA"):
-            plan.qv(0, 0, array("q", [16, 4, 16, 3, 0, 16, 16, 0]))
+        on_the_host = [torch.zeros(4, 3), torch.zeros(4, 4), torch.zeros(3, 3), torch.zeros(4, 3)]
+        assert plan.qv(0, 0, on_the_host[:1], None, [*on_the_host[1:3], None], on_the_host[3:]) is False
 
 
 # ptxas's report
@@ -130,7 +129,9 @@ def compiled() -> list[dict]:
             {"kernel": name, "architecture": int(a), **dict(zip(keys, map(int, numbers), strict=True)),
              "tf32": bodies[name].count("mma.sync.aligned.m16n8k8"),
              "bf16": bodies[name].count("mma.sync.aligned.m16n8k16"),
-             "fma": bodies[name].count("fma.rn.f32"), "copies": bodies[name].count("cp.async.cg")}
+             "fma": bodies[name].count("fma.rn.f32"), "copies": bodies[name].count("cp.async.cg.shared.global"),
+             "groups": bodies[name].count("cp.async.commit_group"),
+             "stores": len(re.findall(r"st\.shared\.(?:v[24]\.)?f32", bodies[name]))}
             for name, a, *numbers in found  # the PTX is of the first architecture, and much the same for the others
         ]  # fmt: skip
 
@@ -160,12 +161,23 @@ def test_no_kernel_spills_or_uses_local_memory() -> None:
 def test_products_are_made_by_tensor_cores() -> None:
     kinds = dict(enumerate(("ieee", "tf32x3", "tf32", "bf16")))  # as csrc/cuda/tables.h has them
     rows = [r for r in compiled() if "products_kernel" in r["kernel"] or "chain_kernel" in r["kernel"]]
-    assert len(rows) == 2 * len(kinds) * len(architectures())
+    assert len(rows) == 3 * len(kinds) * len(architectures())  # products with and without plus_transpose, chains
     for row in rows:
         number = re.search(r"PrecisionE(\d)E", row["kernel"])
         assert number is not None
         kind = kinds[int(number[1])]
         assert (row["tf32"] > 0) == kind.startswith("tf32"), row
         assert (row["bf16"] > 0) == (kind == "bf16"), row
-        assert row["copies"] > 0
         assert kind != "ieee" or row["fma"] >= 32, row
+
+
+def test_operands_reach_shared_memory_by_asynchronous_copies_alone() -> None:
+    """16 bytes each, in every precision, one group of copies ahead; what is stored otherwise is a chain's P X."""
+    rows = [r for r in compiled() if "products_kernel" in r["kernel"] or "chain_kernel" in r["kernel"]]
+    for row in rows:
+        if "chain_kernel" in row["kernel"]:  # P and X, then S: a first tile and the next; unevenly unrolled
+            groups, least, stores = 4, 6, 16  # P X: 32 entries a thread, two at a time
+        else:  # A and B in each layout: a first tile and the next, 4 copies a thread
+            layouts = 2 if "Lb1E" in row["kernel"] else 3
+            groups, least, stores = 2 * layouts, 2 * layouts * 2 * 4, 0
+        assert row["groups"] == groups and row["copies"] >= least and row["stores"] == stores, row
