@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "the reference is plain torch: no other backend and no extension",
     ),
     "backends.registry": ("backends kernels selfcheck", "it is the table of backends, and asks whether one is right"),
-    "kernels": ("algebra model backends", "the Triton kernels are a backend like the others"),
+    "kernels": ("algebra model backends native", "the Triton kernels are a backend like the others"),
     "kernels.device": ("", "Triton compiles these for a device: nothing of the host is there"),
     "selfcheck": (
         "_version native precision algebra model backends.protocol backends.reference backends.arithmetic "

@@ -18,6 +18,7 @@ void bind_anchor(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);  // in a build with CUDA
 void bind_denormals(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
+void bind_places(pybind11::module_& m);
 void bind_step(pybind11::module_& m);
 
 }  // namespace fishleg

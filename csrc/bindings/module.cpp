@@ -28,6 +28,7 @@ PYBIND11_MODULE(_native, m) {
     fishleg::bind_anchor(m);
     fishleg::bind_denormals(m);
     fishleg::bind_gemm(m);
+    fishleg::bind_places(m);
 #if defined(FISHLEG_WITH_CUDA)
     fishleg::bind_cuda(m);
 #endif

@@ -129,11 +129,12 @@ class Ranks:
 def _wrappers(model: nn.Module) -> list[nn.Module]:
     """The model, and what it wraps."""
     found = [model]
-    while (inner := found[-1]._modules.get("_orig_mod") or found[-1]._modules.get("module")) is not None:
-        if not isinstance(found[-1], _WRAPPER) and "_orig_mod" not in found[-1]._modules:
-            break
+    while True:
+        outer = found[-1]
+        inner = outer.module if isinstance(outer, _WRAPPER) else dict(outer.named_children()).get("_orig_mod")
+        if not isinstance(inner, nn.Module):
+            return found
         found.append(inner)
-    return found
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -99,7 +99,7 @@ class Draws:
         self._drawn: list[Tensor] = []
         self._flat: dict[tuple[int, ...], Tensor] = {}
         self._next = 0
-        self._generator = torch.Generator().manual_seed(1)
+        self._generator = torch.Generator("cpu").manual_seed(1)
 
     def restart(self) -> None:
         self._next = 0

@@ -51,7 +51,7 @@ def levels(k: int) -> tuple[int, float]:
 
 def two_levels(m: int, n: int) -> Tensor:
     """(m, n) with singular values 1 and c, in float32, on the CPU; the same whenever it is made."""
-    k, generator = min(m, n), torch.Generator().manual_seed(m * 10_007 + n)
+    k, generator = min(m, n), torch.Generator("cpu").manual_seed(m * 10_007 + n)
     sides = [torch.randn(size, k, generator=generator, device="cpu") for size in (m, n)]
     U, V = (torch.linalg.qr(x)[0] for x in sides)
     r, c = levels(k)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...model.block import Block
 from .state import TritonState
 from .tables import streams
-from .tables.strides import strides_of
+from .tables.places import places
 
 KEPT = 16  # plans of the same first block: of every op, and of the layouts that gradients have in turn
 
@@ -24,8 +24,8 @@ _of_block = attrgetter("structure", "momentum", "step", "spectral", "groups", "p
 _of_structure = attrgetter("fishleg_aux", "precision")
 _of_learning = attrgetter("exp_avg", "exp_avg_sq", "aux_step")
 _param, _aux = attrgetter("param"), attrgetter("fishleg_aux")
-_version, _dtype = attrgetter("_version"), attrgetter("dtype")
-_address, _values = Tensor.data_ptr, methodcaller("values")
+_version = attrgetter("_version")
+_values = methodcaller("values")
 _flat = chain.from_iterable
 
 
@@ -62,8 +62,7 @@ class Snapshot:
 
     def _of_tensors(self) -> tuple:
         """Where tensors are, since ``.data`` may have been assigned to, and what parameters are."""
-        tensors = [*self._params, *self._momenta, *(self._aux if self._learning else ())]
-        return list(map(_address, tensors)), strides_of(self._params), list(map(_dtype, self._params))
+        return places([*self._params, *self._momenta, *(self._aux if self._learning else ())])
 
     def holds(self, blocks: Sequence[Block], now: Blocks) -> bool:
         """Whether everything is as it was."""

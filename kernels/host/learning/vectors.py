@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from ....algebra.low_rank import LowRank
 from ....algebra.matrix import Matrix, dense
 from ..plans import Blocks
 from ..tables.matrices import Given, Scales, unaligned
-
-_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
+from ..tables.places import places
 
 
 def is_low_rank(u: Matrix, v: Matrix) -> bool:
@@ -39,9 +37,8 @@ class Vectors:
 
     def facts(self) -> tuple:
         """What has to be as it was for a plan to hold."""
-        both = [*self.v, *self.fv]
-        layouts = list(map(Tensor.stride, both)), list(map(_dtype, both)), unaligned(list(map(_address, both)))
-        return self.low_rank, self.u.facts(), self.scales.facts(), layouts
+        addresses, lie = places([*self.v, *self.fv])
+        return self.low_rank, self.u.facts(), self.scales.facts(), lie, unaligned(addresses)
 
 
 def _tensors(xs: Sequence[Matrix]) -> list[Tensor]:

@@ -17,10 +17,11 @@ from ....algebra.matrix import Matrix, dense
 from ....model.block import Block
 from ....model.gradients import GradientInPlace
 from ..launch import DTYPES
+from .places import places
 from .step_table import Sources, Told
-from .strides import columns, strides_of, with_columns
+from .strides import columns, with_columns
 
-_address, _dtype, _scale = Tensor.data_ptr, attrgetter("dtype"), attrgetter("scale")
+_scale = attrgetter("scale")
 
 
 def unaligned(addresses: Sequence[int]) -> list[int]:
@@ -55,7 +56,7 @@ class Given:
                 self.tensors += [dense(g)] if whole else [t for t in own if t is not None]
         else:
             self.tensors = [g for g in found if g is not None] if self._missing else found  # type: ignore[assignment]
-        self.addresses = list(map(_address, self.tensors))
+        self.addresses, self._lie = places(self.tensors)
 
     def in_place(self, index: int) -> bool:
         """Whether a block's are gradients of its parts."""
@@ -63,8 +64,7 @@ class Given:
 
     def facts(self) -> tuple:
         """What has to be as it was for what ``Layouts`` found to hold."""
-        tensors = self.tensors
-        return self._whole, self._missing, strides_of(tensors), list(map(_dtype, tensors)), unaligned(self.addresses)
+        return self._whole, self._missing, self._lie, unaligned(self.addresses)
 
 
 class Layouts:

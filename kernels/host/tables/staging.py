@@ -17,7 +17,7 @@ observers: list[Callable[[int], object]] = []  # called with the bytes of every 
 
 def pinned(size: int) -> Tensor:
     """So many bytes."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
 
 
 class Ring:

@@ -12,11 +12,6 @@ from torch import Tensor
 ROUND = 16  # leading dimensions of our own matrices are multiples of this many elements
 
 
-def strides_of(tensors: Sequence[Tensor]) -> list[tuple[int, ...]] | None:
-    """Strides to be compared with those of tensors of the same shapes; None where all are contiguous."""
-    return None if all(map(Tensor.is_contiguous, tensors)) else list(map(Tensor.stride, tensors))
-
-
 def padded(k: int) -> int:
     """k rounded up to ROUND."""
     return -(-k // ROUND) * ROUND
