@@ -119,12 +119,6 @@ void bind_cuda(py::module_& m) {
              })
         .def_property_readonly("counts_on_host", &TensorPlan::counts_on_host)
         .def("count_steps", &TensorPlan::count_steps);
-    py::class_<Versions>(m, "Versions", py::module_local(), "Tensors' counters of what was written to them.")
-        .def(py::init())
-        .def("moved", &Versions::moved)
-        .def("forget", &Versions::forget);
-    m.def("flattened", &flattened, "All that is in an attribute of each object, a list or a dict's values.");
-    m.def("identical", &identical, "Whether two lists have the same objects in the same order.");
     m.def("cuda_inner", [](int device, int64_t stream, const py::buffer& pointers, const py::buffer& counts,
                            const py::buffer& types, int64_t sums, int64_t more, int64_t out) {
         const py::buffer_info p = pointers.request(), c = counts.request(), t = types.request();

@@ -1,5 +1,6 @@
-// Where tensors are and how they lie, of a whole list at once: what launchers of kernels ask at every step.
+// Lists of tensors and other objects that launchers of kernels look at at every step.
 #include "bindings/bindings.h"
+#include "bindings/lists.h"
 #include "bindings/tensors.h"
 
 #include <string>
@@ -34,6 +35,12 @@ py::object tensor_places(const py::list& tensors) {
 void bind_places(py::module_& m) {
     m.def("tensor_places", &tensor_places, py::arg("tensors"),
           "(addresses of the tensors, what has to be the same for them to lie alike), or None.");
+    py::class_<Versions>(m, "Versions", py::module_local(), "Tensors' counters of what was written to them.")
+        .def(py::init())
+        .def("moved", &Versions::moved)
+        .def("forget", &Versions::forget);
+    m.def("flattened", &flattened, "All that is in an attribute of each object, a list or a dict's values.");
+    m.def("identical", &identical, "Whether two lists have the same objects in the same order.");
 }
 
 }  // namespace fishleg

@@ -11,6 +11,7 @@
 
 PYBIND11_MODULE(FISHLEG_MODULE, m) {
     fishleg::bind_cuda(m);
+    fishleg::bind_places(m);
     m.def("launches", [] { return fishleg::emulation::launches(); }, "Launches of kernels so far.");
     m.def("last_launch", [] { return fishleg::emulation::last_launch(); },
           "When the latest was, in seconds of the monotonic clock; where launches are stubbed.");

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -16,30 +15,23 @@ from torch import Tensor
 from ...model.block import Block
 from .state import TritonState
 from .tables import streams
-from .tables.places import places
+from .tables.places import Versions, flattened, identical, places
 
 KEPT = 16  # plans of the same first block: of every op, and of the layouts that gradients have in turn
 
-_of_block = attrgetter("structure", "momentum", "step", "spectral", "groups", "parts", "grads")
-_of_structure = attrgetter("fishleg_aux", "precision")
-_of_learning = attrgetter("exp_avg", "exp_avg_sq", "aux_step")
-_param, _aux = attrgetter("param"), attrgetter("fishleg_aux")
-_version = attrgetter("_version")
-_values = methodcaller("values")
-_flat = chain.from_iterable
-
-
-def _same(found: Sequence[object], known: Sequence[object]) -> bool:
-    """Whether these are the very same objects. Tensors are not to be compared by ==."""
-    return len(found) == len(known) and all(map(is_, found, known))
+_OF_BLOCK = ("structure", "momentum", "step", "spectral")
+_of_block = [attrgetter(name) for name in _OF_BLOCK]
+_precision, _aux = attrgetter("precision"), attrgetter("fishleg_aux")
+_grads, _counter = attrgetter("grads"), attrgetter("aux_step")
 
 
 class Blocks:
     """The blocks of a step, and what all of them have, by attribute."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self.ids = list(map(id, blocks))
-        *self.own, self.groups, self.parts, self.grads = zip(*map(_of_block, blocks), strict=True)
+        self.blocks = list(blocks)
+        self.own = [list(map(of, self.blocks)) for of in _of_block]
+        self.grads = list(map(_grads, self.blocks))
 
 
 class Snapshot:
@@ -48,45 +40,45 @@ class Snapshot:
     It is compared at every step, for all blocks together, since host work is counted in microseconds.
     """
 
-    def __init__(self, blocks: Sequence[Block], now: Blocks, learning: bool = False) -> None:
-        self.ids, self._own = now.ids, now.own
+    def __init__(self, now: Blocks, learning: bool = False) -> None:
+        self.ids, self._own, self._learning = list(map(id, now.blocks)), now.own, learning
         self._structures, self._momenta, self.steps, _ = now.own
-        self._of_structures = list(_flat(map(_of_structure, self._structures)))
-        self._auxes = list(map(_aux, self._structures))
-        self._aux = list(_flat(map(_values, self._auxes)))
-        self._groups = list(_flat(now.groups))
-        self._params = list(map(_param, _flat(now.parts)))
-        self._learning = learning  # whether rows point to λ and Adam's state
+        self._params = flattened(now.blocks, "params")
+        self._aux = flattened(self._structures, "fishleg_aux")
+        self._kept, self._versions = self._of_lists(now), Versions()
         self._places = self._of_tensors()
-        self._state = self._of_state(blocks)
 
     def _of_tensors(self) -> tuple:
-        """Where tensors are, since ``.data`` may have been assigned to, and what parameters are."""
+        """Where tensors are, since ``.data`` may have been assigned to, and how they lie."""
         return places([*self._params, *self._momenta, *(self._aux if self._learning else ())])
 
-    def holds(self, blocks: Sequence[Block], now: Blocks) -> bool:
+    def _of_lists(self, now: Blocks) -> list[list]:
+        """The objects that are told apart by identity: also λ's own dict, of whose tensors there may be others."""
+        structures = now.own[0]
+        found = [
+            flattened(now.blocks, "groups"),
+            flattened(now.blocks, "params"),
+            list(map(_precision, structures)),
+            list(map(_aux, structures)),
+            flattened(structures, "fishleg_aux"),
+        ]
+        if self._learning:  # Adam's moments and counters, which rows point to as they do to λ
+            averages, squares = flattened(now.blocks, "exp_avg"), flattened(now.blocks, "exp_avg_sq")
+            found += [averages, squares, list(map(_counter, now.blocks))]
+        return found
+
+    def holds(self, now: Blocks) -> bool:
         """Whether everything is as it was."""
         return (
-            now.ids == self.ids
-            and all(map(_same, now.own, self._own))
-            and _same(list(_flat(now.groups)), self._groups)
-            and _same(list(map(_param, _flat(now.parts))), self._params)
-            and _same(list(_flat(map(_of_structure, self._structures))), self._of_structures)
-            and _same(list(_flat(map(_values, self._auxes))), self._aux)
-            and _same(self._of_state(blocks), self._state)
+            list(map(id, now.blocks)) == self.ids
+            and all(map(identical, now.own, self._own))
+            and all(map(identical, self._of_lists(now), self._kept))
             and self._of_tensors() == self._places
         )
 
-    def _of_state(self, blocks: Sequence[Block]) -> list[object]:
-        """Adam's moments and counters."""
-        if not self._learning:
-            return []
-        averages, squares, counters = zip(*map(_of_learning, blocks), strict=True)
-        return [*counters, *_flat(map(_values, averages)), *_flat(map(_values, squares))]
-
-    def version(self) -> list[int]:
-        """Changes whenever any λ is written to."""
-        return list(map(_version, self._aux))
+    def written(self) -> bool:
+        """Whether any λ was written to since this was last asked."""
+        return self._versions.moved(self._aux)
 
 
 class Plan:
@@ -97,8 +89,7 @@ class Plan:
 
     def __init__(self, blocks: Sequence[Block], now: Blocks, learning: bool = False) -> None:
         self.refs = [weakref.ref(b) for b in blocks]
-        self.snapshot = Snapshot(blocks, now, learning)
-        self._fresh: list[int] | None = None
+        self.snapshot = Snapshot(now, learning)
         # Outer diagonals, and learning rates that are tensors: (block, where it keeps them, under which name, place).
         self._elsewhere: list[tuple] = []
         for ref, block in zip(self.refs, blocks, strict=True):
@@ -113,7 +104,7 @@ class Plan:
 
     def holds(self, blocks: Sequence[Block], now: Blocks) -> bool:
         """Whether everything that its rows point to is where it was."""
-        if not self.snapshot.holds(blocks, now):
+        if not self.snapshot.holds(now):
             return False
         for ref, kept, name, place in self._elsewhere:
             block = ref()
@@ -123,12 +114,11 @@ class Plan:
 
     def needs_refresh(self) -> bool:
         """Whether λ was written to since this was last asked."""
-        before, self._fresh = self._fresh, self.snapshot.version()
-        return before != self._fresh
+        return self.snapshot.written()
 
     def refreshed(self) -> None:
         """λ was written to, and what depends on it is up to date."""
-        self._fresh = self.snapshot.version()
+        self.snapshot.written()
 
 
 def _place(tensor: Any) -> tuple | None:
@@ -158,8 +148,9 @@ def plan_of(blocks: Sequence[Block], now: Blocks, key: Hashable, given: tuple, m
             if at:
                 known.insert(0, known.pop(at))
             return plan
+    ids = list(map(id, blocks))
     known[:] = [
-        p for p in known if all(r() is not None for r in p.refs) and (p.snapshot.ids != now.ids or p.holds(blocks, now))
+        p for p in known if all(r() is not None for r in p.refs) and (p.snapshot.ids != ids or p.holds(blocks, now))
     ]
     plan = make()
     plan.key, plan.given = key, given

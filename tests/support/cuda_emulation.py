@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = [p for p in sorted((ROOT / "csrc/cuda").rglob("*.cu")) if p.name != "device_status.cu"]
-MODULE = [ROOT / "csrc/bindings/cuda.cpp", ROOT / "csrc/tests/cuda_module.cpp"]
+MODULE = [ROOT / f"csrc/{name}.cpp" for name in ("bindings/cuda", "bindings/places", "tests/cuda_module")]
 FLAGS = [
     "-x", "c++", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DFISHLEG_CUDA_ON_CPU", f"-I{ROOT / 'csrc'}",

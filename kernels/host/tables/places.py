@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -14,16 +17,49 @@ _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
 @cache
-def _reader() -> Callable[[list[Tensor]], tuple[list[int], bytes] | None] | None:
-    """The extension's; None without it."""
-    return extension().tensor_places if available().supported else None
+def _extension() -> ModuleType | None:
+    """None without it."""
+    return extension() if available().supported else None
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[list[int], Hashable]:
     """(addresses, what is equal where strides, dtypes and devices are)."""
-    reader = _reader()
-    found = None if reader is None else reader(list(tensors))
+    native = _extension()
+    found = None if native is None else native.tensor_places(list(tensors))
     return by_torch(tensors) if found is None else found
+
+
+def flattened(objects: list[Any], attribute: str) -> list[Any]:
+    """All that is in an attribute of each object, a list or a dict's values."""
+    native = _extension()
+    if native is not None:
+        return native.flattened(objects, attribute)
+    found = (getattr(x, attribute) for x in objects)
+    return list(chain.from_iterable(x.values() if isinstance(x, dict) else x for x in found))
+
+
+class Versions:
+    """Tensors' counters of what was written to them."""
+
+    def __init__(self) -> None:
+        native = _extension()
+        self._native = None if native is None else native.Versions()
+        self._kept: list[int] | None = None
+
+    def moved(self, tensors: list[Tensor]) -> bool:
+        """Whether any differs from what it was at the latest call, or this is the first."""
+        if self._native is not None:
+            return self._native.moved(tensors)
+        before, self._kept = self._kept, [t._version for t in tensors]
+        return before != self._kept
+
+
+def identical(found: list[Any], known: list[Any]) -> bool:
+    """Whether these are the very same objects. Tensors are not to be compared by ==."""
+    native = _extension()
+    if native is not None:
+        return native.identical(found, known)
+    return len(found) == len(known) and all(map(is_, found, known))
 
 
 def by_torch(tensors: Sequence[Tensor]) -> tuple[list[int], Hashable]:

@@ -53,5 +53,5 @@ def test_what_has_no_memory_is_left_to_torch_or_told_of(tensors: list[Tensor]) -
 
 
 def test_without_the_extension_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_reader", lambda: None)
+    monkeypatch.setattr(places, "_extension", lambda: None)
     assert places.places(LISTS["sliced"]) == places.by_torch(LISTS["sliced"])
