@@ -145,9 +145,10 @@ def _say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m fishleg_fast", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--estimate", metavar="MODULE:MODEL", help="print what λ of this model takes instead")
-    parser.add_argument("--check", action="store_true", help="check all ops on the current device instead")
-    parser.add_argument(
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--estimate", metavar="MODULE:MODEL", help="print what λ of this model takes instead")
+    one.add_argument("--check", action="store_true", help="check all ops on the current device instead")
+    one.add_argument(
         "--tune", nargs="*", metavar="PRECISION",
         help=f"find what is fastest on the current device instead, at these precisions: {', '.join(PRECISIONS)} "
         f"(without any: {DEFAULT_PRECISION})",

@@ -18,6 +18,7 @@ from .diagnostics import Diagnostics
 from .model.block import Block
 
 WARMUP = 3  # steps before the first capture: libraries and allocators set themselves up in them
+WARMUP_OF_SEVERAL = 11  # with DistributedDataParallel, by torch's notes on CUDA graphs
 
 
 class Graph(Protocol):
@@ -68,8 +69,10 @@ class Training:
 
     optimizer: Optimizer
     diagnostics: Diagnostics
-    ordinary: Callable[[], bool]  # whether the next step neither learns nor anchors λ
+    ordinary: Callable[[], bool]  # whether the next step neither learns nor anchors λ, of parameters that are known
     facts: Callable[[], dict[str, Any]]  # what a graph holds as it was, by name
+    before: Callable[[], None]  # what the host does before a replay: has P and S follow a λ that was written to
+    after: Callable[[], None]  # and after one: sees what the next step needs of the user's passes
 
     @property
     def params(self) -> list[Tensor]:
@@ -79,7 +82,8 @@ class Training:
     def all_facts(self) -> dict[str, Any]:
         """Those, and the groups'."""
         found = {**self.facts(), "a parameter's memory": tuple(p.data_ptr() for p in self.params)}
-        for name in ("lr", "beta", "weight_decay", "maximize", "normalize"):
+        found["requires_grad"] = tuple(p.requires_grad for p in self.params)
+        for name in ("lr", "base_lr", "beta", "weight_decay", "maximize", "normalize"):
             values = [group.get(name) for group in self.optimizer.param_groups]
             found[name] = tuple(("at", v.data_ptr()) if isinstance(v, Tensor) else v for v in values)
         return found
@@ -115,9 +119,11 @@ class CapturedStep:
         else:  # the host's side of the step: gradients and figures are the graph's
             for p, grad in zip(self._training.params, self._grads, strict=True):
                 p.grad = grad
+            self._training.before()
             self._training.diagnostics.count_replay(self._figures)
         assert self._graph is not None
         self._graph.replay()
+        self._training.after()
         self.replays += 1
         self._replayed += 1
         return self._output
@@ -147,6 +153,8 @@ class CapturedStep:
             ) from error
         taken = diagnostics.steps - before
         if taken != 1:
+            self._graph = None
+            diagnostics.forget_steps(before)
             raise RuntimeError(f"a step to be captured should call optimizer.step() once, but did so {taken} times")
         self._known, self._replayed = now, 0
         self._grads, self._figures = [p.grad for p in self._training.params], diagnostics.figures()

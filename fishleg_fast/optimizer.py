@@ -15,7 +15,7 @@ from .algebra.low_rank import LowRank
 from .algebra.matrix import Matrix, widest
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
-from .capture import CapturedStep, CudaGraphs, Training, memory_facts
+from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
 from .distributed.ranks import Ranks
 from .fisher import forward_mode
@@ -233,7 +233,8 @@ class FishLeg(Optimizer):
             check_patterns(argument, getattr(self.settings, argument), self.blocks)
         where = everything[0].device, everything[0].dtype
         self._precision = own_precision(precision, where[0])
-        self.backend, self._ops = registry.choose(backend, *where, self._precision)
+        dtypes = dict.fromkeys(p.dtype for p in everything if p.device == where[0])
+        self.backend, self._ops = registry.choose(backend, *where, self._precision, dtypes)
         whole = curvature_batch is None
         rank = self._ranks.rank
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole, rank)
@@ -256,6 +257,7 @@ class FishLeg(Optimizer):
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         facts |= {f"{name}=": value for name, value in settings.items() if isinstance(value, (str, int, float, tuple))}
         numbers = ("lr", "beta", "weight_decay", "maximize")
+        facts["the backend"] = self.backend
         facts["parameter groups"] = [tuple(str(group[n]) for n in numbers) for group in self.param_groups]
         return facts
 
@@ -365,13 +367,13 @@ class FishLeg(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._unscale()
         self._ranks.check_step()
         try:
-            forgotten = len(self.state) < self._published
-            if forgotten or not self._groups.current(self.param_groups) or self._groups.left(self._suspects()):
+            if self._unfollowed() or self._groups.left(self._suspects()):
                 self._follow_parameters()
             self._groups.check(self.param_groups)
+            self._ranks.average_others(p for group in self.param_groups for p in group["params"])
+            self._unscale()
             with own_arithmetic(self.blocks, self._precision):
                 blocks, gs = self._gather()
                 if blocks:
@@ -398,7 +400,7 @@ class FishLeg(Optimizer):
         for device, grads in by_device.items():
             torch._foreach_mul_(grads, scale.to(widest(scale.device)).reciprocal().to(device, torch.float32))
 
-    def capture(self, step: Callable[[], Any]) -> CapturedStep:
+    def capture(self, step: Callable[[], Any], warmup: int | None = None) -> CapturedStep:
         """``step`` as a CUDA graph, with λ learned: a function that takes a step at each call.
 
         ``step()`` takes one training step: forward and backward pass and ``optimizer.step()``, on inputs that are in
@@ -407,8 +409,10 @@ class FishLeg(Optimizer):
 
         The first steps, and those with an update of λ or anchoring, run as they are, on a stream of their own; the
         others are replays of one graph, which is captured again where parameters, the model's mode or a group's numbers
-        have changed. An lr that is a scalar tensor on the device may change, and schedulers write to it. A GradScaler
-        belongs into ``step``, with ``capturable=True``.
+        have changed. An lr that is a scalar tensor on the device may change: schedulers write to it, outside of
+        ``step``. A GradScaler belongs into ``step``, with ``capturable=True``.
+
+        ``warmup``: steps before the first capture; None: 3, or 11 with DistributedDataParallel, as torch asks for.
 
         ValueError without a CUDA device or ``capturable=True``; RuntimeError, in a step, where it cannot be captured.
         """
@@ -420,16 +424,32 @@ class FishLeg(Optimizer):
         for group in self.param_groups:
             if isinstance(lr := group["lr"], Tensor) and lr.device != device:
                 raise ValueError(f"lr should be a float or a tensor on {device} to be captured but is on: {lr.device}")
-        return CapturedStep(self._training, step, CudaGraphs(device))
+        if warmup is None:
+            warmup = WARMUP_OF_SEVERAL if self._ranks.several else WARMUP
+        check_count("warmup", warmup, least=1)
+        return CapturedStep(self._training, step, CudaGraphs(device), warmup)
 
     @property
     def _training(self) -> Training:
-        return Training(self, self._diagnostics, self._ordinary, lambda: memory_facts(self.model, self.blocks))
+        def refresh() -> None:
+            with torch.inference_mode(False), torch.no_grad(), own_arithmetic(self.blocks, self._precision):
+                self._ops.refresh(self.blocks, self._learner.applications_in_steps(self.blocks))
+
+        def facts() -> dict[str, Any]:
+            self._groups.check(self.param_groups)  # a scheduler's "momentum" is beta
+            return memory_facts(self.model, self.blocks)
+
+        return Training(self, self._diagnostics, self._ordinary, facts, refresh, self._look_ahead)
 
     def _ordinary(self) -> bool:
-        """Whether the next step neither learns nor anchors λ."""
+        """Whether the next step neither learns nor anchors λ, and its parameters are those of the one before."""
         learner, count = self._learner, self._diagnostics.steps
-        return not learner.updates_due(count) and not learner.anchor_due(self.blocks, count)
+        due = learner.updates_due(count) or learner.anchor_due(self.blocks, count)
+        return not due and not self._unfollowed()
+
+    def _unfollowed(self) -> bool:
+        """Whether parameters came, left or lost their state since the latest step."""
+        return len(self.state) < self._published or not self._groups.current(self.param_groups)
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
@@ -467,6 +487,8 @@ class FishLeg(Optimizer):
         learner, count = self._learner, self._diagnostics.steps
         norm = self._norm(blocks, gs)
         self._diagnostics.note_gradient(norm)
+        if learner.updates_due(count) or learner.anchor_due(self.blocks, count):
+            self._ranks.check_average(norm)
         if not self.settings.on_device and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return

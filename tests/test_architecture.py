@@ -45,7 +45,10 @@ MAY_IMPORT = {
         "passes know a model and its loss, not what is made of them",
     ),
     "distributed": ("passes.inputs", "ranks agree on tensors and numbers, whatever those are"),
-    "fisher": ("algebra model passes distributed backends.protocol", "F v is made of passes, λ learned by ops given"),
+    "fisher": (
+        "algebra model passes precision distributed backends.protocol",
+        "F v is made of passes, λ learned by ops given",
+    ),
     "options": (
         "model likelihoods precision fisher backends.protocol",
         "options are checked by what is known of their values, and not by who takes them",

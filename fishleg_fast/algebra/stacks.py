@@ -53,7 +53,7 @@ def alike(keys: Sequence[Key | None], entries: Sequence[int]) -> list[list[int]]
         if key is None:
             found.append([number])
             continue
-        members, total = latest.get(key, ([], ENTRIES))
+        members, total = latest.get(key, ([], ENTRIES + 1))
         if total + count > ENTRIES:
             members, total = [], 0
             found.append(members)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import pkgutil
 import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -82,9 +83,17 @@ def defaults(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, str], 
     return {name: BACKENDS[name].place for name in usable[: usable.index(sure)]}, sure
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype, precision: str | None = None) -> tuple[str, Ops]:
+def choose(
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str | None = None,
+    others: Iterable[torch.dtype] = (),
+) -> tuple[str, Ops]:
     """The backend's name and ops. None takes the best available one, on a GPU op by op what a check at ``precision``
     finds right there ("triton+reference" where that is not all), and logs which, once; it warns, once, of what is not.
+
+    ``others``: dtypes that some of the parameters have.
 
     ValueError for an unknown name, RuntimeError for a named backend that is unavailable.
     """
@@ -97,7 +106,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, precision
         return best, BACKENDS[best].ops()
     from ..selfcheck.dispatch import default_ops
 
-    found = default_ops(doubtful, device, dtype, precision)
+    covered = [d for d in others if d != dtype and all(available(b, device, d).supported for b in doubtful)]
+    found = default_ops(doubtful, device, [dtype, *covered], precision)
     _tell((found.name, str(device), str(precision)), f"backend {found.name!r} on {device}, {found.figures}")
     if found.warning is not None and (found.warning,) not in _told:
         _told.add((found.warning,))

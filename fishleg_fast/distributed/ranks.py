@@ -7,7 +7,8 @@ and is computed by every rank alike, so that parameters stay equal bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,17 +26,26 @@ class Ranks:
     """The processes of a group; without one, this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None = None, wrapper: nn.Module | None = None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                "process_group should be a torch.distributed.ProcessGroup that this process is in, as new_group gives "
+                f"its members, or None, but is: {group!r}"
+            )
         self.group, self._wrapper = group, wrapper
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        trained = () if wrapper is None else (p for p in wrapper.parameters() if p.requires_grad)
+        self._averaged = set(map(id, trained))  # by the wrapper, which knows of those that it was made with
 
     @staticmethod
     def of(model: nn.Module, group: dist.ProcessGroup | None) -> Ranks:
         """Those of ``group``; for None those that a DistributedDataParallel averages gradients over."""
-        wrapper = next((m for m in _wrappers(model) if isinstance(m, _WRAPPER)), None)
-        if group is None and wrapper is not None:
-            group = wrapper.process_group
-        return Ranks(group, wrapper)
+        wrapper = next((m for m in model.modules() if isinstance(m, _WRAPPER)), None)  # in a wrapper of the user's too
+        if wrapper is not None and group is not None and group is not wrapper.process_group:
+            raise ValueError(
+                "process_group should be None with a DistributedDataParallel, which has one, but is another one"
+            )
+        return Ranks(group if wrapper is None else wrapper.process_group, wrapper)
 
     @property
     def several(self) -> bool:
@@ -44,6 +54,13 @@ class Ranks:
 
     def check_step(self) -> None:
         """RuntimeError where the gradients of this step are not the ranks' average, or some ranks take no step."""
+        if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"process_group should be given where there are {dist.get_world_size()} ranks and the model is no "
+                "DistributedDataParallel, as ranks would learn curvatures of their own and drift apart: make the "
+                "optimizer of DistributedDataParallel(net), or pass process_group=torch.distributed.group.WORLD where "
+                "you average gradients, or a group of this rank alone where each trains a model of its own"
+            )
         if not self.several or self._wrapper is None:
             return
         if not self._wrapper.require_backward_grad_sync:
@@ -52,6 +69,33 @@ class Ranks:
             raise RuntimeError(
                 "join() is not supported: ranks that have run out of batches would take no part in averaging the "
                 "curvature. Give every rank as many batches (DistributedSampler with drop_last=True)"
+            )
+
+    def average_others(self, params: Iterable[nn.Parameter]) -> None:
+        """Average, in place, the gradients that a DistributedDataParallel does not: of a likelihood's parameters, and
+        of those that came or were unfrozen later. None counts as zero where another rank has one.
+        """
+        if not self.several or self._wrapper is None:
+            return
+        others = [p for p in params if id(p) not in self._averaged]
+        found = [p for p, n in zip(others, self.sums([p.grad is not None for p in others]), strict=True) if n]
+        for p in found:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.mean([p.grad for p in found if p.grad is not None])
+
+    def check_average(self, norm: Tensor) -> None:
+        """RuntimeError where the norm of the gradient is not the same on all ranks, but for rounding. All call it."""
+        if not self.several:
+            return
+        found = torch.zeros(self.size, dtype=torch.float64, device=self._device)
+        found[self.rank] = norm.to(found)
+        dist.all_reduce(found, group=self.group)
+        norms = found.tolist()
+        close = all(abs(n - norms[0]) <= 1e-3 * abs(norms[0]) for n in norms)
+        if not close and any(map(math.isfinite, norms)):
+            raise RuntimeError(
+                f"gradients should be averaged over the ranks before step(), but their norms are {norms}: the latest "
+                "backward pass was inside no_sync(), or nothing averages them with process_group="
             )
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
@@ -119,22 +163,11 @@ class Ranks:
         dist.all_gather_object(everyone, dict(facts), group=self.group)
         for name, value in everyone[0].items():
             for rank, others in enumerate(everyone):
-                if others.get(name) != value:
+                if not _same(others.get(name), value):
                     raise ValueError(
                         f"all ranks should have the same model and settings, but {name} is {value!r} on rank 0 and "
                         f"{others.get(name)!r} on rank {rank}"
                     )
-
-
-def _wrappers(model: nn.Module) -> list[nn.Module]:
-    """The model, and what it wraps."""
-    found = [model]
-    while True:
-        outer = found[-1]
-        inner = outer.module if isinstance(outer, _WRAPPER) else dict(outer.named_children()).get("_orig_mod")
-        if not isinstance(inner, nn.Module):
-            return found
-        found.append(inner)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -147,3 +180,12 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(t)
         room -= t.numel()
     return buckets
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, floats but for the rounding of sums taken by another number of threads or on another processor."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or (a != a and b != b) or math.isclose(a, b, rel_tol=1e-9)
+    return a == b

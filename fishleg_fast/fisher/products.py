@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 from ..algebra.matrix import widest
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
+from ..precision import precision_scope
 
 Result = TypeVar("Result")
 Found = tuple[list[Tensor], list[Tensor]]
@@ -120,6 +121,7 @@ def _joined(failed: Mapping[str, str]) -> str:
     return "; and ".join([first, *rest])
 
 
+@precision_scope("highest")  # whose small differences TF32 would drown
 def _by_differences(
     passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int
 ) -> list[Tensor]:
@@ -337,6 +339,7 @@ def antithetic(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Te
     return _antithetic(passes, params, vs, inputs, passes.seed())
 
 
+@precision_scope("highest")
 def _antithetic(
     passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int
 ) -> list[Tensor]:

@@ -25,11 +25,12 @@ _log = logging.getLogger("fishleg_fast")
 def folder() -> Path | None:
     """Where files are kept by the platform's convention; None where the cache is off, or the user has no home."""
     chosen = os.environ.get(VARIABLE)
-    if chosen:
-        return None if chosen == "off" else Path(chosen).expanduser()
     try:
+        if chosen:
+            return None if chosen == "off" else Path(chosen).expanduser()
         home = Path.home()
-    except RuntimeError:
+    except RuntimeError as error:  # "~name/..." of no user, or nobody's
+        _log.warning("there is no cache (%s): %s=<a folder> names one, or 'off'", error, VARIABLE)
         return None
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
@@ -59,7 +60,7 @@ def load(kind: str, key: Mapping[str, Any], parse: Callable[[Any], Value]) -> Va
         return parse(found["value"])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _log.warning("%s is ignored, and made anew: %s: %s", path, type(error).__name__, error)
         return None
 

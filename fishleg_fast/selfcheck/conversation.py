@@ -19,7 +19,8 @@ START_SECONDS = 120.0  # to import torch and make a context on the device, on a 
 ANSWER_SECONDS = 120.0  # for one family, its kernels' first compilation included
 
 _CODE = (
-    "import json, sys; request = json.loads(sys.stdin.readline()); sys.path[:] = request['path']; "
+    "import sys; sys.path[:] = [p for p in sys.path if p]; "  # the working folder may have a json.py
+    "import json; request = json.loads(sys.stdin.readline()); sys.path[:] = request['path']; "
     "from fishleg_fast.selfcheck.child import main; main(request)"
 )
 
@@ -54,7 +55,7 @@ class Conversation:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
         try:
-            first = self._asked({**request, "path": sys.path}, START_SECONDS)
+            first = self._asked({**request, "path": [p for p in sys.path if isinstance(p, str)]}, START_SECONDS)
         except NoAnswer as error:
             self.end()
             raise CannotStart(f"the process {error}") from error

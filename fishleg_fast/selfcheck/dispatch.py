@@ -6,7 +6,7 @@ import json
 import logging
 import pkgutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +40,10 @@ class Default(NamedTuple):
 
 
 def default_ops(
-    backends: Mapping[str, str], device: torch.device, dtype: torch.dtype, precision: str | None
+    backends: Mapping[str, str], device: torch.device, dtypes: Sequence[torch.dtype], precision: str | None
 ) -> Default:
-    """Ops of ``backends``, the first ones first, as far as they are right on the device; else the reference's.
+    """Ops of ``backends``, the first ones first, as far as they are right on the device with parameters of all dtypes;
+    else the reference's.
 
     ``backends``: name -> where its ops are. ``precision``: of the optimizer; None: torch's setting. The first call on a
     device has them checked, in a process of its own: as long as Triton takes to compile, and some seconds.
@@ -52,8 +53,11 @@ def default_ops(
     name = NAMES[kernel_precision(precision)]
     with _lock:
         tune = take_tuned_tiles(device)
-        subject = Subject(backends, device, dtype, tune.tiles, tune.fastest)
-        verdict, news = verdict_of(subject, name)
+        subjects = [Subject(backends, device, dtype, tune.tiles, tune.fastest) for dtype in dtypes]
+        found = [verdict_of(subject, name) for subject in subjects]
+    subject, news = subjects[0], found[0][1]
+    unchecked = [v.unchecked for v, _ in found if v.unchecked is not None]
+    verdict = Verdict([finding for v, _ in found for finding in v.findings], next(iter(unchecked), None))
     choice = verdict.choice(list(backends), tune.fastest.get(name, {}))
     places = {backend: pkgutil.resolve_name(backends[backend]) for backend in used(choice) if backend != REFERENCE}
     figures = f"{news} at precision {name!r}: {_figures(verdict)}"

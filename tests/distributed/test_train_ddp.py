@@ -14,7 +14,7 @@ def test_it_ends_in_a_table_of_both_trainings(capfd: pytest.CaptureFixture[str])
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in capfd.readouterr().out.splitlines() if "|" in line]
     (header, _, one, two) = rows
     found = [dict(zip(header, row, strict=True)) for row in (one, two)]
-    assert [r["processes"] for r in found] == ["1", "2"] and [r["averaged, MB"] for r in found][0] == "0.00"
+    assert [r["processes"] for r in found] == ["1", "2"] and found[0]["averaged, MB"] == "0.00"
     assert float(found[1]["averaged, MB"]) > 0 and found[0]["λ, MB"] == found[1]["λ, MB"]
     losses = [float(r["train NLL"]) for r in found]
     assert abs(losses[0] - losses[1]) < 0.1 * losses[0]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from torch import nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood
 from fishleg_fast.backends import reference, registry
-from fishleg_fast.selfcheck import cache, conversation, dispatch
+from fishleg_fast.selfcheck import cache, conversation, dispatch, examination
 from fishleg_fast.selfcheck.families import ComposedOps
 from fishleg_fast.selfcheck.tuning.table import Tune, save
+from fishleg_fast.selfcheck.verdict import Finding
 from support import faulty_ops
 from support.blocks import make_blocks
 from support.dense import randn
@@ -238,3 +240,23 @@ def test_the_triton_kernels_pass(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.split() == ["triton", "fishleg_fast.kernels.backend", "1"], done.stderr[-3000:]
     assert len(list(tmp_path.glob("verdict-*.json"))) == 1
+
+
+def test_what_is_wrong_for_some_of_the_parameters_is_taken_for_none(
+    gpu, checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 model with bfloat16 layers: its kernels are checked for both; there are none for float64."""
+    gpu(triton="RIGHT")
+    family = examination.Examination.family
+
+    def only_float32(self: examination.Examination, backend: str, name: str, precision: str) -> Finding:
+        found = family(self, backend, name, precision)
+        bad = self.subject.dtype == torch.bfloat16 and name == "qv"
+        return replace(found, fault="is wrong") if bad else found
+
+    monkeypatch.setattr(examination.Examination, "family", only_float32)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4).double(), nn.Linear(4, 2).bfloat16())
+    with pytest.warns(UserWarning, match="'triton' qv is wrong"):
+        optimizer = FishLeg(net, likelihood=GaussianLikelihood(), init="sgd", anchor_every=0)
+    assert optimizer.backend == "triton+reference" and len(checks[0]) == 2
+    assert FishLeg(nn.Linear(3, 4), likelihood=GaussianLikelihood()).backend == "triton"
