@@ -99,7 +99,7 @@ def tensors(net: nn.Module, optimizer: FishLeg) -> list[Tensor]:
     return [t.detach().clone() for t in (*net.parameters(), *own)]
 
 
-def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 10, wrapped: bool = True, **given: Any) -> dict:
+def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 7, wrapped: bool = True, **given: Any) -> dict:
     """The tensors that it ends with, and diagnostics."""
     net, outer, optimizer = make(model, dtype, wrapped, **given)
     for step in range(steps):
