@@ -487,7 +487,7 @@ class FishLeg(Optimizer):
         learner, count = self._learner, self._diagnostics.steps
         norm = self._norm(blocks, gs)
         self._diagnostics.note_gradient(norm)
-        if learner.updates_due(count) or learner.anchor_due(self.blocks, count):
+        if self._ranks.several and (learner.updates_due(count) or learner.anchor_due(self.blocks, count)):
             self._ranks.check_average(norm)
         if not self.settings.on_device and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
