@@ -16,6 +16,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=list(registry.BACKENDS), help="what backend=None takes: in tests, the best")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a test file draws when it is imported does not depend on what others drew."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     name = request.config.getoption("--backend")

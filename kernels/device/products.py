@@ -146,25 +146,32 @@ def left_kernel(
             hyper = told_address(row, F.HYPER, tl.float32, 1)
             slot = partials + field(row, F.SLOT) + last_number(entry)
             correction = tl.load(corrections + field(row, F.INDEX))
-            store_sums(row, hyper, r, c, inside, acc, correction, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, ALIGN_X)
+            m, g = summed_tiles(row, r, c, inside, SUMS, AFTER, G, GENERAL, ALIGN, ALIGN_X)
+            store_sums(hyper, acc, m, g, correction, slot, slots, SUMS, AFTER)
             add_up(row, partials, slots, sums, blocks, arrived, SUMS != "norm")
 
 
 @triton.jit
-def store_sums(
-    row, hyper, r, c, inside, q, correction, slot, slots,
-    SUMS: tl.constexpr, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
+def summed_tiles(
+    row, r, c, inside, SUMS: tl.constexpr, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_X: tl.constexpr,
 ):  # fmt: skip
+    """The tiles of m and g that ``store_sums`` reads; 0 for what it does not."""
+    m, g = 0.0, 0.0
+    if AFTER or SUMS == "trust":
+        m = matrix(row, F.X, F.LDX, r, c, inside, leading(row, F.X_COLS, ALIGN_X), ALIGN_X)
+    if SUMS != "norm":
+        g = gradient(row, r, c, inside, G, GENERAL, ALIGN)
+    return m, g
+
+
+@triton.jit
+def store_sums(hyper, q, m, g, correction, slot, slots, SUMS: tl.constexpr, AFTER: tl.constexpr):
     """Write a tile's part of ‖nat‖² and of what SUMS names, from q: Q m̂, or Q g with momentum AFTER.
 
     ⟨m̂, nat⟩ (⟨g, nat⟩ with AFTER) comes times lr₀² and bias-corrected, so that blocks only have to be added.
     """
     keep, take = tl.load(hyper + H.KEEP), tl.load(hyper + H.TAKE)
-    if AFTER or SUMS == "trust":
-        m = matrix(row, F.X, F.LDX, r, c, inside, leading(row, F.X_COLS, ALIGN_X), ALIGN_X)
-    if SUMS != "norm":
-        g = gradient(row, r, c, inside, G, GENERAL, ALIGN)
     nat = q
     if AFTER:
         nat = keep * m + take * q

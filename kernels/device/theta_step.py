@@ -23,20 +23,16 @@ from .access import (
     weight_pointers,
 )
 from .arithmetic import all_finite, finite, last_to_arrive, total
-from .products import add_up, left_tile, store_sums
+from .products import add_up, left_tile, store_sums, summed_tiles
 from .row_layout import F, H
 
 
 @triton.jit
-def diagonal_product(
-    row, hyper, r, c, inside, AFTER: tl.constexpr, G: tl.constexpr, GENERAL: tl.constexpr, ALIGN: tl.constexpr
-):
+def diagonal_product(row, hyper, r, c, inside, m, g, AFTER: tl.constexpr):
     """d²∘m̂, or d²∘g with momentum AFTER."""
-    d = diagonal_matrix(row, r, c, inside)
-    x = gradient(row, r, c, inside, G, GENERAL, ALIGN)
+    d, x = diagonal_matrix(row, r, c, inside), g
     if not AFTER:
-        m = matrix(row, F.X, F.LDX, r, c, inside, field(row, F.N), 1)
-        x = tl.load(hyper + H.KEEP) * m + tl.load(hyper + H.TAKE) * x
+        x = tl.load(hyper + H.KEEP) * m + tl.load(hyper + H.TAKE) * g
     return d * d * x
 
 
@@ -57,9 +53,11 @@ def diagonal_kernel(
         correction = momentum_correction(row, hyper)
         if (i == 0) & (j == 0) & (field(row, F.FIRST) != 0):
             tl.store(corrections + field(row, F.INDEX), correction)
-        q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
+        m = matrix(row, F.X, F.LDX, r, c, inside, field(row, F.N), 1)
+        g = gradient(row, r, c, inside, G, GENERAL, ALIGN)
+        q = diagonal_product(row, hyper, r, c, inside, m, g, AFTER)
         slot = partials + field(row, F.SLOT) + last_number(entry)
-        store_sums(row, hyper, r, c, inside, q, correction, slot, slots, SUMS, AFTER, G, GENERAL, ALIGN, 1)
+        store_sums(hyper, q, m, g, correction, slot, slots, SUMS, AFTER)
         add_up(row, partials, slots, sums, blocks, arrived, SUMS != "norm")
 
 
@@ -71,7 +69,10 @@ def stored_product(
     """Q m̂, or Q g with momentum AFTER, where earlier launches put it; DIAGONAL: some rows compute it here."""
     if DIAGONAL:
         if field(row, F.DIAGONAL) != 0:
-            q = diagonal_product(row, hyper, r, c, inside, AFTER, G, GENERAL, ALIGN)
+            m, g = 0.0, gradient(row, r, c, inside, G, GENERAL, ALIGN)
+            if not AFTER:
+                m = matrix(row, F.X, F.LDX, r, c, inside, field(row, F.N), 1)
+            q = diagonal_product(row, hyper, r, c, inside, m, g, AFTER)
         else:
             np = field(row, F.NP)
             q = tl.load(told_address(row, F.OUT, tl.float32, 1) + r * np + c, mask=inside & (c < np), other=0)
@@ -188,7 +189,8 @@ def fused_kernel(
             q = q * outer_diagonal(row, r, c, inside)
         correction = tl.load(corrections + field(row, F.INDEX))
         slot = partials + field(row, F.SLOT) + last_number(entry)
-        store_sums(row, hyper, r, c, inside, q, correction, slot, slots, "norm", AFTER, G, GENERAL, ALIGN, ALIGN_X)
+        m, g = summed_tiles(row, r, c, inside, "norm", AFTER, G, GENERAL, ALIGN, ALIGN_X)
+        store_sums(hyper, q, m, g, correction, slot, slots, "norm", AFTER)
         update_tile(
             row, hyper, r, c, inside & finite(q), q, 1 / correction, ok, AFTER, False, G, W, GENERAL, ALIGN, ALIGN_X
         )  # fmt: skip

@@ -19,6 +19,7 @@ from fishleg_fast.model.assemble import build_blocks
 from fishleg_fast.model.block import Block
 from fishleg_fast.passes.inputs import Inputs
 from fishleg_fast.passes.isolated import IsolatedPasses
+from support.dense import randn
 from support.unseen import Unseen
 
 CLASSES_LAST = CategoricalLikelihood(class_dim=-1)
@@ -86,7 +87,8 @@ def image_net(*convs: nn.Module) -> Net:
     )
 
 
-VECTORS, IMAGES, WORDS = torch.randn(32, 6), torch.randn(32, 2, 4, 4), torch.randint(7, (8, 4))
+VECTORS, IMAGES = randn(32, 6).float(), randn(32, 2, 4, 4).float()
+WORDS = torch.randint(7, (8, 4), generator=torch.Generator().manual_seed(0))
 linear = lambda m, n: nn.Linear(m, n, bias=False)
 WRONG: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {  # the blocks that do not show their gradient
     "scaled weight": (lambda: alone(Scaled(6, 3)), VECTORS, {"a"}),
@@ -140,7 +142,11 @@ def name_of(block: Block) -> str:
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_factors_are_of_the_gradient(kind: str) -> None:
-    """Their trace is that of the exact Fisher matrix, up to what a product of two factors can tell."""
+    """Their trace is that of the exact Fisher matrix, up to what a product of two factors can tell.
+
+    Of gradients each anchoring adds |G| to the trace of either factor, so that their product comes to E[|G|]² in the
+    place of E[|G|²]: less by at most 2/π, if G is normal.
+    """
     torch.manual_seed(0)
     make, x, wrong = WRONG[kind]
     net = make()
@@ -156,7 +162,7 @@ def test_factors_are_of_the_gradient(kind: str) -> None:
     assert {name_of(b) for b in optimizer.blocks if not b.layer_agrees} == wrong
     found = {name_of(b): float(b.mean_eigenvalue()) * b.momentum.numel() for b in optimizer.blocks}
     for name, trace in true_traces(net, x).items():
-        assert found[name] == pytest.approx(trace, rel=0.25), (name, found[name], trace)
+        assert 0.9 * 2 / torch.pi < found[name] / trace < 1.25, (name, found[name], trace)
 
 
 def transformer(t: Tensor, e: nn.Module, n: nn.Module, a: nn.Module, o: nn.Module) -> Tensor:
