@@ -112,9 +112,7 @@ def tuning_table(records: Records, problem: str) -> str:
             best = best_lr(found)
             for lr, values in found.items():
                 note = edge_note(found) if lr == best else ""
-                rows.append(
-                    [OPTIMIZERS[optimizer].label, f"{lr:g}", number(mean(values.values())), each(values), note]
-                )
+                rows.append([OPTIMIZERS[optimizer].label, f"{lr:g}", number(mean(values.values())), each(values), note])
     return table(["optimizer", "lr", "mean", "of each seed", ""], rows)
 
 
@@ -154,9 +152,7 @@ def plot_study(groups: dict[str, dict[str, Records]], path: Path) -> None:
             steps = torch.linspace(0, whole[0]["steps"], losses.shape[1] + 1)[1:]
             label = f"{OPTIMIZERS[optimizer].label}, lr {runs[0]['lr']:g}"
             axes.plot(steps, losses.mean(0), COLOURS[optimizer], label=label, linewidth=1.3)
-            axes.fill_between(
-                steps, losses.amin(0), losses.amax(0), color=COLOURS[optimizer], alpha=0.2, linewidth=0
-            )
+            axes.fill_between(steps, losses.amin(0), losses.amax(0), color=COLOURS[optimizer], alpha=0.2, linewidth=0)
         axes.set(xlabel="steps", ylabel="training NLL of the batch", title=PROBLEMS[problem].title)
         loss_axis(axes)
         if by_optimizer:

@@ -50,6 +50,104 @@ inline bool identical(const pybind11::list& some, const pybind11::list& others) 
     return true;
 }
 
+/// Goes through attributes that a plan depends on, while ``visit`` (borrowed object) is true: of each block itself, then
+/// of its structure, then what its lists and dicts hold. Blocks come first, so that the order tells all apart.
+template <class Visit>
+bool objects_of(const pybind11::list& blocks, bool learning, Visit&& visit) {
+    namespace py = pybind11;
+    const auto interned = [](const char* name) { return PyUnicode_InternFromString(name); };
+    static PyObject* const structure_name = interned("structure");
+    static PyObject* const of_block[] = {interned("momentum"), interned("step"), interned("spectral")};
+    static PyObject* const of_structure[] = {interned("precision")};
+    static PyObject* const lists[] = {interned("groups"), interned("params")};
+    static PyObject* const aux_name = interned("fishleg_aux");
+    static PyObject* const when_learning[] = {interned("exp_avg"), interned("exp_avg_sq")};
+    static PyObject* const counter_name = interned("aux_step");
+    const auto get = [](PyObject* object, PyObject* name) {
+        auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+        if (!found) {
+            throw py::error_already_set();
+        }
+        return found;
+    };
+    const auto items = [&](const py::object& found) {
+        if (PyDict_CheckExact(found.ptr())) {
+            PyObject *key, *value;
+            for (Py_ssize_t at = 0; PyDict_Next(found.ptr(), &at, &key, &value);) {
+                if (!visit(value)) {
+                    return false;
+                }
+            }
+            return true;
+        }
+        for (const py::handle item : found) {
+            if (!visit(item.ptr())) {
+                return false;
+            }
+        }
+        return true;
+    };
+    for (const py::handle handle : blocks) {
+        PyObject* const block = handle.ptr();
+        const py::object structure = get(block, structure_name);
+        if (!visit(structure.ptr())) {
+            return false;
+        }
+        for (PyObject* const name : of_block) {
+            if (!visit(get(block, name).ptr())) {
+                return false;
+            }
+        }
+        for (PyObject* const name : of_structure) {
+            if (!visit(get(structure.ptr(), name).ptr())) {
+                return false;
+            }
+        }
+        for (PyObject* const name : lists) {
+            if (!items(get(block, name))) {
+                return false;
+            }
+        }
+        const py::object aux = get(structure.ptr(), aux_name);  // λ's own dict too: of its tensors there may be others
+        if (!visit(aux.ptr()) || !items(aux)) {
+            return false;
+        }
+        if (learning) {  // Adam's moments and counters, which rows point to as they do to λ
+            for (PyObject* const name : when_learning) {
+                if (!items(get(block, name))) {
+                    return false;
+                }
+            }
+            if (!visit(get(block, counter_name).ptr())) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/// All of them, in one list.
+inline pybind11::list objects(const pybind11::list& blocks, bool learning) {
+    pybind11::list found;
+    objects_of(blocks, learning, [&](PyObject* object) {
+        if (PyList_Append(found.ptr(), object) != 0) {
+            throw pybind11::error_already_set();
+        }
+        return true;
+    });
+    return found;
+}
+
+/// Whether they are the very objects of a list.
+inline bool has_objects(const pybind11::list& blocks, bool learning, const pybind11::list& known) {
+    const Py_ssize_t count = PyList_GET_SIZE(known.ptr());
+    Py_ssize_t at = 0;
+    const bool all = objects_of(blocks, learning, [&](PyObject* object) {
+        return at < count && PyList_GET_ITEM(known.ptr(), at++) == object;
+    });
+    return all && at == count;
+}
+
 /// Tensors' counters of what was written to them.
 class Versions {
 public:

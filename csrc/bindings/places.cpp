@@ -40,6 +40,9 @@ void bind_places(py::module_& m) {
         .def("moved", &Versions::moved)
         .def("forget", &Versions::forget);
     m.def("flattened", &flattened, "All that is in an attribute of each object, a list or a dict's values.");
+    m.def("objects", &objects, "What plans depend on of blocks, in one list.", py::arg("blocks"), py::arg("learning"));
+    m.def("has_objects", &has_objects, "Whether blocks have the very objects of such a list.", py::arg("blocks"),
+          py::arg("learning"), py::arg("known"));
     m.def("identical", &identical, "Whether two lists have the same objects in the same order.");
 }
 

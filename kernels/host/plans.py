@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,65 +14,32 @@ from torch import Tensor
 from ...model.block import Block
 from .state import TritonState
 from .tables import streams
-from .tables.places import Versions, flattened, identical, places
+from .tables.places import Versions, has_objects, objects, places
 
 KEPT = 16  # plans of the same first block: of every op, and of the layouts that gradients have in turn
 
-_OF_BLOCK = ("structure", "momentum", "step", "spectral")
-_of_block = [attrgetter(name) for name in _OF_BLOCK]
-_precision, _aux = attrgetter("precision"), attrgetter("fishleg_aux")
-_grads, _counter = attrgetter("grads"), attrgetter("aux_step")
-
-
-class Blocks:
-    """The blocks of a step, and what all of them have, by attribute."""
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = list(blocks)
-        self.own = [list(map(of, self.blocks)) for of in _of_block]
-        self.grads = list(map(_grads, self.blocks))
-
 
 class Snapshot:
-    """What rows depend on of the blocks, but for what a step gives: which objects they have, and where parameters are.
+    """What rows depend on of the blocks, but for what a step gives: which objects they have, and where tensors are.
 
     It is compared at every step, for all blocks together, since host work is counted in microseconds.
     """
 
-    def __init__(self, now: Blocks, learning: bool = False) -> None:
-        self.ids, self._own, self._learning = list(map(id, now.blocks)), now.own, learning
-        self._structures, self._momenta, self.steps, _ = now.own
-        self._params = flattened(now.blocks, "params")
-        self._aux = flattened(self._structures, "fishleg_aux")
-        self._kept, self._versions = self._of_lists(now), Versions()
-        self._places = self._of_tensors()
+    def __init__(self, blocks: list[Block], learning: bool = False) -> None:
+        self.ids, self._learning = list(map(id, blocks)), learning
+        self.steps = [b.step for b in blocks]
+        self._objects = objects(blocks, learning)
+        self._aux, self._versions = [t for b in blocks for t in b.structure.fishleg_aux.values()], Versions()
+        params = [p for b in blocks for p in b.params]
+        self._watched = [*params, *(b.momentum for b in blocks), *(self._aux if learning else ())]
+        self._places = places(self._watched)
 
-    def _of_tensors(self) -> tuple:
-        """Where tensors are, since ``.data`` may have been assigned to, and how they lie."""
-        return places([*self._params, *self._momenta, *(self._aux if self._learning else ())])
-
-    def _of_lists(self, now: Blocks) -> list[list]:
-        """The objects that are told apart by identity: also λ's own dict, of whose tensors there may be others."""
-        structures = now.own[0]
-        found = [
-            flattened(now.blocks, "groups"),
-            flattened(now.blocks, "params"),
-            list(map(_precision, structures)),
-            list(map(_aux, structures)),
-            flattened(structures, "fishleg_aux"),
-        ]
-        if self._learning:  # Adam's moments and counters, which rows point to as they do to λ
-            averages, squares = flattened(now.blocks, "exp_avg"), flattened(now.blocks, "exp_avg_sq")
-            found += [averages, squares, list(map(_counter, now.blocks))]
-        return found
-
-    def holds(self, now: Blocks) -> bool:
-        """Whether everything is as it was."""
+    def holds(self, blocks: list[Block]) -> bool:
+        """Whether everything is as it was: also where tensors are, since ``.data`` may have been assigned to."""
         return (
-            list(map(id, now.blocks)) == self.ids
-            and all(map(identical, now.own, self._own))
-            and all(map(identical, self._of_lists(now), self._kept))
-            and self._of_tensors() == self._places
+            list(map(id, blocks)) == self.ids
+            and has_objects(blocks, self._learning, self._objects)
+            and places(self._watched) == self._places
         )
 
     def written(self) -> bool:
@@ -87,9 +53,9 @@ class Plan:
     key: Hashable
     given: tuple
 
-    def __init__(self, blocks: Sequence[Block], now: Blocks, learning: bool = False) -> None:
+    def __init__(self, blocks: Sequence[Block], learning: bool = False) -> None:
         self.refs = [weakref.ref(b) for b in blocks]
-        self.snapshot = Snapshot(now, learning)
+        self.snapshot = Snapshot(list(blocks), learning)
         # Outer diagonals, and learning rates that are tensors: (block, where it keeps them, under which name, place).
         self._elsewhere: list[tuple] = []
         for ref, block in zip(self.refs, blocks, strict=True):
@@ -102,9 +68,9 @@ class Plan:
                     seen.add(id(group))
                     self._elsewhere.append((ref, "lr", k, _place(group["lr"])))
 
-    def holds(self, blocks: Sequence[Block], now: Blocks) -> bool:
+    def holds(self, blocks: list[Block]) -> bool:
         """Whether everything that its rows point to is where it was."""
-        if not self.snapshot.holds(now):
+        if not self.snapshot.holds(blocks):
             return False
         for ref, kept, name, place in self._elsewhere:
             block = ref()
@@ -131,7 +97,7 @@ def _place(tensor: Any) -> tuple | None:
 Kind = TypeVar("Kind", bound=Plan)
 
 
-def plan_of(blocks: Sequence[Block], now: Blocks, key: Hashable, given: tuple, make: Callable[[], Kind]) -> Kind:
+def plan_of(blocks: Sequence[Block], key: Hashable, given: tuple, make: Callable[[], Kind]) -> Kind:
     """That of an earlier step where everything is as it was. A captured graph has one of its own, which is kept.
 
     given: what tells one step from another, and changes from step to step.
@@ -142,16 +108,14 @@ def plan_of(blocks: Sequence[Block], now: Blocks, key: Hashable, given: tuple, m
         streams.keep(plan)
         return plan
     known: list[Any] = blocks[0].kept(TritonState).plans
-    key = key, streams.stream_of(device)
+    key, mine = (key, streams.stream_of(device)), list(blocks)
     for at, plan in enumerate(known):
-        if plan.key == key and plan.given == given and plan.holds(blocks, now):
+        if plan.key == key and plan.given == given and plan.holds(mine):
             if at:
                 known.insert(0, known.pop(at))
             return plan
     ids = list(map(id, blocks))
-    known[:] = [
-        p for p in known if all(r() is not None for r in p.refs) and (p.snapshot.ids != ids or p.holds(blocks, now))
-    ]
+    known[:] = [p for p in known if all(r() is not None for r in p.refs) and (p.snapshot.ids != ids or p.holds(mine))]
     plan = make()
     plan.key, plan.given = key, given
     known.insert(0, plan)

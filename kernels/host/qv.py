@@ -22,7 +22,7 @@ from .configurations import ELEMENTWISE, shape_class, tile
 from .coverage import FACTORED, kinds_of
 from .diagkron import append_core, core_launches
 from .launch import Launch, capability, processors
-from .plans import Blocks, Plan, plan_of
+from .plans import Plan, plan_of
 from .refresh import refresh_stale
 from .state import workspace_of
 from .tables.block_rows import BlockRows, Gradient, pieces, weight_columns
@@ -39,12 +39,11 @@ class QvPlan(Plan):
     def __init__(
         self,
         blocks: Sequence[Block],
-        now: Blocks,
         given: Given,
         scales: Scales,
         low_rank: Sequence[bool],
     ) -> None:
-        super().__init__(blocks, now)
+        super().__init__(blocks)
         self.kinds = [None if low else k for low, k in zip(low_rank, kinds_of(blocks), strict=True)]
         indices = [i for i, k in enumerate(self.kinds) if k]
         if not indices:
@@ -123,11 +122,10 @@ def qv(blocks: Sequence[Block], us: Sequence[Matrix]) -> list[Matrix]:
     """As the reference's, which computes it for low-rank u and for blocks that the kernels do not cover."""
     if not blocks:
         return []
-    now, scales = Blocks(blocks), Scales(us)
-    given = Given(us, now.grads, scaled=True)
+    scales, given = Scales(us), Given(us, blocks, scaled=True)
     low_rank = [isinstance(u, LowRank) for u in us]
     facts = given.facts(), scales.facts(), low_rank
-    plan = plan_of(blocks, now, "Q u", facts, lambda: QvPlan(blocks, now, given, scales, low_rank))
+    plan = plan_of(blocks, "Q u", facts, lambda: QvPlan(blocks, given, scales, low_rank))
     if not any(plan.kinds):
         return reference.qv(blocks, us)
     if plan.needs_refresh():

@@ -13,7 +13,7 @@ from .configurations import shape_class, stored_twice, tile
 from .coverage import covered_kind, kind
 from .diagkron import copy_factors
 from .launch import capability, launch, processors
-from .plans import Blocks, Plan, plan_of
+from .plans import Plan, plan_of
 from .state import workspace_of
 from .tables.factor_rows import FactorRows, factors_of
 from .tables.uploads import schedule, tiles
@@ -69,8 +69,8 @@ def refresh_stale(blocks: Sequence[Block]) -> None:
 class RefreshPlan(Plan):
     """Which blocks have P and S, or copies, that our kernels make."""
 
-    def __init__(self, blocks: Sequence[Block], now: Blocks) -> None:
-        super().__init__(blocks, now)
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        super().__init__(blocks)
         kinds = [covered_kind(b) for b in blocks]
         self.ours = [i for i, b in enumerate(blocks) if kinds[i] == "kron" or kind(b) == "diagkron"]
         self.uncovered = [i for i, found in enumerate(kinds) if found is None]
@@ -80,8 +80,7 @@ def refresh(blocks: Sequence[Block], applications: Sequence[Applications] | None
     """As the reference's; P and S of the blocks that the kernels cover are always formed."""
     if not blocks:
         return
-    now = Blocks(blocks)
-    plan = plan_of(blocks, now, "refresh", (), lambda: RefreshPlan(blocks, now))
+    plan = plan_of(blocks, "refresh", (), lambda: RefreshPlan(blocks))
     if plan.needs_refresh():
         refresh_stale([blocks[i] for i in plan.ours])
     for i in plan.uncovered:

@@ -15,7 +15,7 @@ from ....model.block import Block
 from ..configurations import BESIDE_PRODUCTS, elementwise_tiles, shape_class, tile
 from ..coverage import counts_on_device, kinds_of
 from ..launch import capability, processors
-from ..plans import Blocks, Plan
+from ..plans import Plan
 from ..refresh import square_tile
 from ..state import workspace_of
 from ..tables.block_rows import BlockRows, Gradient, Scalars, pieces, weight_columns
@@ -55,8 +55,8 @@ class DiagonalGroup:
 class LambdaPlan(Plan):
     """A λ step's rows, sums and results; ``kinds`` has none where the kernels learn none of the blocks."""
 
-    def __init__(self, blocks: Sequence[Block], now: Blocks, vectors: Vectors, options: LambdaOptions) -> None:
-        super().__init__(blocks, now, learning=True)
+    def __init__(self, blocks: Sequence[Block], vectors: Vectors, options: LambdaOptions) -> None:
+        super().__init__(blocks, learning=True)
         self.kinds = [
             None if low or "A" in block.structure.fishleg_aux else kind
             for block, kind, low in zip(

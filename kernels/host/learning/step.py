@@ -12,7 +12,7 @@ from ....backends import reference
 from ....backends.protocol import LambdaOptions
 from ....backends.reference import lambda_update
 from ....model.block import Block, advance
-from ..plans import Blocks, plan_of
+from ..plans import plan_of
 from ..refresh import refresh_stale, share_products
 from .launches import LambdaLaunches
 from .plan import LambdaPlan
@@ -44,10 +44,9 @@ def lambda_step(
     """
     if not blocks:
         return reference.lambda_step(blocks, us, vs, fvs, options)
-    now = Blocks(blocks)
-    vectors = Vectors(now, us, vs, fvs)
+    vectors = Vectors(blocks, us, vs, fvs)
     key = ("λ", options.precondition, options.learn_scale, options.capturable)
-    plan = plan_of(blocks, now, key, vectors.facts(), lambda: PreparedStep(blocks, now, vectors, options))
+    plan = plan_of(blocks, key, vectors.facts(), lambda: PreparedStep(blocks, vectors, options))
     if not any(plan.kinds):
         return reference.lambda_step(blocks, us, vs, fvs, options)
     if plan.needs_refresh():

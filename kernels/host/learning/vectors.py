@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....algebra.low_rank import LowRank
 from ....algebra.matrix import Matrix, dense
-from ..plans import Blocks
+from ....model.block import Block
 from ..tables.matrices import Given, Scales, unaligned
 from ..tables.places import places
 
@@ -28,11 +28,13 @@ def row_major(t: Tensor) -> Tensor:
 class Vectors:
     """u, v and F v of a step."""
 
-    def __init__(self, now: Blocks, us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix]) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], us: Sequence[Matrix], vs: Sequence[Matrix], fvs: Sequence[Matrix]
+    ) -> None:
         kinds = set(map(type, us)) | set(map(type, vs))
         plain = not any(issubclass(kind, LowRank) for kind in kinds)
         self.low_rank = None if plain else [is_low_rank(u, v) for u, v in zip(us, vs, strict=True)]
-        self.u, self.scales = Given(us, now.grads, scaled=True), Scales(us)
+        self.u, self.scales = Given(us, blocks, scaled=True), Scales(us)
         self.v, self.fv = _tensors(vs), _tensors(fvs)
 
     def facts(self) -> tuple:

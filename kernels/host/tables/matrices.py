@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from itertools import chain
 from operator import attrgetter, or_
 
 import torch
@@ -17,7 +16,7 @@ from ....algebra.matrix import Matrix, dense
 from ....model.block import Block
 from ....model.gradients import GradientInPlace
 from ..launch import DTYPES
-from .places import places
+from .places import flattened, places
 from .step_table import Sources, Told
 from .strides import columns, with_columns
 
@@ -42,20 +41,17 @@ class Given:
     scaled: whether the kernels multiply by ``GradientInPlace.scale``.
     """
 
-    def __init__(
-        self, matrices: Sequence[Matrix], grads: Sequence[Sequence[Tensor | None]], scaled: bool = False
-    ) -> None:
-        self.grads = grads
-        found = list(chain.from_iterable(grads))
+    def __init__(self, matrices: Sequence[Matrix], blocks: Sequence[Block], scaled: bool = False) -> None:
+        found = flattened(list(blocks), "grads")
         self._missing = [g is None for g in found] if type(None) in set(map(type, found)) else None
         plain = set(map(type, matrices)) == {GradientInPlace} and (scaled or set(map(_scale, matrices)) == {None})
         self._whole = None if plain else [not _in_place(g, scaled) for g in matrices]
         self.tensors: list[Tensor] = []
         if self._whole is not None and any(self._whole):
-            for g, own, whole in zip(matrices, grads, self._whole, strict=True):
-                self.tensors += [dense(g)] if whole else [t for t in own if t is not None]
+            for g, block, whole in zip(matrices, blocks, self._whole, strict=True):
+                self.tensors += [dense(g)] if whole else [t for t in block.grads if t is not None]
         else:
-            self.tensors = [g for g in found if g is not None] if self._missing else found  # type: ignore[assignment]
+            self.tensors = [g for g in found if g is not None] if self._missing else found
         self.addresses, self._lie = places(self.tensors)
 
     def in_place(self, index: int) -> bool:
@@ -78,9 +74,9 @@ class Layouts:
         self._first: list[int] = []  # each block's first tensor
         self.dtypes: list[torch.dtype] = []
         at = 0
-        for index, (block, own) in enumerate(zip(blocks, given.grads, strict=True)):
+        for index, block in enumerate(blocks):
             in_place = given.in_place(index)
-            count = sum(g is not None for g in own) if in_place else 1
+            count = sum(g is not None for g in block.grads) if in_place else 1
             mine = given.tensors[at : at + count]
             dtype = next((t.dtype for t in mine), torch.float32)
             dtype = dtype if dtype in DTYPES else torch.float32
@@ -108,7 +104,7 @@ class Layouts:
         at = self._first[index]
         if given.in_place(index):
             mine = iter(range(at, len(tensors)))
-            return [None if g is None else sources.step(k := next(mine), tensors[k]) for g in given.grads[index]]
+            return [None if g is None else sources.step(k := next(mine), tensors[k]) for g in block.grads]
         whole = tensors[at]
         sizes = [part.of(part.param).numel() // (block.shape[0] if block.axis else 1) for part in block.parts]
         pieces = whole.split(sizes, dim=block.axis)

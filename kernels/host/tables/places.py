@@ -54,12 +54,35 @@ class Versions:
         return before != self._kept
 
 
-def identical(found: list[Any], known: list[Any]) -> bool:
-    """Whether these are the very same objects. Tensors are not to be compared by ==."""
+def objects(blocks: list[Any], learning: bool) -> list[Any]:
+    """What plans depend on of blocks, but for where it is: objects that are to be the same, by identity.
+
+    learning: of a step of λ too.
+    """
+    native = _extension()
+    return objects_by_python(blocks, learning) if native is None else native.objects(blocks, learning)
+
+
+def has_objects(blocks: list[Any], learning: bool, known: list[Any]) -> bool:
+    """Whether these are the very objects of such a list. Tensors are not to be compared by ==."""
     native = _extension()
     if native is not None:
-        return native.identical(found, known)
+        return native.has_objects(blocks, learning, known)
+    found = objects_by_python(blocks, learning)
     return len(found) == len(known) and all(map(is_, found, known))
+
+
+def objects_by_python(blocks: list[Any], learning: bool) -> list[Any]:
+    """The same without the extension."""
+    found: list[Any] = []
+    for block in blocks:
+        structure = block.structure
+        aux = structure.fishleg_aux  # λ's own dict too: of its tensors there may be others
+        found += [structure, block.momentum, block.step, block.spectral, structure.precision]
+        found += [*block.groups, *block.params, aux, *aux.values()]
+        if learning:  # Adam's moments and counters, which rows point to as they do to λ
+            found += [*block.exp_avg.values(), *block.exp_avg_sq.values(), block.aux_step]
+    return found
 
 
 def by_torch(tensors: Sequence[Tensor]) -> tuple[list[int], Hashable]:

@@ -13,7 +13,7 @@ from ..configurations import elementwise_tiles, shape_class, tile
 from ..coverage import FACTORED, counts_on_device, kinds_of
 from ..diagkron import append_core
 from ..launch import capability, processors
-from ..plans import Blocks, Plan
+from ..plans import Plan
 from ..state import workspace_of
 from ..tables.block_rows import BlockRows, Gradient, Parameters, Scalars, pieces, weight_columns
 from ..tables.matrices import Given, Layouts
@@ -28,8 +28,8 @@ from .polar import PolarFactors, polar_buffers
 class ThetaPlan(Plan):
     """A θ step's rows and memory for sums; ``kinds`` has none where the kernels cover none of the blocks."""
 
-    def __init__(self, blocks: Sequence[Block], now: Blocks, given: Given, options: ThetaOptions) -> None:
-        super().__init__(blocks, now)
+    def __init__(self, blocks: Sequence[Block], given: Given, options: ThetaOptions) -> None:
+        super().__init__(blocks)
         self.options, self.after = options, not options.before
         self.kinds = kinds_of(blocks)
         covered = [i for i, k in enumerate(self.kinds) if k]

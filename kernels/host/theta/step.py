@@ -22,7 +22,7 @@ from ....algebra.matrix import Matrix
 from ....backends import reference
 from ....backends.protocol import ThetaOptions
 from ....model.block import Block, advance
-from ..plans import Blocks, plan_of
+from ..plans import plan_of
 from ..refresh import refresh_stale
 from ..tables.matrices import Given
 from .launches import ThetaLaunches
@@ -33,8 +33,8 @@ from .uncovered import UncoveredBlocks
 class PreparedStep(ThetaPlan):
     """A plan with its launches."""
 
-    def __init__(self, blocks: Sequence[Block], now: Blocks, given: Given, options: ThetaOptions) -> None:
-        super().__init__(blocks, now, given, options)
+    def __init__(self, blocks: Sequence[Block], given: Given, options: ThetaOptions) -> None:
+        super().__init__(blocks, given, options)
         if any(self.kinds):
             self.launches = ThetaLaunches(self)
 
@@ -51,9 +51,8 @@ def theta_step(
     """
     if not blocks:
         return reference.theta_step(blocks, gs, options)
-    now = Blocks(blocks)
-    given = Given(gs, now.grads)
-    plan = plan_of(blocks, now, ("θ", options), given.facts(), lambda: PreparedStep(blocks, now, given, options))
+    given = Given(gs, blocks)
+    plan = plan_of(blocks, ("θ", options), given.facts(), lambda: PreparedStep(blocks, given, options))
     if not any(plan.kinds):
         return reference.theta_step(blocks, gs, options)
     if plan.needs_refresh():

@@ -42,7 +42,7 @@ PRECISIONS = sorted(TILES["small"])
 TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 INTEGERS = {"tiles", "slots", "dot_slots", "square_count", "blocks"}
 FLOATS = {"kappa", "damping", "beta1", "beta2", "eps", "log2beta1", "log2beta2", "keep", "linear", "quadratic"}
-# A thread's copies of a bias's gradient for each stage. Triton 3.6 lays out a row of 32 as the tile that it is added to,
+# A thread's copies of a bias's gradient for each stage. Triton 3.6 lays out a row of 32 as the tile it is added to,
 # read down columns of which a warp has two; later versions as a row.
 BIAS_COPIES = 1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 4
 TABLES = {"rows": "*i64", "schedule": "*i32", "arrived": "*i32", "broken": "*i32", "taken": "*i1"}

@@ -1,6 +1,8 @@
-"""Where tensors are: the extension's answer changes whenever torch's does, and no more often."""
+"""Where tensors are, and which objects blocks have: the extension's answer changes with torch's and Python's alone."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 
@@ -9,8 +11,11 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
-from fishleg_fast import native
+from fishleg_fast import Kron, native
 from fishleg_fast.kernels.host.tables import places
+from fishleg_fast.model.block import Block
+from support.blocks import make_block
+from support.dense import randn
 
 X = torch.arange(48.0)
 LISTS: dict[str, list[Tensor]] = {
@@ -52,3 +57,51 @@ def test_what_has_no_memory_is_left_to_torch() -> None:
 def test_without_the_extension_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_extension", lambda: None)
     assert places.places(LISTS["sliced"]) == places.by_torch(LISTS["sliced"])
+
+
+def replace_first(held: dict[str, Tensor]) -> None:
+    name = next(iter(held))
+    held[name] = held[name].clone()
+
+
+def append_group(block: Block) -> None:
+    block.groups = [*block.groups, {}]
+
+
+CHANGES: dict[str, Callable[[Block], object]] = {
+    "momentum": lambda b: setattr(b, "momentum", b.momentum.clone()),
+    "step": lambda b: setattr(b, "step", b.step.clone()),
+    "spectral": lambda b: setattr(b, "spectral", not b.spectral),
+    "structure": lambda b: setattr(b, "structure", Kron(3, 4)),
+    "precision": lambda b: setattr(b.structure, "precision", "bf16"),
+    "λ": lambda b: replace_first(b.structure.fishleg_aux),
+    "λ's dict": lambda b: setattr(b.structure, "fishleg_aux", dict(b.structure.fishleg_aux)),
+    "less of λ": lambda b: b.structure.fishleg_aux.popitem(),
+    "a group": lambda b: b.groups.__setitem__(0, dict(b.groups[0])),
+    "groups": append_group,
+    "a parameter": lambda b: b.params.__setitem__(0, torch.nn.Parameter(b.params[0].detach().clone())),
+}
+WHEN_LEARNING: dict[str, Callable[[Block], object]] = {
+    "average": lambda b: replace_first(b.exp_avg),
+    "squares": lambda b: replace_first(b.exp_avg_sq),
+    "counter": lambda b: setattr(b, "aux_step", b.aux_step.clone()),
+}
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+@pytest.mark.parametrize("change", [*CHANGES, *WHEN_LEARNING])
+def test_other_objects_are_seen(change: str, with_extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_extension:
+        monkeypatch.setattr(places, "_extension", lambda: None)
+    elif not native.available().supported:
+        pytest.skip("needs the extension")
+    blocks = [make_block(Kron(3, 4), [randn(3, 4).float()]) for _ in range(3)]
+    known = {learning: places.objects(blocks, learning) for learning in (False, True)}
+    for learning, found in known.items():
+        assert list(map(id, found)) == list(map(id, places.objects_by_python(blocks, learning)))
+        assert places.has_objects(blocks, learning, found)
+        assert not places.has_objects(blocks[:2], learning, found) and not places.has_objects(blocks, learning, [])
+        assert not places.has_objects([*blocks, blocks[0]], learning, found)
+    {**CHANGES, **WHEN_LEARNING}[change](blocks[1])
+    assert not places.has_objects(blocks, True, known[True])
+    assert places.has_objects(blocks, False, known[False]) == (change in WHEN_LEARNING)
