@@ -80,8 +80,8 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
     id_of = {id(p): saved for p, saved in zip(params, saved_ids, strict=True)}
     pairs = []
     for block in blocks:
-        saved = _saved_state(block, [state_dict["state"].get(id_of[id(p)], {}) for p in block.params])
-        if saved is None and not any(p.requires_grad for p in block.params):
+        saved = _saved_state(block, [state_dict["state"].get(id_of[id(p)], {}) for p in block.model_params])
+        if saved is None and not any(p.requires_grad for p in block.model_params):
             continue
         saved, live = saved or {}, block.state()
         live.pop("product", None)
@@ -103,14 +103,21 @@ def restore(blocks: list[Block], pairs: list[tuple[Tensor, Tensor]]) -> None:
         block.product_version = block.structure.version if id(block.product) in restored else None
 
 
-def publish(blocks: Sequence[Block], param_groups: Sequence[dict], state: MutableMapping[Tensor, Any]) -> None:
+def publish(
+    blocks: Sequence[Block],
+    param_groups: Sequence[dict],
+    state: MutableMapping[Tensor, Any],
+    others: Mapping[Tensor, Tensor] | None = None,
+) -> None:
     """Let an optimizer's ``state`` show the blocks' live tensors: each block's under its first trainable parameter, and
-    its counter under the others.
+    its counter under the others; ``others``: counters of parameters of blocks elsewhere.
     """
     state.clear()
+    for p, counter in (others or {}).items():
+        state[p] = {"step": counter}
     for block in blocks:
-        home = next((p for p in block.params if p.requires_grad), block.params[0])
-        for p in block.params:
+        home = next((p for p in block.model_params if p.requires_grad), block.model_params[0])
+        for p in block.model_params:
             entry = state.setdefault(p, {})
             if p is not home:
                 entry.setdefault("step", block.step)

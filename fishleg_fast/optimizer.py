@@ -18,6 +18,9 @@ from .backends.arithmetic import own_arithmetic
 from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
 from .distributed.ranks import Ranks
+from .distributed.sharded_learning import ShardedLearner
+from .distributed.sharded_model import ShardedModel, check_settings
+from .distributed.sharding import Sharding
 from .fisher import forward_mode
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
@@ -30,7 +33,7 @@ from .model.assemble import (
     detach,
     normalization_of,
 )
-from .model.block import Block
+from .model.block import Block, is_sharded
 from .model.estimate import Estimate, estimate
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment, with_beta
@@ -211,7 +214,11 @@ class FishLeg(Optimizer):
         self._roots = [("", model)]
         if likelihood is not None and all(module is not likelihood for module in model.modules()):
             self._roots.append(("likelihood.", likelihood))
-        self._ranks = Ranks.of(model, process_group)
+        self._sharding = Sharding.of(model, model.parameters())
+        self._sharded: ShardedModel | None = None
+        if self._sharding is not None:
+            check_settings(self.settings, process_group)
+        self._ranks = Ranks.of(model, process_group if self._sharding is None else self._sharding.group)
         # Whether a gradient is of low rank is decided on the host; the average of several ranks' is not.
         watched = thin_gradients and not on_device and not self._ranks.several
         self._gradients = GradientTap(self) if watched else None
@@ -230,7 +237,7 @@ class FishLeg(Optimizer):
         self._follow_parameters()
         self._built = True
         for argument in ("structure", "normalize"):
-            check_patterns(argument, getattr(self.settings, argument), self.blocks)
+            check_patterns(argument, getattr(self.settings, argument), self._layouts)
         where = everything[0].device, everything[0].dtype
         self._precision = own_precision(precision, where[0])
         dtypes = dict.fromkeys(p.dtype for p in everything if p.device == where[0])
@@ -238,7 +245,8 @@ class FishLeg(Optimizer):
         whole = curvature_batch is None
         rank = self._ranks.rank
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole, rank)
-        self._learner = CurvatureLearner(self._passes, self.settings.curvature, self._ops, self._ranks)
+        given = self._passes, self.settings.curvature, self._ops, self._ranks
+        self._learner = CurvatureLearner(*given) if self._sharded is None else ShardedLearner(*given, self._sharded)
         if self._ranks.several:
             self._ranks.check_equal(self._facts())
         self._diagnostics = Diagnostics(on_device, writer)
@@ -249,10 +257,11 @@ class FishLeg(Optimizer):
 
     def _facts(self) -> dict[str, Any]:
         """What has to be the same on all ranks, by name."""
-        facts: dict[str, Any] = {"the number of blocks": len(self.blocks)}
-        for b in self.blocks:
-            squares = [float(p.detach().to(widest(p.device)).square().sum()) for p in b.params]
+        facts: dict[str, Any] = {"the number of blocks": len(self._layouts)}
+        for b in self._layouts:
             facts[f"block {b.name}"] = tuple(b.shape), type(b.structure).__name__, b.structure.layout()
+            whole = [p for p in b.params if not is_sharded(p)]
+            squares = [float(p.detach().to(widest(p.device)).square().sum()) for p in whole]
             facts[f"the size of the parameters of {b.name}"] = squares
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         facts |= {f"{name}=": value for name, value in settings.items() if isinstance(value, (str, int, float, tuple))}
@@ -260,6 +269,11 @@ class FishLeg(Optimizer):
         facts["the backend"] = self.backend
         facts["parameter groups"] = [tuple(str(group[n]) for n in numbers) for group in self.param_groups]
         return facts
+
+    @property
+    def _layouts(self) -> list[Block]:
+        """All blocks of the model, of which ``blocks`` are those whose λ is on this rank."""
+        return self.blocks if self._sharded is None else self._sharded.layouts
 
     @property
     def _taps(self) -> list[GradientTap | StatisticsTap]:
@@ -276,6 +290,9 @@ class FishLeg(Optimizer):
 
         ValueError where a group has a parameter that is not the model's, TypeError where one cannot be trained.
         """
+        if self._sharding is not None:
+            self._follow_sharded(self._sharding)
+            return
         gone, new = self._groups.changes(self.blocks, self.param_groups, settled)
         check_membership(self._roots, new)
         anew = [b for b in checkpoint.forgotten(self.blocks, self.state) if b not in gone]
@@ -293,8 +310,31 @@ class FishLeg(Optimizer):
         self._groups.assign(self.blocks, self.param_groups, settled)
         self._publish()
 
+    def _follow_sharded(self, sharding: Sharding) -> None:
+        """Blocks for the groups' parameters, once. RuntimeError where those have changed since."""
+        if self._sharded is not None:
+            if not self._groups.current(self.param_groups):
+                raise RuntimeError(
+                    "parameters of a model that was given to fully_shard should stay in their groups, but some came or "
+                    "left: make the optimizer anew"
+                )
+            return
+        _, new = self._groups.changes([], self.param_groups)
+        check_membership(self._roots, new, may_be_sharded=True)
+        s = self.settings
+        self._sharded = ShardedModel.of(sharding, self._roots, new, s.structure, s.max_factor_size)
+        self.blocks = self._sharded.blocks
+        for block in self.blocks:
+            block.allocate(s.on_device)
+            if s.init == "sgd":
+                block.structure.start_sgd(s.scale)
+        self._positions.watch(self._layouts)
+        self._groups.assign([*self._layouts, *self.blocks], self.param_groups)
+        self._publish()
+
     def _publish(self) -> None:
-        checkpoint.publish(self.blocks, self.param_groups, self.state)
+        others = {} if self._sharded is None else self._sharded.counters()
+        checkpoint.publish(self.blocks, self.param_groups, self.state, others)
         self._published = len(self.state)
 
     def _take_up(self, params: list[nn.Parameter]) -> None:
@@ -329,7 +369,8 @@ class FishLeg(Optimizer):
             )
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
-        check_membership(self._roots, [p[1] if isinstance(p, tuple) else p for p in given])
+        plain = [p[1] if isinstance(p, tuple) else p for p in given]
+        check_membership(self._roots, plain, may_be_sharded=self._sharding is not None)
         super().add_param_group({**param_group, "params": given})
         group = self.param_groups[-1]
         group.setdefault("base_lr", float(group["lr"]))  # before any schedule
@@ -368,15 +409,21 @@ class FishLeg(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._ranks.check_step()
+        if self._sharding is not None:
+            self._sharding.reshard()
         try:
-            if self._unfollowed() or self._groups.left(self._suspects()):
+            if self._sharded is not None:
+                self._follow_parameters()
+            elif self._unfollowed() or self._groups.left(self._suspects()):
                 self._follow_parameters()
             self._groups.check(self.param_groups)
             self._ranks.average_others(p for group in self.param_groups for p in group["params"])
+            if self._sharded is not None:
+                self._ranks.average(self._sharded.others())
             self._unscale()
             with own_arithmetic(self.blocks, self._precision):
                 blocks, gs = self._gather()
-                if blocks:
+                if blocks or self._sharded is not None:
                     self._step(blocks, gs)
         finally:
             for tap in self._taps:
@@ -454,7 +501,12 @@ class FishLeg(Optimizer):
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
         if self._positions.news:
-            self._auto, self._positions.news = normalization_of(self.blocks), False
+            self._auto, self._positions.news = normalization_of(self._layouts), False
+        if self._sharded is not None:
+            stepped = self._sharded.gather()
+            for block in stepped:
+                block.spectral = self._normalization(block) == "spectral"
+            return stepped, [GradientInPlace(block) for block in stepped]
         blocks: list[Block] = []
         seen: list[Block] = []
         for block in self.blocks:
@@ -487,9 +539,13 @@ class FishLeg(Optimizer):
         learner, count = self._learner, self._diagnostics.steps
         norm = self._norm(blocks, gs)
         self._diagnostics.note_gradient(norm)
-        if self._ranks.several and (learner.updates_due(count) or learner.anchor_due(self.blocks, count)):
+        if (
+            self._ranks.several
+            and self._sharded is None
+            and (learner.updates_due(count) or learner.anchor_due(self.blocks, count))
+        ):
             self._ranks.check_average(norm)
-        if not self.settings.on_device and not torch.isfinite(norm):
+        if (self._sharded is not None or not self.settings.on_device) and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return
         if self._teaches(norm):
@@ -501,7 +557,10 @@ class FishLeg(Optimizer):
         theta = self.settings.theta
         if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
             theta = replace(theta, normalize="rms")
-        norms, ok = self._ops.theta_step(blocks, gs, theta)
+        if self._sharded is None:
+            norms, ok = self._ops.theta_step(blocks, gs, theta)
+        else:
+            norms, ok = self._sharded.step(blocks, lambda: self._ops.theta_step(blocks, gs, theta))
         self._diagnostics.note_step(self.blocks, blocks, norms, ok)
         if learned:
             self._diagnostics.write()
@@ -544,7 +603,8 @@ class FishLeg(Optimizer):
         rest = [b for b, square in zip(blocks, squares, strict=True) if square is None]
         pieces = [g for b in rest for g in b.grads if g is not None]
         known = sum(square for square in squares if square is not None)
-        return ((self._ops.inner(pieces, pieces) if pieces else torch.zeros((), device="cpu")) + known).sqrt()
+        total = (self._ops.inner(pieces, pieces) if pieces else torch.zeros((), device="cpu")) + known
+        return (total if self._sharded is None else self._sharded.total(total)).sqrt()
 
     def _anchor(self, blocks: list[Block], step: int, tap: StatisticsTap | None = None) -> bool:
         """Anchor the blocks that are due; whether any was."""
@@ -584,8 +644,8 @@ class FishLeg(Optimizer):
         """
         return {
             **self._diagnostics.report(),
-            "normalize": {b.name: self._normalization(b) for b in self.blocks},
-            "factors": {b.name: layout for b in self.blocks if (layout := b.structure.layout())},
+            "normalize": {b.name: self._normalization(b) for b in self._layouts},
+            "factors": {b.name: layout for b in self._layouts if (layout := b.structure.layout())},
         }
 
     def __getstate__(self) -> dict[str, Any]:

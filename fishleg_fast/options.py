@@ -17,6 +17,7 @@ from .fisher.learning import CurvatureOptions
 from .fisher.products import FISHER
 from .likelihoods import Likelihood
 from .model.assemble import StructureChoice, check_choice, refuse_uninitialized
+from .model.block import is_sharded
 from .precision import PRECISIONS
 
 NORMALIZATIONS = ("auto", "rms", "spectral")  # of each block by itself
@@ -251,7 +252,9 @@ def chosen_parameters(roots: Sequence[tuple[str, nn.Module]], params: Iterable[A
     return chosen
 
 
-def check_membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor]) -> None:
+def check_membership(
+    roots: Sequence[tuple[str, nn.Module]], params: Sequence[Tensor], may_be_sharded: bool = False
+) -> None:
     """Every parameter is the model's or the likelihood's, plain, real floating point, and not of a scripted module."""
     names = {id(p): prefix + name for prefix, root in roots for name, p in root.named_parameters()}
     scripted = {
@@ -270,11 +273,12 @@ def check_membership(roots: Sequence[tuple[str, nn.Module]], params: Sequence[Te
                 f"({scripted[id(p)]}), whose layers are not to be seen: make the optimizer of the module that it was "
                 "scripted or traced from, or use torch.compile on that"
             )
-        if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # whose memory is not what its shape says
+        # Of other subclasses memory is not what their shape says.
+        if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not (may_be_sharded and is_sharded(p)):
             raise TypeError(
                 f"parameter {names[id(p)]!r} should be a plain torch.nn.Parameter but is a {type(p).__name__}, a "
-                "tensor subclass: make the optimizer of the module as it is before fully_shard, quantization or what "
-                "else wraps its parameters; training that is distributed over several processes is not supported yet"
+                "tensor subclass: make the optimizer of the module as it is before quantization, a tensor parallel "
+                "plan or what else wraps its parameters; of those that ranks share fully_shard's alone are supported"
             )
         if not p.is_floating_point():
             raise TypeError(f"parameter {names[id(p)]!r} should be real floating point but has dtype: {p.dtype}")

@@ -83,6 +83,10 @@ class Ranks:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.mean([p.grad for p in found if p.grad is not None])
 
+    def average(self, params: Sequence[nn.Parameter]) -> None:
+        """Average the gradients of those that have one, in place; they are the same ones on all ranks."""
+        self.mean([p.grad for p in params if p.grad is not None])
+
     def check_average(self, norm: Tensor) -> None:
         """RuntimeError where the norm of the gradient is not the same on all ranks, but for rounding. All call it."""
         if not self.several:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.block import Block
 from ..model.layers import layer_of
@@ -54,7 +54,7 @@ class LayerCheck(LayerPass):
         super().__init__(blocks, lambda share: None, of_unseen=False)
         self._products: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}  # by id of the block
 
-    def _wanted(self, passes: IsolatedPasses) -> Iterable[nn.Parameter]:
+    def _wanted(self, passes: IsolatedPasses) -> Iterable[Tensor]:
         return [p for p in passes.root.parameters() if p.numel()]  # all of them, as a user's own backward pass
 
     def _use(self, block: Block, calls: Sequence[Shown]) -> bool:

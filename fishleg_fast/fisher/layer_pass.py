@@ -89,11 +89,15 @@ class LayerPass:
                 hook.remove()
         return self._terms
 
-    def _wanted(self, passes: IsolatedPasses) -> Iterable[nn.Parameter]:
+    def _wanted(self, passes: IsolatedPasses) -> Iterable[Tensor]:
         """Whose gradients are wanted beside those of layers' outputs."""
         return [p for b in self.unseen for p in b.params] if self.of_unseen else []
 
-    def _backward(self, loss: Tensor, calls: Sequence[tuple[Block, Call]], params: dict[int, nn.Parameter]) -> None:
+    def _leaves(self, block: Block) -> Iterable[Tensor]:
+        """What autograd is asked for so that a backward pass comes by the block's layer."""
+        return block.params
+
+    def _backward(self, loss: Tensor, calls: Sequence[tuple[Block, Call]], params: dict[int, Tensor]) -> None:
         ends = _ends([call.edge.node for _, call in calls])
         last = []  # autograd has to be asked for these, and so comes by all others
         for block, call in calls:
@@ -102,7 +106,7 @@ class LayerPass:
                 continue
             call.edge.node.register_prehook(partial(self._on_gradients, block, call))
             if call.edge.node in ends:  # whose own backward step is what has the module run again
-                params |= {id(p): p for p in block.params if p.requires_grad}
+                params |= {id(p): p for p in self._leaves(block) if p.requires_grad}
         wanted: list[Any] = [*(call.edge for _, call in last), *params.values()]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
         self.gradients = dict(zip(params, found[len(last) :], strict=True))

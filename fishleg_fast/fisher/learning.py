@@ -87,9 +87,10 @@ def _of_gradient(block: Block) -> Aux:
     return block.structure.gradient_moments([block.matrix(block.grads)])
 
 
-def set_units(blocks: Sequence[Block], moved: Sequence[Block]) -> None:
+def set_units(blocks: Sequence[Block], moved: Sequence[Block], mean: Tensor | None = None) -> None:
     """The unit of those that moved: the geometric mean of two mean eigenvalues of F, the block's own and that over all
-    parameters of the blocks. Where the block's is zero, or never estimated, the latter.
+    parameters of the blocks, which is ``mean`` where that is given. Where the block's is zero, or never estimated, the
+    latter.
     """
     told = [b for b in blocks if b.moments]
     weights = weights_of(told)
@@ -100,8 +101,9 @@ def set_units(blocks: Sequence[Block], moved: Sequence[Block]) -> None:
     stacks = stacks_of([b for b, _ in known], more=[weight for _, weight in known])
     device = known[0][0].momentum.device
     means = [_mean_eigenvalues(stack, known[stack.numbers[0]][1]).to(device, widest(device)) for stack in stacks]
-    totals = [mean.sum() * stack.blocks[0].momentum.numel() for stack, mean in zip(stacks, means, strict=True)]
-    mean = torch.stack(totals).sum() / sum(b.momentum.numel() for b, _ in known)
+    if mean is None:
+        totals = [own.sum() * stack.blocks[0].momentum.numel() for stack, own in zip(stacks, means, strict=True)]
+        mean = torch.stack(totals).sum() / sum(b.momentum.numel() for b, _ in known)
     targets, units = [], []
     for stack, own in zip(stacks, means, strict=True):
         found = (torch.where(own > 0, own, mean) * mean).sqrt()
@@ -242,9 +244,13 @@ class CurvatureLearner:
         xs = _SAMPLING[self.options.u_sampling](self, blocks, gs)
         scales = self._scales(blocks)
         us = xs if scales is None else scaled(xs, scales)
-        norm = self.ops.inner(us, us).sqrt()
+        norm = self._over_all(self.ops.inner(us, us)).sqrt()
         inverse = 1 / torch.where(norm > 0, norm, 1)
         return scaled(xs, inverse.expand(len(xs)) if scales is None else scales * inverse.to(scales))
+
+    def _over_all(self, total: Tensor) -> Tensor:
+        """Over all blocks of the model, from what it is over those that are here."""
+        return total
 
     def _gaussian(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         seed = self.ranks.common(self.passes.seed())

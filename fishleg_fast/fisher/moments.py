@@ -29,7 +29,7 @@ def moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs, tak
     check_layers(passes, blocks, inputs)
     told = [b for b in blocks if b.structure.moments]
     wrong = [b for b in told if b.layer_agrees is False]
-    layers = LayerPass([b for b in told if b.layer_agrees is not False], take, of_unseen=_chunks(inputs) == 1)
+    layers = LayerPass([b for b in told if b.layer_agrees is not False], take, of_unseen=len(chunks_of(inputs)) == 2)
     terms = passes.run(inputs, passes.seed(), partial(layers.run, passes, inputs))
     rest = [*layers.hidden, *wrong]
     if layers.of_unseen and layers.unseen:
@@ -42,9 +42,13 @@ def moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs, tak
     return terms
 
 
-def _chunks(inputs: Inputs) -> int:
-    """How many gradients, of as many parts of the batch, make moments where no layer shows them."""
-    return max(1, min(CHUNKS, inputs.size() // CHUNK_LEAST))
+def chunks_of(inputs: Inputs) -> list[int]:
+    """The samples that parts of the batch begin with, and how many there are: as many gradients as there are parts make
+    moments where no layer shows them.
+    """
+    size = inputs.size()
+    chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))
+    return [size * i // chunks for i in range(chunks + 1)]
 
 
 def _gradient_of(block: Block, grads: Mapping[int, Tensor | None], count: float) -> Tensor:
@@ -57,15 +61,13 @@ def _gradient_moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: I
     # All of them, as a user's own backward pass: torch's GroupNorm (2.13, channels_last)
     # crashes where its input needs no gradient.
     params = [p for p in passes.root.parameters() if p.requires_grad and p.numel()]
-    size, chunks = inputs.size(), _chunks(inputs)
-    edges = [size * i // chunks for i in range(chunks + 1)]
     samples: list[list[Tensor]] = [[] for _ in blocks]
 
     def gradient(chunk: Inputs) -> tuple[list[Tensor], int]:
         loss, count = passes.likelihood_loss(chunk)
         return gradients(loss, params), count
 
-    for start, stop in pairwise(edges):
+    for start, stop in pairwise(chunks_of(inputs)):
         chunk = inputs.rows(start, stop)
         tensors, count = passes.run(chunk, passes.seed(), partial(gradient, chunk))
         grads = dict(zip(map(id, params), tensors, strict=True))

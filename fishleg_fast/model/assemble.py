@@ -78,7 +78,7 @@ def normalization_of(blocks: Sequence[Block]) -> str:
     several positions.
     """
     known = [b for b in blocks if b.repeated is not None and min(b.shape) > 1]
-    sizes = [block.momentum.numel() * (1 if block.repeated else -1) for block in known]
+    sizes = [block.shape[0] * block.shape[1] * (1 if block.repeated else -1) for block in known]
     return "spectral" if sizes and sum(sizes) >= 0 else "rms"
 
 
@@ -112,7 +112,7 @@ def _claims(module: nn.Module, name: str, free: dict[int, nn.Parameter]) -> Iter
     for spec in layer_of(module).specs(module):
         if own.get(spec.parts[0][0]) is None:
             continue
-        parts = [Part(p, rows) for key, rows in spec.parts if (p := own.get(key)) is not None and id(p) in free]
+        parts = [Part(p, rows, key) for key, rows in spec.parts if (p := own.get(key)) is not None and id(p) in free]
         if parts:
             yield spec, parts
 
@@ -123,11 +123,11 @@ def build_blocks(
     structure: StructureChoice | Mapping[str, StructureChoice],
     max_factor_size: int | str | None,
     prefix: str = "",
-    device: torch.device | None = None,
+    device: torch.device | Callable[[int], torch.device | None] | None = None,
 ) -> list[Block]:
     """Blocks over those of ``parameters`` that the model holds, in the model's order; each ends in exactly one.
 
-    λ is on ``device``, or where its parameters are.
+    λ is on ``device``, that of the block's number where it is a function, or where its parameters are.
     """
     free = {id(p): p for p in parameters if p.numel()}
     uses: dict[int, int] = {}
@@ -141,7 +141,8 @@ def build_blocks(
         tied = any(uses[id(part.param)] > 1 for part in parts)
         block = Block(prefix + name, parts, spec.axis, Structure(()), spec.suffix, None if tied else module)
         block.repeated = spec.repeated
-        block.structure = _make_structure(choice, block, spec, max_factor_size, device)
+        where = device(len(blocks)) if callable(device) else device
+        block.structure = _make_structure(choice, block, spec, max_factor_size, where)
         blocks.append(block)
 
     for path, module in model.named_modules():

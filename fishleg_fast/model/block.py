@@ -14,16 +14,36 @@ from ..algebra.matrix import Matrix
 from ..algebra.structures.base import LambdaVersion, Structure
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, of which ranks hold pieces."""
+    if type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # half a second, which only those pay that have one
+
+    return isinstance(t, DTensor)
+
+
 @dataclass
 class Part:
     """A parameter, or some of its rows, that is (part of) a block."""
 
     param: nn.Parameter
     rows: slice | None = None
+    name: str = ""  # of the parameter in its module
+
+    def held_as(self, module: nn.Module, name: str) -> bool:
+        """Whether it is the module's parameter of that name; one that ranks share may be there as a whole one."""
+        return self.param is getattr(module, name, None) or (self.name == name and is_sharded(self.param))
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part's view of a tensor that has the parameter's shape."""
         return tensor if self.rows is None else tensor[self.rows]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The part's."""
+        whole = self.param.shape
+        return whole if self.rows is None else torch.Size((len(range(*self.rows.indices(whole[0]))), *whole[1:]))
 
 
 def _empty() -> Tensor:
@@ -95,11 +115,17 @@ class Block:
     layer_agrees: bool | None = None  # whether what the layer shows is the gradient; None: not compared yet
     spectral: bool = True  # whether the update gives way to its polar factor under normalize="spectral"
     groups: list[dict] = field(default_factory=list)  # the parameter group of each part, none if one was removed
+    sharded: list[nn.Parameter] | None = None  # the model's parameters where the parts are stand-ins for them
 
     @cached_property
     def params(self) -> list[nn.Parameter]:
         """The parameter of each part."""
         return [part.param for part in self.parts]
+
+    @property
+    def model_params(self) -> list[nn.Parameter]:
+        """The model's parameter of each part: itself, or where ranks hold shards of it that DTensor."""
+        return self.params if self.sharded is None else self.sharded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,11 +140,11 @@ class Block:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """(m, n)"""
-        views = [part.of(part.param) for part in self.parts]
+        shapes = [part.shape for part in self.parts]
         if self.axis == 0:
-            return sum(v.numel() for v in views), 1
-        m = views[0].shape[0]
-        return m, sum(v.numel() for v in views) // m
+            return sum(s.numel() for s in shapes), 1
+        m = shapes[0][0]
+        return m, sum(s.numel() for s in shapes) // m
 
     @property
     def flattened(self) -> bool:
@@ -146,7 +172,7 @@ class Block:
     @cached_property
     def layout(self) -> tuple[list[int], list[torch.Size]]:
         """How many rows or columns each part takes, and each part's shape."""
-        shapes = [part.of(part.param).shape for part in self.parts]
+        shapes = [part.shape for part in self.parts]
         return [s.numel() // (self.shape[0] if self.axis else 1) for s in shapes], shapes
 
     def allocate(self, on_device: bool) -> None:

@@ -60,9 +60,9 @@ class GroupAssignment:
                     raise ValueError(self._stranger(p, f"param_groups[{number}]['params'][{position}]"))
         if settled:
             self._settle(names, grouped, param_groups)
-        gone = [b for b in blocks if any(id(p) not in grouped or id(p) not in names for p in b.params)]
+        gone = [b for b in blocks if any(id(p) not in grouped or id(p) not in names for p in b.model_params)]
         leaving = set(map(id, gone))
-        covered = {id(p) for b in blocks if id(b) not in leaving for p in b.params}
+        covered = {id(p) for b in blocks if id(b) not in leaving for p in b.model_params}
         new = [p for group in param_groups for p in group["params"] if id(p) in names and id(p) not in covered]
         return Changes(gone, new)
 
@@ -110,7 +110,7 @@ class GroupAssignment:
         self._betas = {id(group): self._betas.get(id(group), group["beta"]) for group in param_groups}
         group_of = {id(p): group for group in param_groups for p in group["params"]}
         for block in blocks:
-            block.groups = [group_of[id(p)] for p in block.params]
+            block.groups = [group_of[id(p)] for p in block.model_params]
         self._mixed = [block for block in blocks if any(group is not block.groups[0] for group in block.groups)]
         found = {id(p): (root, name.split(".")) for _, root in self._roots for name, p in root.named_parameters()}
         self._places = {

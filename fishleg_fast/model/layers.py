@@ -66,9 +66,8 @@ class Layer:
         a, e = self.inputs(module, x), self.output_gradients(module, e)
         if a is None or a.shape[0] % max(e.shape[0], 1):
             return None
-        own = {id(part.param): part for part in block.parts}
-        columns = [a] if id(module.weight) in own else []
-        if id(module.bias) in own:
+        columns = [a] if any(part.held_as(module, "weight") for part in block.parts) else []
+        if any(part.held_as(module, "bias") for part in block.parts):
             columns.append(a.new_ones(a.shape[0], 1))
         if not columns:  # the parameters were replaced
             return None
@@ -191,16 +190,16 @@ class Norm(Layer):
         """Ones (samples, 1) and the gradient of each sample (samples, m), the normalized input taken as it is."""
         module = block.layer
         assert module is not None
-        found = self.batched(module, x) if type(module) in LAYERS else None  # a subclass may normalize otherwise
+        found = self.batched(module, x) if class_of(module) in LAYERS else None  # a subclass may normalize otherwise
         if found is None or e.shape != x.shape:
             return None
         x, others = found
         e = e.reshape(x.shape)
         columns = []
         for part in block.parts:
-            if part.param is module.weight:
+            if part.held_as(module, "weight"):
                 g = e * self.normalized(module, x)
-            elif part.param is getattr(module, "bias", None):
+            elif part.held_as(module, "bias"):
                 g = e
             else:  # the parameters were replaced
                 return None
@@ -277,6 +276,12 @@ LAYERS: dict[type[nn.Module], Layer] = {
 }
 
 _UNKNOWN = Layer()
+
+
+def class_of(module: nn.Module) -> type:
+    """The module's class, without what ``fully_shard`` puts before it."""
+    bases = type(module).__bases__
+    return bases[1] if bases[0].__name__ == "FSDPModule" and len(bases) == 2 else type(module)
 
 
 def layer_of(module: nn.Module) -> Layer:

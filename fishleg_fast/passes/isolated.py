@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..likelihoods import Likelihood
+from ..model.block import is_sharded
 from .attempts import Attempts
 from .attributes import KeptApart, only_stock
 from .batch_rule import BatchRule
@@ -139,6 +140,7 @@ class IsolatedPasses:
         modules = list(self.model.modules())
         bags = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         self._embeddings = [m for m in bags if m.sparse or m.max_norm is not None]
+        self._sharded = any(map(is_sharded, self.root.parameters()))
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
         self._attempts: dict[tuple[str, str], Attempts] = {}
         self.checkpointed = False  # whether modules were seen to run once more during a backward pass
@@ -253,6 +255,8 @@ class IsolatedPasses:
         """
         modules = list(self.root.modules())
         params, buffers = _tensors(module._parameters for module in modules), _tensors(m._buffers for m in modules)
+        if self._sharded:  # which its units exchange for whole ones while they run
+            params = [p for p in params if not is_sharded(p)]
         foreign = self._own is not None or not only_stock(modules)
         with ExitStack() as stack:
             stack.enter_context(private_rng(seed, self.devices, foreign))
@@ -347,7 +351,7 @@ class IsolatedPasses:
 
     def _called_once(self, inputs: Inputs) -> Any:
         tap, past_hooks = self.tap, inputs.tapped and self.model.__dict__.get("forward") is self.tap
-        if tap is None or not past_hooks:
+        if tap is None or not past_hooks or self._sharded:  # whose parameters are whole within its hooks alone
             return self.model(*inputs.args, **inputs.kwargs)
         outputs = tap.inner(*inputs.args, **inputs.kwargs)
         # What was seen is past the model's pre-hooks, which apply once; the others change what it returns.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fishleg_fast import FishLeg, GaussianLikelihood
@@ -76,13 +77,28 @@ def batch(step: int, dtype: torch.dtype, size: int = BATCH) -> Tensor:
     return x.to(dtype).chunk(count)[rank]
 
 
-def make(model: str, dtype: torch.dtype, wrapped: bool = True, ddp: dict | None = None, **given: Any):
+def sharded(net: nn.Module, copies: int = 1) -> nn.Module:
+    """The net, its layers and it given to ``fully_shard``; ``copies``: of it (HSDP)."""
+    size = dist.get_world_size()
+    shape, names = ((size,), ("shard",)) if copies == 1 else ((copies, size // copies), ("copy", "shard"))
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for child in net.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def make(model: str, dtype: torch.dtype, wrapped: bool = True, ddp: dict | None = None, copies: int = 0, **given: Any):
+    """``copies``: with fully_shard, of so many copies of the model."""
     torch.manual_seed(0)
     net = MODELS[model]().to(dtype)
     several = dist.is_initialized()
+    wrapped = wrapped and not copies
+    if copies and several:
+        net = sharded(net, copies)
     outer = DistributedDataParallel(net, **(ddp or {})) if wrapped and several else net
     settings = {"lr": 0.02, "update_aux_every": 2, "anchor_every": 4, "curvature_batch": None, **given}
-    group = dist.group.WORLD if several and not wrapped else None
+    group = dist.group.WORLD if several and not wrapped and not copies else None
     optimizer = FishLeg(
         outer, likelihood=Predictable(), thin_gradients=False, backend="reference", process_group=group, **settings
     )

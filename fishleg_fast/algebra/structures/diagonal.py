@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -55,10 +56,7 @@ class Diagonal(Structure):
     @torch.no_grad()
     def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
         """E[g²]."""
-        moments = self.new_moments()
-        for g in grads:
-            moments["diagonal"].addcmul_(g, g, value=1 / len(grads))
-        return moments
+        return {"diagonal": reduce(torch.add, (g * g for g in grads)) / len(grads)}
 
     @torch.no_grad()
     def layer_moments(self, a: Tensor, e: Tensor, count: float, positions: int | None = None) -> Aux:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -93,12 +94,11 @@ class Kronecker(Structure):
     @torch.no_grad()
     def gradient_moments(self, grads: Sequence[Tensor]) -> Aux:
         """E[GGᵀ] and E[GᵀG], each over the square root of their common trace, so that rows ⊗ columns has F's trace."""
-        moments = self.new_moments()
-        for g in grads:
-            moments["rows"].add_(cross(g, g, moments["rows"]), alpha=1 / len(grads))
-            moments["columns"].add_(cross(g.T, g.T, moments["columns"]), alpha=1 / len(grads))
-        root = trace(moments["rows"]).sqrt().clamp_min(torch.finfo(moments["rows"].dtype).tiny)
-        return {name: moment / root for name, moment in moments.items()}
+        R, L = list(self.fishleg_aux.values())[:2]  # their layouts
+        rows = reduce(torch.add, (cross(g, g, R) for g in grads)) / len(grads)
+        columns = reduce(torch.add, (cross(g.T, g.T, L) for g in grads)) / len(grads)
+        root = trace(rows).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
+        return {"rows": rows / root, "columns": columns / root}
 
     @torch.no_grad()
     def layer_moments(self, a: Tensor, e: Tensor, count: float, positions: int | None = None) -> Aux:

@@ -1,0 +1,110 @@
+"""Gradients of sharded parameters to the owners of their blocks, and updates back: one all-to-all each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.block import Block, is_sharded
+from .sharding import Sharding
+
+Slot = tuple[int, int]  # numbers of a block and of one of its parts
+
+
+class Exchange:
+    """``layouts``: all blocks, on every rank, whose parts are the model's parameters; ``owners``: of each."""
+
+    def __init__(self, sharding: Sharding, layouts: Sequence[Block], owners: Sequence[int]) -> None:
+        self.sharding, self.layouts, self.owners = sharding, layouts, owners
+
+    def _sent(self, slot: Slot, rank: int) -> int:
+        """How many entries of a part's gradient come from a rank."""
+        part = self.layouts[slot[0]].parts[slot[1]]
+        sharded = is_sharded(part.param)
+        return self.sharding.piece(part, rank).shape(part.shape).numel() if sharded else 0
+
+    def _returned(self, slot: Slot, rank: int) -> int:
+        """How many entries of a part's update a rank needs: all of one that it has whole."""
+        part = self.layouts[slot[0]].parts[slot[1]]
+        return self._sent(slot, rank) if is_sharded(part.param) else part.shape.numel()
+
+    def _slots_of(self, slots: Sequence[Slot], owner: int) -> list[Slot]:
+        return [slot for slot in slots if self.owners[slot[0]] == owner]
+
+    def gather(self, grads: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
+        """Whole gradients of the parts of blocks that this rank owns, from the pieces of all: of the parts in
+        ``grads``, which are the same ones on all ranks. Those of parameters that are not sharded are as they are here.
+        """
+        by_dtype: dict[torch.dtype, list[Slot]] = {}
+        for slot, g in grads.items():
+            by_dtype.setdefault(g.dtype, []).append(slot)
+        found: dict[Slot, Tensor] = {}
+        for slots in by_dtype.values():
+            found |= self._gather(slots, grads)
+        return found
+
+    def _gather(self, slots: Sequence[Slot], grads: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
+        s = self.sharding
+        mine = self._slots_of(slots, s.index)
+        ordered = [slot for owner in range(s.count) for slot in self._slots_of(slots, owner)]
+        sharded = [slot for slot in ordered if is_sharded(grads[slot])]
+        pieces = [s.local(self.layouts[b].parts[k], grads[b, k]).reshape(-1) for b, k in sharded]
+        sizes = [sum(self._sent(slot, s.index) for slot in self._slots_of(slots, owner)) for owner in range(s.count)]
+        received = [sum(self._sent(slot, rank) for slot in mine) for rank in range(s.count)]
+        flat = torch.cat(pieces) if pieces else next(iter(grads.values())).new_empty(0)
+        come = s.exchange(flat, sizes, received).split(received)
+        found = {slot: _whole(self.layouts[slot[0]].parts[slot[1]].shape, grads[slot]) for slot in mine}
+        for rank, flat in enumerate(come):
+            at = 0
+            for b, k in mine:
+                if not (size := self._sent((b, k), rank)):
+                    continue
+                part = self.layouts[b].parts[k]
+                piece = s.piece(part, rank)
+                found[b, k].narrow(piece.dim, piece.start, piece.length).copy_(
+                    flat[at : at + size].view(piece.shape(part.shape))
+                )
+                at += size
+        for b, k in mine:
+            if not is_sharded(grads[b, k]):
+                found[b, k] = self.layouts[b].parts[k].of(grads[b, k])
+        return found
+
+    def scatter(self, slots: Sequence[Slot], updates: Callable[[Slot], Tensor]) -> Iterator[tuple[Slot, Tensor]]:
+        """This rank's piece of the update of every part in ``slots``; ``updates``: the whole ones of those it owns."""
+        by_dtype: dict[torch.dtype, list[Slot]] = {}
+        for slot in slots:
+            by_dtype.setdefault(self.layouts[slot[0]].dtype, []).append(slot)
+        for together in by_dtype.values():
+            yield from self._scatter(together, updates)
+
+    def _scatter(self, slots: Sequence[Slot], updates: Callable[[Slot], Tensor]) -> Iterator[tuple[Slot, Tensor]]:
+        s = self.sharding
+        mine = self._slots_of(slots, s.index)
+        pieces = []
+        for rank in range(s.count):
+            for b, k in mine:
+                part = self.layouts[b].parts[k]
+                piece = s.piece(part, rank)
+                whole = updates((b, k))
+                pieces.append((whole.narrow(piece.dim, piece.start, piece.length) if whole.ndim else whole).reshape(-1))
+        sizes = [sum(self._returned(slot, rank) for slot in mine) for rank in range(s.count)]
+        owned = [self._slots_of(slots, owner) for owner in range(s.count)]
+        received = [sum(self._returned(slot, s.index) for slot in theirs) for theirs in owned]
+        first = self.layouts[slots[0][0]]
+        empty = torch.empty(0, dtype=first.dtype, device=first.parts[0].param.device)
+        come = s.exchange(torch.cat(pieces) if pieces else empty, sizes, received).split(received)
+        for theirs, flat in zip(owned, come, strict=True):
+            at = 0
+            for b, k in theirs:
+                part = self.layouts[b].parts[k]
+                shape = s.piece(part, s.index).shape(part.shape) if part.shape else part.shape
+                size = self._returned((b, k), s.index)
+                yield (b, k), flat[at : at + size].view(shape)
+                at += size
+
+
+def _whole(shape: torch.Size, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,192 @@
+"""The blocks of a model whose parameters are sharded: all of them as layouts, and those that this rank owns.
+
+A layout has the model's parameters as its parts, and a structure without memory. A block of this rank's own has λ and
+all state, and stand-ins for its parameters: whole, and zero but while a step is taken, so that they hold its update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra.matrix import widest
+from ..algebra.structures.base import Structure
+from ..model.assemble import StructureChoice, build_blocks
+from ..model.block import Block, Part, advance, is_sharded
+from .exchange import Exchange
+from .owners import assign_owners
+from .sharding import Sharding
+from .unit_views import Slot, UnitViews
+
+
+class ShardedModel:
+    """``layouts``: all blocks in the model's order; ``owners``: the number of each one's rank; ``mine``: this rank's
+    own, by their numbers. ``structures``: of all, with memory where this rank owns the block.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        layouts: Sequence[Block],
+        owners: Sequence[int],
+        structures: Sequence[Structure],
+        likelihood: nn.Module | None,
+    ) -> None:
+        self.sharding, self.layouts = sharding, list(layouts)
+        self.device = self.layouts[0].parts[0].param.device
+        self.owners = list(owners)
+        self._numbers = {id(b): k for k, b in enumerate(self.layouts)}
+        self.mine: dict[int, Block] = {}
+        for number, layout in enumerate(self.layouts):
+            if self.owners[number] == sharding.index:
+                self.mine[number] = _stand_in(layout, structures[number])
+                self._numbers[id(self.mine[number])] = number
+            layout.step = torch.zeros((), dtype=torch.float32, device="cpu")
+        self._exchange = Exchange(sharding, self.layouts, self.owners)
+        self.views = UnitViews(sharding, self.layouts, self.owners)
+        self._noise = set() if likelihood is None else set(map(id, likelihood.parameters()))
+
+    @staticmethod
+    def of(
+        sharding: Sharding,
+        roots: Sequence[tuple[str, nn.Module]],
+        parameters: list[nn.Parameter],
+        structure: StructureChoice | Mapping[str, StructureChoice],
+        max_factor_size: int | str | None,
+    ) -> ShardedModel:
+        """Of the parameters of ``roots``, (prefix of names, module) each."""
+
+        def build(device: Callable[[int], torch.device | None]) -> list[Block]:
+            found: list[Block] = []
+            for prefix, root in roots:
+                here = partial(_from, device, len(found))
+                found += build_blocks(root, parameters, structure, max_factor_size, prefix, here)
+            return found
+
+        layouts = build(lambda k: torch.device("meta"))
+        owners = assign_owners(layouts, sharding.count)
+        made = build(lambda k: None if owners[k] == sharding.index else torch.device("meta"))
+        likelihood = [root for prefix, root in roots if prefix]
+        return ShardedModel(
+            sharding, layouts, owners, [b.structure for b in made], likelihood[0] if likelihood else None
+        )
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those that this rank owns."""
+        return list(self.mine.values())
+
+    def number(self, block: Block) -> int:
+        """Of a layout, or of a block that this rank owns."""
+        return self._numbers[id(block)]
+
+    def matrix(self, block: Block, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One whole tensor a part, None for zeros -> (m, n) in λ's dtype."""
+        shapes = [part.shape for part in block.parts]
+        zeros = lambda shape: torch.zeros(shape, dtype=block.dtype, device=self.device)
+        rows = block.shape[0] if block.axis else None
+        found = [zeros(s) if t is None else t.to(block.dtype) for t, s in zip(tensors, shapes, strict=True)]
+        pieces = [t.reshape(rows or t.numel(), -1) for t in found]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=block.axis)
+
+    def noise_slots(self, numbers: set[int] | None = None) -> list[tuple[Slot, nn.Parameter]]:
+        """The parts that are parameters of the likelihood, of those blocks or of all."""
+        return [
+            ((b, k), part.param)
+            for b, block in enumerate(self.layouts)
+            for k, part in enumerate(block.parts)
+            if id(part.param) in self._noise and (numbers is None or b in numbers)
+        ]
+
+    def gather(self) -> list[Block]:
+        """The blocks of this rank that have a gradient in this step, which they are given; all ranks call it."""
+        grads: dict[Slot, Tensor] = {}
+        for b, layout in enumerate(self.layouts):
+            for k, part in enumerate(layout.parts):
+                g = part.param.grad
+                if g is not None:
+                    grads[b, k] = -g if layout.groups[k]["maximize"] else g
+        self._stepped = sorted(grads)
+        found = self._exchange.gather(grads) if grads else {}
+        for number, block in self.mine.items():
+            block.grads = [found.get((number, k)) for k in range(len(block.parts))]
+        return [b for b in self.mine.values() if any(g is not None for g in b.grads)]
+
+    def counters(self) -> dict[Tensor, Tensor]:
+        """How often the block of each parameter was stepped, of those that are elsewhere."""
+        away = [b for k, b in enumerate(self.layouts) if k not in self.mine]
+        return {p: b.step for b in away for p in b.params}
+
+    def total(self, here: Tensor) -> Tensor:
+        """Σ over the owners of blocks."""
+        return self.sharding.over_owners(here.to(self.device, widest(self.device)))
+
+    def everywhere(self, ok: Tensor) -> Tensor:
+        """Whether it is so on all ranks."""
+        return self.total((~ok).to(torch.float32)) == 0
+
+    def others(self) -> list[nn.Parameter]:
+        """The parameters that every rank has whole, of which fully_shard does not average the gradients."""
+        return list({id(p): p for b in self.layouts for p in b.params if not is_sharded(p)}.values())
+
+    def step(self, blocks: Sequence[Block], move: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """``move`` steps the stand-ins of ``blocks``, and all ranks the parameters by that, where it can everywhere."""
+        norms, ok = torch.zeros(0, device=self.device), torch.ones((), dtype=torch.bool, device=self.device)
+        if blocks:
+            norms, ok = move()
+        ok = self.everywhere(ok)
+        self._apply(bool(ok))
+        return norms, ok
+
+    @torch.no_grad()
+    def _apply(self, ok: bool) -> None:
+        """Move the parameters by what this step made of the stand-ins, where ``ok``; those are zero again then."""
+        stand_ins: list[Tensor] = [part.param for b in self.mine.values() for part in b.parts]
+        if ok:
+            updates = self._exchange.scatter(self._stepped, lambda slot: self.mine[slot[0]].parts[slot[1]].param)
+            for (b, k), update in updates:
+                layout = self.layouts[b]
+                group, part = layout.groups[k], layout.parts[k]
+                local = self.sharding.local(part, part.param)
+                wide = local.to(update.dtype)
+                decay = group["lr"] * group["weight_decay"]
+                local.copy_(wide - decay * wide + update)
+            advance([self.layouts[b].step for b in sorted({b for b, _ in self._stepped})])
+        if stand_ins:
+            torch._foreach_zero_(stand_ins)
+
+
+def _from(device: Callable[[int], torch.device | None], first: int, number: int) -> torch.device | None:
+    return device(first + number)
+
+
+def check_settings(settings: Any, process_group: object) -> None:
+    """ValueError where one does not go with sharded parameters."""
+    wrong = {
+        "process_group": (process_group, "None, since the parameters tell", process_group is not None),
+        "normalize": (settings.normalize, "'auto', 'rms', 'spectral' or None", settings.normalize == "trust"),
+        "anchor_from": (settings.anchor_from, "'drawn'", settings.anchor_from != "drawn"),
+        "capturable": (settings.capturable, "False", settings.capturable),
+        "fisher": (
+            settings.fisher,
+            "'ggn', with a likelihood, or update_aux_every=0",
+            settings.fisher != "ggn" and bool(settings.update_aux_every),
+        ),
+    }
+    for name, (value, right, bad) in wrong.items():
+        if bad:
+            raise ValueError(f"{name} should be {right}, for a model that was given to fully_shard, but is: {value!r}")
+
+
+def _stand_in(layout: Block, structure: Structure) -> Block:
+    parts = []
+    for part in layout.parts:
+        zeros = torch.zeros(part.shape, dtype=layout.dtype, device=part.param.device)
+        parts.append(Part(nn.Parameter(zeros, requires_grad=part.param.requires_grad)))
+    block = Block(layout.name, parts, layout.axis, structure, layout.key, layout.layer)
+    block.repeated, block.sharded = layout.repeated, list(layout.params)
+    return block

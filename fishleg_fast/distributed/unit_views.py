@@ -1,0 +1,203 @@
+"""Passes of the optimizer's through a model that was given to ``fully_shard``.
+
+Parameters are whole for as long as the unit runs that they belong to: a module that was given to ``fully_shard``, with
+those below it that no other unit has. While it does, modules have other tensors in their parameters' places, as
+attributes that go before them: with tangents, or such as hand on their gradient, a unit's at a time, so that no rank
+ever holds all of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from ..model.block import Block
+from .sharding import Sharding, places
+
+Slot = tuple[int, int]  # numbers of a block and of one of its parts
+
+
+class _HandOn(torch.autograd.Function):
+    """The parameter as it is; its gradient goes to a function and no further. ``leaf``: what autograd is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, leaf: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+        ctx.take, ctx.leaf = take, leaf
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        ctx.take(grads[0])
+        return None, torch.zeros_like(ctx.leaf), None
+
+
+class _Place(NamedTuple):
+    """Where a module has a parameter, and which parts of blocks it is."""
+
+    module: nn.Module
+    name: str
+    parameter: int  # its number
+    slots: list[Slot]
+
+
+class UnitViews:
+    """``layouts``: all blocks of the model, whose parts are its parameters; ``owners``: of each."""
+
+    def __init__(self, sharding: Sharding, layouts: Sequence[Block], owners: Sequence[int]) -> None:
+        self._sharding, self._layouts, self._owners = sharding, layouts, owners
+        slots: dict[int, list[Slot]] = {}
+        for b, block in enumerate(layouts):
+            for k, part in enumerate(block.parts):
+                slots.setdefault(id(part.param), []).append((b, k))
+        self._slots = list(slots.values())  # of each parameter, by its number
+        numbers = {p: number for number, p in enumerate(slots)}
+        self._units: dict[int, list[_Place]] = {}
+        for unit, module, name, p in places(sharding.model, sharding.units):
+            if id(p) in numbers:
+                place = _Place(module, name, numbers[id(p)], slots[id(p)])
+                self._units.setdefault(id(unit), []).append(place)
+
+    @contextmanager
+    def _viewed(self, enter: Callable[[list[_Place]], Mapping[int, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+        """``enter``, when a unit starts, gives the view to make of each parameter, by number."""
+        handles: list[Any] = []
+        held: list[tuple[nn.Module, str]] = []
+
+        def start(here: list[_Place], module: nn.Module, args: tuple) -> None:
+            views, made = enter(here), dict[int, Tensor]()
+            for place in here:
+                if place.parameter in views:
+                    w = place.module._parameters[place.name]
+                    assert w is not None
+                    if place.parameter not in made:
+                        made[place.parameter] = views[place.parameter](w)
+                    place.module.__dict__[place.name] = made[place.parameter]
+                    held.append((place.module, place.name))
+
+        def stop(here: list[_Place], module: nn.Module, args: tuple, output: Any) -> None:
+            for place in here:
+                place.module.__dict__.pop(place.name, None)
+
+        for unit in self._sharding.units:
+            here = self._units.get(id(unit), [])
+            # After the unit's own hook, which has its parameters whole, and before that which lets go of them.
+            handles.append(unit.register_forward_pre_hook(partial(start, here)))
+            handles.append(unit.register_forward_hook(partial(stop, here), prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, name in held:
+                module.__dict__.pop(name, None)
+
+    @contextmanager
+    def with_tangents(self, mine: Mapping[Slot, Tensor]) -> Iterator[None]:
+        """Parameters carry v as their tangents. ``mine``: v of the parts of blocks that this rank owns and that have
+        any; belongs inside a level of forward-mode derivatives.
+        """
+
+        def enter(here: list[_Place]) -> dict[int, Callable[[Tensor], Tensor]]:
+            wanted = sorted({slot for place in here for slot in place.slots})
+            tangents = self.from_owners(wanted, mine)
+            return {
+                place.parameter: partial(self._dual, [tangents[slot] for slot in place.slots], place.slots)
+                for place in here
+            }
+
+        with self._viewed(enter):
+            yield
+
+    def _dual(self, tangents: Sequence[Tensor], slots: Sequence[Slot], w: Tensor) -> Tensor:
+        parts = [self._layouts[b].parts[k] for b, k in slots]
+        if len(parts) == 1 and parts[0].rows is None:
+            return forward_ad.make_dual(w, tangents[0].to(w.dtype))
+        whole = torch.zeros_like(w)
+        for part, t in zip(parts, tangents, strict=True):
+            part.of(whole).copy_(t)
+        return forward_ad.make_dual(w, whole)
+
+    def from_owners(self, slots: Sequence[Slot], mine: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
+        """What the owners of blocks have of these parts, zeros where they have none, on all ranks."""
+        found: dict[Slot, Tensor] = {}
+        for owner in sorted({self._owners[b] for b, _ in slots}):
+            theirs = [slot for slot in slots if self._owners[slot[0]] == owner]
+            for dtype in sorted({self._layouts[b].dtype for b, _ in theirs}, key=str):
+                these = [slot for slot in theirs if self._layouts[slot[0]].dtype == dtype]
+                shapes = [self._layouts[b].parts[k].shape for b, k in these]
+                if owner == self._sharding.index:
+                    blank = [torch.zeros((), dtype=dtype)] * len(these)
+                    flat = torch.cat(
+                        [
+                            mine[slot].reshape(-1).to(dtype) if slot in mine else zero.expand(shape.numel())
+                            for slot, shape, zero in zip(these, shapes, blank, strict=True)
+                        ]
+                    )
+                else:
+                    device = self._layouts[these[0][0]].parts[0].param.device
+                    flat = torch.empty(sum(s.numel() for s in shapes), dtype=dtype, device=device)
+                self._sharding.from_owner(flat, owner)
+                pieces = flat.split([s.numel() for s in shapes])
+                found |= {slot: piece.view(s) for slot, piece, s in zip(these, pieces, shapes, strict=True)}
+        return found
+
+    @contextmanager
+    def handing_on(self, blocks: set[int], leaf: Tensor, take: Callable[[Slot, Tensor], None]) -> Iterator[None]:
+        """Gradients of the parts of ``blocks`` go to ``take`` as backward passes come by them. ``leaf``: what autograd
+        has to be asked for so that it does. Backward passes belong inside.
+        """
+
+        def hand_on(slots: Sequence[Slot], gradient: Tensor) -> None:
+            with torch.no_grad():
+                for b, k in slots:
+                    if b in blocks:
+                        take((b, k), self._layouts[b].parts[k].of(gradient))
+
+        def view(slots: Sequence[Slot], w: Tensor) -> Tensor:
+            return _HandOn.apply(w, leaf, partial(hand_on, slots))
+
+        def enter(here: list[_Place]) -> dict[int, Callable[[Tensor], Tensor]]:
+            chosen = [place for place in here if any(b in blocks for b, _ in place.slots)]
+            return {place.parameter: partial(view, place.slots) for place in chosen}
+
+        with self._viewed(enter):
+            yield
+
+
+class Reduction:
+    """Sums over ranks of tensors that come one after another, the same ones on all ranks in the same order, each to
+    the owner of its block: some at a time together. ``take``: is given each sum, on the owner.
+    """
+
+    LEAST = 2**22  # entries that go together
+
+    def __init__(self, sharding: Sharding, owners: Sequence[int], take: Callable[[Any, Tensor], None]) -> None:
+        self._sharding, self._owners, self._take = sharding, owners, take
+        self._waiting: list[tuple[int, Any, Tensor]] = []
+        self._entries = 0
+
+    def add(self, block: int, key: Any, t: Tensor) -> None:
+        """A tensor for the owner of ``block``; ``key``: what ``take`` is told."""
+        self._waiting.append((self._owners[block], key, t))
+        self._entries += t.numel()
+        if self._entries > self.LEAST:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is left."""
+        waiting, self._waiting, self._entries = self._waiting, [], 0
+        kinds = sorted({(owner, str(t.dtype)) for owner, _, t in waiting})
+        for owner, dtype in kinds:
+            these = [(key, t) for o, key, t in waiting if o == owner and str(t.dtype) == dtype]
+            flat = torch.cat([t.reshape(-1) for _, t in these])
+            self._sharding.to_owner(flat, owner)
+            if owner == self._sharding.index:
+                pieces = flat.split([t.numel() for _, t in these])
+                for (key, t), piece in zip(these, pieces, strict=True):
+                    self._take(key, piece.view(t.shape))
