@@ -314,10 +314,13 @@ class FishLeg(Optimizer):
         """Blocks for the groups' parameters, once. RuntimeError where those have changed since."""
         if self._sharded is not None:
             if not self._groups.current(self.param_groups):
-                raise RuntimeError(
-                    "parameters of a model that was given to fully_shard should stay in their groups, but some came or "
-                    "left: make the optimizer anew"
-                )
+                now = {id(p) for group in self.param_groups for p in group["params"] if p.numel()}
+                if now != {id(p) for b in self._layouts for p in b.params}:
+                    raise RuntimeError(
+                        "parameters of a model that was given to fully_shard should stay in the optimizer, but some "
+                        "came or left: make another"
+                    )
+                self._groups.assign([*self._layouts, *self.blocks], self.param_groups)
             return
         _, new = self._groups.changes([], self.param_groups)
         check_membership(self._roots, new, may_be_sharded=True)

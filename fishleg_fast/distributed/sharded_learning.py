@@ -281,7 +281,7 @@ class _ShardedLayerPass(LayerPass):
     def run(self, passes: IsolatedPasses, inputs: Inputs) -> float:
         """As the base's."""
         numbers = {self._model.number(b) for b in self._blocks}
-        with self._model.views.handing_on(numbers if passes.checkpointed else set(), self._leaf, lambda slot, g: None):
+        with self._model.views.handing_on(numbers, self._leaf, lambda slot, g: None):
             return super().run(passes, inputs)
 
     def _leaves(self, block: Block) -> Iterable[Tensor]:

@@ -151,8 +151,8 @@ class Embedding(Layer):
     def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The words (positions,) and e (positions, dim), without padding."""
         assert isinstance(block.layer, nn.Embedding)
-        moments = block.structure.new_moments()
-        if "rows" not in moments or moments["rows"].ndim != 1:
+        structure = block.structure
+        if "rows" not in structure.moments or next(iter(structure.fishleg_aux.values())).ndim != 1:
             return None
         words, e = x.reshape(-1), self.output_gradients(block.layer, e)
         if block.layer.padding_idx is None:
@@ -166,10 +166,10 @@ class Embedding(Layer):
 
     def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
         """rows = how often each word occurs (the second moment of one-hot inputs), columns = count·Σ e eᵀ."""
-        moments, words, e = block.structure.new_moments(), a, e.to(block.dtype)
-        moments["rows"] += torch.bincount(words, minlength=block.shape[0]).to(e.dtype) / max(words.numel(), 1)
-        moments["columns"] += cross(e.T, e.T, moments["columns"]) * count
-        return moments
+        words, e = a, e.to(block.dtype)
+        _, L = list(block.structure.fishleg_aux.values())[:2]  # its layout
+        rows = torch.bincount(words, minlength=block.shape[0]).to(e.dtype) / max(words.numel(), 1)
+        return {"rows": rows, "columns": cross(e.T, e.T, L) * count}
 
 
 class Norm(Layer):

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from fishleg_fast import FishLeg, GaussianLikelihood
 
@@ -63,7 +65,96 @@ def convolutions() -> nn.Module:
     )
 
 
-MODELS = {"mlp": mlp, "attention": Attend, "convolutions": convolutions, "unused": Unused}
+class Mix(nn.Module):
+    """A layer of a transformer that is made of plain ones: attention over positions, and a small net."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.RMSNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](h)).unflatten(2, (2, -1)).transpose(1, 2).chunk(3, -1)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return h + self.down(F.gelu(self.up(self.norms[1](h))))
+
+
+class Gpt(nn.Module):
+    """Words, positions, layers."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(4, width), nn.Embedding(6, width)
+        self.layers = nn.ModuleList([Mix(width) for _ in range(2)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x[:, :6] > 0) * 2 + (x[:, 6:] > 0.5)
+        h = self.words(words) + self.positions(torch.arange(6).expand(len(x), 6))
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(self.norm(h)).mean(1)
+
+
+class Residual(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.GroupNorm(2, width) for _ in range(2)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = self.norms[0](self.convolutions[0](h)).relu()
+        return (h + self.norms[1](self.convolutions[1](y))).relu()
+
+
+def resnet() -> nn.Module:
+    """Without BatchNorm, whose statistics are of a rank's own batch."""
+    first = nn.Conv2d(1, 4, 3, padding=1)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3, 4)), first, Residual(4), Residual(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+class Checkpointed(nn.Module):
+    """Layers that run once more during the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            x = checkpoint(layer, x, use_reentrant=False).tanh()
+        return self.last(x)
+
+
+class Hidden(nn.Module):
+    """A layer that hides from one of two derivatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.first(x)
+        return self.last((h + self.first(x)).tanh())
+
+
+MODELS = {
+    "mlp": mlp,
+    "attention": Attend,
+    "convolutions": convolutions,
+    "unused": Unused,
+    "gpt": Gpt,
+    "resnet": resnet,
+    "checkpointed": Checkpointed,
+    "hidden": Hidden,
+}
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -82,14 +173,23 @@ def sharded(net: nn.Module, copies: int = 1) -> nn.Module:
     size = dist.get_world_size()
     shape, names = ((size,), ("shard",)) if copies == 1 else ((copies, size // copies), ("copy", "shard"))
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for child in net.children():
-        if any(True for _ in child.parameters()):
+    for child in net.modules():
+        small = any(child is c for c in net.children()) and [*child.parameters(recurse=False)]
+        if isinstance(child, (Mix, Residual)) or small:
             fully_shard(child, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
 
-def make(model: str, dtype: torch.dtype, wrapped: bool = True, ddp: dict | None = None, copies: int = 0, **given: Any):
-    """``copies``: with fully_shard, of so many copies of the model."""
+def make(
+    model: str,
+    dtype: torch.dtype,
+    wrapped: bool = True,
+    ddp: dict | None = None,
+    copies: int = 0,
+    noise: bool = False,
+    **given: Any,
+):
+    """``copies``: with fully_shard, of so many copies of the model. ``noise``: learn the likelihood's."""
     torch.manual_seed(0)
     net = MODELS[model]().to(dtype)
     several = dist.is_initialized()
@@ -100,14 +200,19 @@ def make(model: str, dtype: torch.dtype, wrapped: bool = True, ddp: dict | None 
     settings = {"lr": 0.02, "update_aux_every": 2, "anchor_every": 4, "curvature_batch": None, **given}
     group = dist.group.WORLD if several and not wrapped and not copies else None
     optimizer = FishLeg(
-        outer, likelihood=Predictable(), thin_gradients=False, backend="reference", process_group=group, **settings
+        outer,
+        likelihood=Predictable(learn=noise).to(dtype),
+        thin_gradients=False,
+        backend="reference",
+        process_group=group,
+        **settings,
     )
     return net, outer, optimizer
 
 
-def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+def loss_of(net: nn.Module, x: Tensor, likelihood: GaussianLikelihood | None = None) -> Tensor:
     outputs = net(x)
-    return Predictable().nll(outputs.detach().sin() + 1, outputs)
+    return (likelihood or Predictable()).nll(outputs.detach().sin() + 1, outputs)
 
 
 def tensors(net: nn.Module, optimizer: FishLeg) -> list[Tensor]:

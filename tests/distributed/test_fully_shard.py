@@ -1,0 +1,154 @@
+"""fully_shard (FSDP2), also with copies (HSDP): the same as one process on the joined batch, and λ on one rank each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support import sharded_cases
+from support.dense import relative
+from support.ranks import RanksFailed, run_ranks
+
+CASES: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp"},
+    "convolutions": {"model": "convolutions"},
+    "gpt": {"model": "gpt", "steps": 30, "lr": 1e-3},
+    "resnet": {"model": "resnet", "steps": 30, "lr": 1e-3},
+    "attention": {"model": "attention"},
+    "learned noise": {"model": "mlp", "noise": True},
+    "learned noise, pure": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0},
+    "checkpointed": {"model": "checkpointed"},
+    "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
+    "spectral": {"model": "mlp", "normalize": "spectral", "weight_decay": 0.1},
+    "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
+    "momentum after": {"model": "mlp", "momentum": "after", "nesterov": False},
+    "diagkron": {"model": "mlp", "structure": "diagkron"},
+    "sumkron": {"model": "mlp", "structure": "sumkron"},
+    "small factors": {"model": "mlp", "max_factor_size": 3},
+    "best multiple": {"model": "mlp", "learn_scale": False},
+    "preconditioned": {"model": "mlp", "precondition_aux": True},
+    "ascent": {"model": "mlp", "maximize": True, "lr": 1e-3},
+    "pure": {"model": "mlp", "init": "sgd", "anchor_every": 0},
+    "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
+    "float32": {"model": "mlp", "dtype": torch.float32},
+}
+LOOSE = {torch.bfloat16: 0.05, torch.float32: 1e-5}
+# Moments of what no layer shows are of gradients of each rank's batch, and so as of the joined batch in expectation alone.
+UNEQUAL = ("attention", "learned noise")
+FEW = ("mlp", "gpt", "attention", "spectral")
+COPIES = {f"{name}, copies": {**CASES[name], "copies": 2} for name in ("mlp", "gpt")}
+RUNS = [(2, name) for name in CASES] + [(4, name) for name in (*FEW, *COPIES)]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[dict[str, dict]]]:
+    """By the number of ranks, of each rank, its cases."""
+    where = "support.sharded_cases:many"
+    four = {name: {**CASES, **COPIES}[name] for name in (*FEW, *COPIES)}
+    return {2: run_ranks(2, where, cases=CASES), 4: run_ranks(4, where, cases=four)}
+
+
+@pytest.mark.parametrize(("count", "name"), RUNS)
+def test_ranks_stay_equal_bit_for_bit(count: int, name: str, found: dict[int, list[dict[str, dict]]]) -> None:
+    first, *others = found[count]
+    for other in others:
+        assert other[name]["told"] == first[name]["told"] and other[name]["norms"] == first[name]["norms"]
+        assert all(torch.equal(a, b) for a, b in zip(first[name]["tensors"], other[name]["tensors"], strict=True))
+
+
+@pytest.mark.parametrize(("count", "name"), RUNS)
+def test_ranks_train_as_one_process_on_the_joined_batch(
+    count: int, name: str, found: dict[int, list[dict[str, dict]]]
+) -> None:
+    given = dict({**CASES, **COPIES}[name])
+    given.pop("copies", None)
+    want, mine = sharded_cases.train(**given), found[count][0][name]
+    assert mine["told"] == want["told"] and mine["told"]["skipped_aux_steps"] == 0
+    assert mine["told"]["anchors"] > 0 or given.get("anchor_every") == 0
+    if name not in UNEQUAL:
+        errors = [relative(a, b) for a, b in zip(mine["tensors"], want["tensors"], strict=True)]
+        assert max(errors) <= LOOSE.get(given.get("dtype", torch.float64), 1e-11), errors
+
+
+@pytest.mark.parametrize(("count", "name"), RUNS)
+def test_every_block_is_on_one_rank(count: int, name: str, found: dict[int, list[dict[str, dict]]]) -> None:
+    copies = {**CASES, **COPIES}[name].get("copies", 1)
+    held = sorted(block for rank in found[count][: count // copies] for block in rank[name]["blocks"])
+    assert held == sorted(found[count][0][name]["told"]["normalize"])
+    assert len(set(held)) == len(held)
+
+
+def test_state_is_shared_out(found: dict[int, list[dict[str, dict]]]) -> None:
+    """To each rank no more than its part of it, and half of the largest block more."""
+    alone = sharded_cases.train(**CASES["gpt"])["bytes"]
+    for count in (2, 4):
+        bytes_ = [rank["gpt"]["bytes"] for rank in found[count]]
+        assert max(bytes_) <= 1.35 * alone / count, (alone, bytes_)
+
+
+REFUSED = {
+    "trust": "normalize should be 'auto', 'rms', 'spectral' or None.*'trust'",
+    "training": "anchor_from should be 'drawn'",
+    "capturable": "capturable should be False",
+    "hessian": "fisher should be 'ggn'.*or update_aux_every=0",
+    "other meshes": r"parameter '.\.weight' should be sharded along one dimension.*on the mesh of the others",
+    "another rate": "parameter groups is .*'0.01'.* on rank 0 and .*'0.02'.* on rank 1",
+    "replaced": "should stay in the optimizer",
+    "hidden": "WrongDerivative: vᵀFv should be one number",
+}
+
+
+def test_what_does_not_go_with_it_is_refused_by_name() -> None:
+    for said in run_ranks(2, "support.sharded_cases:refusals", names=list(REFUSED)):
+        for name, pattern in REFUSED.items():
+            with pytest.raises(AssertionError, match=pattern):
+                raise AssertionError(said[name])
+
+
+WENT_ON = {
+    "nan in a pass": dict(steps=8, aux_steps=4, anchors=2, skipped_steps=0, skipped_aux_steps=1),
+    "empty": dict(steps=8, aux_steps=4, anchors=2, skipped_steps=0, skipped_aux_steps=0),
+    "nan": dict(steps=7, aux_steps=4, anchors=2, skipped_steps=1, skipped_aux_steps=0),
+}
+
+
+def test_what_one_rank_sees_is_skipped_or_postponed_by_all() -> None:
+    first, second = run_ranks(2, "support.sharded_cases:faults", kinds=list(WENT_ON))
+    for kind, counts in WENT_ON.items():
+        a, b = first[kind], second[kind]
+        assert a["told"] == b["told"] and a["told"] == a["told"] | counts, (kind, a["told"])
+        assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(a["tensors"], b["tensors"], strict=True))
+
+
+def test_a_rank_that_dies_ends_the_others() -> None:
+    with pytest.raises(RanksFailed, match="rank 1 ended with -9") as told:
+        run_ranks(2, "support.sharded_cases:killed", patience=60.0)
+    assert "rank 0 ended with 1" in str(told.value) and "Error" in str(told.value)
+
+
+@pytest.mark.parametrize("model", ["mlp", "gpt"])
+def test_a_training_goes_on_with_more_ranks_with_fewer_and_alone(model: str, tmp_path: Path) -> None:
+    folder = sharded_cases.folder_of(tmp_path / "checkpoint")
+    whole = run_ranks(2, "support.sharded_cases:saved", folder=folder, steps=10, at=4, model=model)
+    four = run_ranks(4, "support.sharded_cases:resumed", folder=folder, steps=10, model=model)
+    one = sharded_cases.resumed(folder, 10, model)
+    for other in (four[0], one):
+        assert other["first"] == 5
+        errors = [relative(a, b) for a, b in zip(other["tensors"], whole[0]["tensors"], strict=True)]
+        assert max(errors) <= 1e-9, errors
+    seeds = [tuple(rank["seeds"]) for rank in (*whole, *four[2:], one)]
+    assert seeds[0] == seeds[4] and len(set(seeds)) == 4
+
+
+def test_a_training_of_four_ranks_goes_on_alone(tmp_path: Path) -> None:
+    folder = sharded_cases.folder_of(tmp_path / "checkpoint")
+    whole = run_ranks(4, "support.sharded_cases:saved", folder=folder, steps=10, at=5)
+    for other in (
+        sharded_cases.resumed(folder, 10),
+        run_ranks(2, "support.sharded_cases:resumed", folder=folder, steps=10)[0],
+    ):
+        errors = [relative(a, b) for a, b in zip(other["tensors"], whole[0]["tensors"], strict=True)]
+        assert max(errors) <= 1e-9, errors
