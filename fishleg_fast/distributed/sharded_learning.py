@@ -20,6 +20,7 @@ from ..algebra.maths import Aux
 from ..algebra.matrix import Matrix, dense, dot, widest
 from ..algebra.structures.base import LayerStatistics
 from ..backends.protocol import Ops
+from ..fisher.layer_check import LayerCheck, probe
 from ..fisher.layer_pass import LayerPass, Share
 from ..fisher.learning import CurvatureLearner, CurvatureOptions, set_units
 from ..fisher.moments import chunks_of
@@ -51,9 +52,13 @@ class ShardedLearner(CurvatureLearner):
             return []
         return [b for b in self._model.layouts if b.structure.moments and any(p.requires_grad for p in b.params)]
 
+    def state(self, blocks: Sequence[Block]) -> dict[str, Any]:
+        """As the base's: the same on all ranks."""
+        return super().state(self._model.layouts)
+
     def load(self, saved: Mapping[str, Any], blocks: Sequence[Block]) -> None:
         """As the base's."""
-        super().load(saved, blocks)
+        super().load(saved, self._model.layouts)
         self._started = saved.get("anchors", 0) > 0
 
     def anchor(self, blocks: Sequence[Block], due: Sequence[Block], tap: StatisticsTap | None = None) -> None:
@@ -97,15 +102,24 @@ class ShardedLearner(CurvatureLearner):
 
     def _moments(self, due: Sequence[Block], inputs: Inputs, shared: _SharedMoments) -> float:
         """What tells the blocks' second moments, on drawn labels; how many terms the loss is the mean of."""
-        for b in due:
-            b.layer_agrees = b.layer is not None  # there is no gradient of its own to compare what a layer shows with
-        shown = [b for b in due if b.layer is not None]
+        self._check_layers(due, inputs)
+        shown = [b for b in due if b.layer is not None and b.layer_agrees]
         layers = _ShardedLayerPass(self._model, shown, shared.add)
         terms = self.passes.run(inputs, self.passes.seed(), partial(layers.run, self.passes, inputs))
-        rest = [b for b in due if b.layer is None] + layers.unseen + layers.hidden
+        rest = [b for b in due if b not in shown] + layers.unseen + layers.hidden
         if rest:
             shared.add(Share(rest, self._gradient_moments(rest, inputs)))
         return terms
+
+    def _check_layers(self, due: Sequence[Block], inputs: Inputs) -> None:
+        """As ``fisher.layer_check.check_layers``: what a layer shows is made use of if it is right on all ranks."""
+        told = [b for b in due if b.layer is not None]
+        look = self.passes.attempts("moments", "layers").check_due(self.passes.mode())
+        if told and (look or any(b.layer_agrees is None for b in told)):
+            check = _ShardedLayerCheck(self._model, told)
+            self.passes.run(inputs, 0, partial(check.run, self.passes, inputs))
+            for block, wrong in zip(told, self.ranks.sums(check.wrong()), strict=True):
+                block.layer_agrees = not wrong
 
     def _gradient_moments(self, blocks: Sequence[Block], inputs: Inputs) -> list[Aux]:
         """From gradients on drawn labels, of parts of this rank's batch."""
@@ -120,7 +134,7 @@ class ShardedLearner(CurvatureLearner):
             terms = self.passes.run(chunk, self.passes.seed(), partial(self._drawn, chunk, set(numbers), add))
             for block, number, mine in zip(blocks, numbers, samples, strict=True):
                 found = [grads.get((number, k)) for k in range(len(block.parts))]
-                mine.append(self._model.matrix(block, found) * terms**0.5)
+                mine.append(block.matrix(found) * terms**0.5)
         return [b.structure.gradient_moments(mine) for b, mine in zip(blocks, samples, strict=True)]
 
     def _drawn(self, inputs: Inputs, numbers: set[int], take: Any) -> float:
@@ -222,7 +236,7 @@ class ShardedLearner(CurvatureLearner):
         reduction.flush()
         size = self.ranks.size
         found = {slot: t / size for slot, t in products.items()}
-        matrices = [model.matrix(b, [found.get((model.number(b), k)) for k in range(len(b.parts))]) for b in blocks]
+        matrices = [b.matrix([found.get((model.number(b), k)) for k in range(len(b.parts))]) for b in blocks]
         if passes.attempts("ggn", "sharded").check_due(mode):
             self._check(there, found, mine)
         return matrices
@@ -262,7 +276,7 @@ class ShardedLearner(CurvatureLearner):
         reduction.flush()
         size = self.ranks.size
         whole = lambda b, k: None if (g := found.get((model.number(b), k))) is None else g / size
-        return [model.matrix(b, [whole(b, k) for k in range(len(b.parts))]) for b in blocks]
+        return [b.matrix([whole(b, k) for k in range(len(b.parts))]) for b in blocks]
 
 
 def scaled_by(xs: Sequence[Matrix], scales: Tensor) -> list[Tensor]:
@@ -286,6 +300,40 @@ class _ShardedLayerPass(LayerPass):
 
     def _leaves(self, block: Block) -> Iterable[Tensor]:
         return [self._leaf]
+
+
+class _ShardedLayerCheck(LayerCheck):
+    """Whose gradients are handed on, and not kept."""
+
+    def __init__(self, model: ShardedModel, blocks: Sequence[Block]) -> None:
+        super().__init__(blocks)
+        self._model = model
+        self._leaf = torch.zeros((), device=model.device, requires_grad=True)
+        self._true = {model.number(b): torch.zeros(b.shape[0], dtype=b.dtype, device=model.device) for b in blocks}
+
+    def run(self, passes: IsolatedPasses, inputs: Inputs) -> float:
+        """As the base's."""
+        with self._model.views.handing_on(set(self._true), self._leaf, self._multiply):
+            return super().run(passes, inputs)
+
+    def _wanted(self, passes: IsolatedPasses) -> Iterable[Tensor]:
+        return [self._leaf]
+
+    def _leaves(self, block: Block) -> Iterable[Tensor]:
+        return [self._leaf]
+
+    def _multiply(self, slot: Slot, g: Tensor) -> None:
+        number, k = slot
+        block = self._model.layouts[number]
+        sizes, r = block.layout[0], probe(block)
+        first = sum(sizes[:k])
+        if block.axis:
+            self._true[number] += g.reshape(g.shape[0], -1).to(r) @ r[first : first + sizes[k]]
+        else:
+            self._true[number][first : first + sizes[k]] += g.reshape(-1).to(r) * r
+
+    def _excess(self, block: Block, r: Tensor, product: Tensor, square: Tensor, eps: float) -> Tensor:
+        return self._excess_over(self._true[self._model.number(block)], block, product, square, eps)
 
 
 class _SharedMoments:

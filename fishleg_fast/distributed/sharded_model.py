@@ -84,15 +84,6 @@ class ShardedModel:
         """Of a layout, or of a block that this rank owns."""
         return self._numbers[id(block)]
 
-    def matrix(self, block: Block, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One whole tensor a part, None for zeros -> (m, n) in λ's dtype."""
-        shapes = [part.shape for part in block.parts]
-        zeros = lambda shape: torch.zeros(shape, dtype=block.dtype, device=self.device)
-        rows = block.shape[0] if block.axis else None
-        found = [zeros(s) if t is None else t.to(block.dtype) for t, s in zip(tensors, shapes, strict=True)]
-        pieces = [t.reshape(rows or t.numel(), -1) for t in found]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=block.axis)
-
     def noise_slots(self, numbers: set[int] | None = None) -> list[tuple[Slot, nn.Parameter]]:
         """The parts that are parameters of the likelihood, of those blocks or of all."""
         return [

@@ -59,7 +59,7 @@ class LayerCheck(LayerPass):
 
     def _use(self, block: Block, calls: Sequence[Shown]) -> bool:
         assert block.layer is not None
-        layer, r = layer_of(block.layer), _probe(block)
+        layer, r = layer_of(block.layer), probe(block)
         total, square, eps = r.new_zeros(block.shape[0]), r.new_zeros(()), 0.0
         for call in calls:
             for x, e in parts_of(block, *call):
@@ -79,25 +79,32 @@ class LayerCheck(LayerPass):
         """Set ``layer_agrees`` of all blocks. Those of which nothing was seen, or numbers that are not finite, keep
         the benefit of the doubt.
         """
+        for block, wrong in zip(self._blocks, self.wrong(), strict=True):
+            block.layer_agrees = not wrong
+
+    @torch.no_grad()
+    def wrong(self) -> list[bool]:
+        """Whether what its layer shows is not its gradient, of each block."""
         seen = [b for b in self._blocks if id(b) in self._products]
         excess = [self._excess(b, *self._products[id(b)]).cpu().double() for b in seen]
-        for block in self._blocks:
-            block.layer_agrees = True
-        for block, wrong in zip(seen, (torch.stack(excess) > 0).tolist() if excess else (), strict=True):
-            block.layer_agrees = not wrong
+        found = dict(zip(map(id, seen), (torch.stack(excess) > 0).tolist() if excess else (), strict=True))
+        return [found.get(id(b), False) for b in self._blocks]
 
     def _excess(self, block: Block, r: Tensor, product: Tensor, square: Tensor, eps: float) -> Tensor:
         """By how much the two products differ more than rounding lets them: positive where one is wrong."""
         grads = [self.gradients.get(id(part.param)) for part in block.parts]
         parts = [None if g is None else part.of(g) for part, g in zip(block.parts, grads, strict=True)]
-        true = block.matrix(parts) @ r
+        return self._excess_over(block.matrix(parts) @ r, block, product, square, eps)
+
+    def _excess_over(self, true: Tensor, block: Block, product: Tensor, square: Tensor, eps: float) -> Tensor:
+        """The same; ``true``: the gradient's product."""
         if not all(p.requires_grad for p in block.params) and block.axis == 0:
             product = product * _trained(block)[:, 0]
         size = torch.linalg.vector_norm(true) + square.sqrt()  # of sums that add up, and of random signs
         return torch.linalg.vector_norm(product - true) - max(TOLERANCE, ROUNDING * eps) * size
 
 
-def _probe(block: Block) -> Tensor:
+def probe(block: Block) -> Tensor:
     """A random vector (n,), zero for columns of frozen parameters."""
     r = torch.randn(block.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     r = r.to(block.params[0].device, block.dtype)
@@ -107,6 +114,7 @@ def _probe(block: Block) -> Tensor:
 
 def _trained(block: Block) -> Tensor:
     """(m, n): one where the parameter is trained, else zero."""
+    ones = [torch.ones(part.shape, device=part.param.device) for part in block.parts]
     return block.matrix(
-        [torch.ones_like(part.of(part.param)) if part.param.requires_grad else None for part in block.parts]
+        [one if part.param.requires_grad else None for one, part in zip(ones, block.parts, strict=True)]
     )

@@ -155,7 +155,7 @@ class Block:
         """One tensor a part, None for zeros -> (m, n) in λ's dtype."""
         pieces = []
         for part, t in zip(self.parts, tensors, strict=True):
-            t = torch.zeros_like(part.of(part.param)) if t is None else t
+            t = torch.zeros(part.shape, dtype=part.param.dtype, device=part.param.device) if t is None else t
             pieces.append(self._piece(t if t.layout == torch.strided else t.to_dense()))
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.axis)
         return whole.to(self.dtype)

@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "learned noise": {"model": "mlp", "noise": True},
     "learned noise, pure": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0},
     "checkpointed": {"model": "checkpointed"},
+    "scaled": {"model": "scaled"},
     "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
     "spectral": {"model": "mlp", "normalize": "spectral", "weight_decay": 0.1},
     "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
@@ -36,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"model": "mlp", "dtype": torch.float32},
 }
 LOOSE = {torch.bfloat16: 0.05, torch.float32: 1e-5}
-# Moments of what no layer shows are of gradients of each rank's batch, and so as of the joined batch in expectation alone.
-UNEQUAL = ("attention", "learned noise")
+# Moments of what no layer shows are of gradients of each rank's batch: as of the joined batch in expectation alone.
+UNEQUAL = ("attention", "learned noise", "scaled")
 FEW = ("mlp", "gpt", "attention", "spectral")
 COPIES = {f"{name}, copies": {**CASES[name], "copies": 2} for name in ("mlp", "gpt")}
 RUNS = [(2, name) for name in CASES] + [(4, name) for name in (*FEW, *COPIES)]
@@ -68,6 +69,7 @@ def test_ranks_train_as_one_process_on_the_joined_batch(
     want, mine = sharded_cases.train(**given), found[count][0][name]
     assert mine["told"] == want["told"] and mine["told"]["skipped_aux_steps"] == 0
     assert mine["told"]["anchors"] > 0 or given.get("anchor_every") == 0
+    assert mine["wrong"] == want["wrong"] == (["2"] if name == "scaled" else [])
     if name not in UNEQUAL:
         errors = [relative(a, b) for a, b in zip(mine["tensors"], want["tensors"], strict=True)]
         assert max(errors) <= LOOSE.get(given.get("dtype", torch.float64), 1e-11), errors

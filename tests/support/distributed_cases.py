@@ -119,6 +119,17 @@ def resnet() -> nn.Module:
     )  # fmt: skip
 
 
+class Scaled(nn.Linear):
+    """Not what it shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 0.05, self.bias)
+
+
+def scaled() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 7), nn.Tanh(), Scaled(7, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
 class Checkpointed(nn.Module):
     """Layers that run once more during the backward pass."""
 
@@ -153,6 +164,7 @@ MODELS = {
     "gpt": Gpt,
     "resnet": resnet,
     "checkpointed": Checkpointed,
+    "scaled": scaled,
     "hidden": Hidden,
 }
 

@@ -55,6 +55,7 @@ def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 7, copies
         norms.append(optimizer.diagnostics()["grad_norm"])
     return {
         "tensors": [*tensors(net), *tensors(optimizer.likelihood)], "told": told(optimizer), "norms": norms,
+        "wrong": [b.name for b in optimizer._layouts if b.layer_agrees is False],
         "blocks": [b.name for b in optimizer.blocks], "bytes": state_bytes(optimizer),
     }  # fmt: skip
 
