@@ -25,11 +25,6 @@ class Exchange:
         sharded = is_sharded(part.param)
         return self.sharding.piece(part, rank).shape(part.shape).numel() if sharded else 0
 
-    def _returned(self, slot: Slot, rank: int) -> int:
-        """How many entries of a part's update a rank needs: all of one that it has whole."""
-        part = self.layouts[slot[0]].parts[slot[1]]
-        return self._sent(slot, rank) if is_sharded(part.param) else part.shape.numel()
-
     def _slots_of(self, slots: Sequence[Slot], owner: int) -> list[Slot]:
         return [slot for slot in slots if self.owners[slot[0]] == owner]
 
@@ -54,7 +49,7 @@ class Exchange:
         sizes = [sum(self._sent(slot, s.index) for slot in self._slots_of(slots, owner)) for owner in range(s.count)]
         received = [sum(self._sent(slot, rank) for slot in mine) for rank in range(s.count)]
         flat = torch.cat(pieces) if pieces else next(iter(grads.values())).new_empty(0)
-        come = s.exchange(flat, sizes, received).split(received)
+        come = s.exchange(flat, sizes, received).split(received) if sharded else ()
         found = {slot: _whole(self.layouts[slot[0]].parts[slot[1]].shape, grads[slot]) for slot in mine}
         for rank, flat in enumerate(come):
             at = 0
@@ -78,7 +73,28 @@ class Exchange:
         for slot in slots:
             by_dtype.setdefault(self.layouts[slot[0]].dtype, []).append(slot)
         for together in by_dtype.values():
-            yield from self._scatter(together, updates)
+            sharded = [slot for slot in together if is_sharded(self.layouts[slot[0]].parts[slot[1]].param)]
+            if sharded:
+                yield from self._scatter(sharded, updates)
+            if len(sharded) < len(together):
+                yield from self._broadcast([slot for slot in together if slot not in sharded], updates)
+
+    def _broadcast(self, slots: Sequence[Slot], updates: Callable[[Slot], Tensor]) -> Iterator[tuple[Slot, Tensor]]:
+        """Of parts that every rank has whole."""
+        for owner in range(self.sharding.count):
+            theirs = self._slots_of(slots, owner)
+            shapes = [self.layouts[b].parts[k].shape for b, k in theirs]
+            if not theirs:
+                continue
+            if owner == self.sharding.index:
+                flat = torch.cat([updates(slot).reshape(-1) for slot in theirs])
+            else:
+                block = self.layouts[theirs[0][0]]
+                size, device = sum(s.numel() for s in shapes), block.parts[0].param.device
+                flat = torch.empty(size, dtype=block.dtype, device=device)
+            self.sharding.from_owner(flat, owner)
+            pieces = flat.split([s.numel() for s in shapes])
+            yield from ((slot, piece.view(s)) for slot, piece, s in zip(theirs, pieces, shapes, strict=True))
 
     def _scatter(self, slots: Sequence[Slot], updates: Callable[[Slot], Tensor]) -> Iterator[tuple[Slot, Tensor]]:
         s = self.sharding
@@ -88,11 +104,10 @@ class Exchange:
             for b, k in mine:
                 part = self.layouts[b].parts[k]
                 piece = s.piece(part, rank)
-                whole = updates((b, k))
-                pieces.append((whole.narrow(piece.dim, piece.start, piece.length) if whole.ndim else whole).reshape(-1))
-        sizes = [sum(self._returned(slot, rank) for slot in mine) for rank in range(s.count)]
+                pieces.append(updates((b, k)).narrow(piece.dim, piece.start, piece.length).reshape(-1))
+        sizes = [sum(self._sent(slot, rank) for slot in mine) for rank in range(s.count)]
         owned = [self._slots_of(slots, owner) for owner in range(s.count)]
-        received = [sum(self._returned(slot, s.index) for slot in theirs) for theirs in owned]
+        received = [sum(self._sent(slot, s.index) for slot in theirs) for theirs in owned]
         first = self.layouts[slots[0][0]]
         empty = torch.empty(0, dtype=first.dtype, device=first.parts[0].param.device)
         come = s.exchange(torch.cat(pieces) if pieces else empty, sizes, received).split(received)
@@ -100,8 +115,8 @@ class Exchange:
             at = 0
             for b, k in theirs:
                 part = self.layouts[b].parts[k]
-                shape = s.piece(part, s.index).shape(part.shape) if part.shape else part.shape
-                size = self._returned((b, k), s.index)
+                shape = s.piece(part, s.index).shape(part.shape)
+                size = self._sent((b, k), s.index)
                 yield (b, k), flat[at : at + size].view(shape)
                 at += size
 

@@ -198,7 +198,7 @@ class ShardedLearner(CurvatureLearner):
 
         def tangent() -> Tensor:
             # Without a graph, as unit's own hooks have no forward derivative where they make one.
-            with model.views.with_tangents(mine), torch.no_grad(), forward_ad.dual_level():
+            with torch.no_grad(), forward_ad.dual_level(), model.views.with_tangents(mine):
                 outputs, found = forward_ad.unpack_dual(passes.outputs(inputs))
                 return torch.zeros_like(outputs) if found is None else found.detach().clone()
 
@@ -229,7 +229,7 @@ class ShardedLearner(CurvatureLearner):
             direction = self.ranks.each(lambda: passes.run(inputs, seed, tangent, twice=True))
         except RuntimeError as error:
             raise RuntimeError(
-                f"F v takes a forward derivative of the model where parameters are sharded, which failed: {error}; "
+                f"with fully_shard or shard_state=True F v takes a forward derivative, which failed: {error}; "
                 "update_aux_every=0 learns without, from the Kronecker factors alone"
             ) from error
         there = self.ranks.each(lambda: passes.run(inputs, seed, partial(back, direction)))

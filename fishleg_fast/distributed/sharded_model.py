@@ -107,6 +107,12 @@ class ShardedModel:
             block.grads = [found.get((number, k)) for k in range(len(block.parts))]
         return [b for b in self.mine.values() if any(g is not None for g in b.grads)]
 
+    def local_norm(self) -> Tensor:
+        """‖g‖ of what every rank has whole, as it is on this one: to be the same on all."""
+        grads = [p.grad for b in self.layouts for p in b.params if p.grad is not None and not is_sharded(p)]
+        norms = [torch.linalg.vector_norm(g).to(widest(self.device)) for g in grads]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
+
     def counters(self) -> dict[Tensor, Tensor]:
         """How often the block of each parameter was stepped, of those that are elsewhere."""
         away = [b for k, b in enumerate(self.layouts) if k not in self.mine]
@@ -121,7 +127,9 @@ class ShardedModel:
         return self.total((~ok).to(torch.float32)) == 0
 
     def others(self) -> list[nn.Parameter]:
-        """The parameters that every rank has whole, of which fully_shard does not average the gradients."""
+        """The parameters of which fully_shard does not average the gradients, as every rank has them whole."""
+        if not self.sharding.units:
+            return []
         return list({id(p): p for b in self.layouts for p in b.params if not is_sharded(p)}.values())
 
     def step(self, blocks: Sequence[Block], move: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -155,10 +163,9 @@ def _from(device: Callable[[int], torch.device | None], first: int, number: int)
     return device(first + number)
 
 
-def check_settings(settings: Any, process_group: object) -> None:
-    """ValueError where one does not go with sharded parameters."""
+def check_settings(settings: Any) -> None:
+    """ValueError where one does not go with blocks that ranks share out between them."""
     wrong = {
-        "process_group": (process_group, "None, since the parameters tell", process_group is not None),
         "normalize": (settings.normalize, "'auto', 'rms', 'spectral' or None", settings.normalize == "trust"),
         "anchor_from": (settings.anchor_from, "'drawn'", settings.anchor_from != "drawn"),
         "capturable": (settings.capturable, "False", settings.capturable),
@@ -170,7 +177,7 @@ def check_settings(settings: Any, process_group: object) -> None:
     }
     for name, (value, right, bad) in wrong.items():
         if bad:
-            raise ValueError(f"{name} should be {right}, for a model that was given to fully_shard, but is: {value!r}")
+            raise ValueError(f"{name} should be {right} with fully_shard or shard_state=True, but is: {value!r}")
 
 
 def _stand_in(layout: Block, structure: Structure) -> Block:

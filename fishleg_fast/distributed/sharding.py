@@ -1,9 +1,12 @@
-"""How a model that was given to ``fully_shard`` lies on the ranks: which rows of each parameter are where."""
+"""How a model lies on the ranks that share out its blocks: which rows of each parameter are where.
+
+All of it is on each rank of a DistributedDataParallel; pieces are where it was given to ``fully_shard``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,17 +42,17 @@ def _units(model: nn.Module) -> list[nn.Module]:
 
 
 class Sharding:
-    """The ranks that hold one copy of the model between them (``count``, of which this is number ``index``), and where
-    there are several copies (HSDP) the ranks that hold the same pieces of the others.
+    """The ranks that share out the blocks of a model between them (``count``, of which this is number ``index``), and
+    where ``fully_shard`` made several copies of it (HSDP) the ranks that hold the same pieces of the others.
+
+    ``units``: the modules that were given to ``fully_shard``; none where every rank has all parameters.
     """
 
-    def __init__(self, model: nn.Module, mesh: dist.DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, shards: Any, copies: Any = None) -> None:
         self.model, self.units = model, _units(model)
-        self._shards = mesh.get_group(mesh.ndim - 1)
-        self._copies = mesh.get_group(0) if mesh.ndim == 2 else None
-        self.count, self.index = dist.get_world_size(self._shards), dist.get_rank(self._shards)
-        self.group = self._shards if self._copies is None else dist.group.WORLD
-        self.size = dist.get_world_size(self.group)
+        self._shards, self._copies = shards, copies
+        self.count, self.index = dist.get_world_size(shards), dist.get_rank(shards)
+        self.group = shards if copies is None else dist.group.WORLD
 
     @staticmethod
     def of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Sharding | None:
@@ -65,7 +68,7 @@ class Sharding:
             raise ValueError(
                 f"a mesh of two dimensions should be of all {dist.get_world_size()} ranks but is of: {mesh.size()}"
             )
-        return Sharding(model, mesh)
+        return Sharding(model, mesh.get_group(mesh.ndim - 1), mesh.get_group(0) if mesh.ndim == 2 else None)
 
     def reshard(self) -> None:
         """Have every parameter sharded, as passes without a backward pass may leave some whole."""
@@ -136,10 +139,10 @@ def _check_placements(p: nn.Parameter, name: str, mesh: dist.DeviceMesh) -> None
 
 def places(model: nn.Module, units: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module, str, nn.Parameter]]:
     """(unit, module, name, parameter) of every place in which a module has a parameter: the unit is the innermost
-    module that was given to ``fully_shard`` around it, which has it whole while it runs.
+    module that was given to ``fully_shard`` around it, which has it whole while it runs, or else the model.
     """
     seen: set[tuple[int, str]] = set()
-    for unit in reversed(units):
+    for unit in reversed(units or [model]):
         for module in unit.modules():
             for name, p in module._parameters.items():
                 if p is not None and (id(module), name) not in seen:

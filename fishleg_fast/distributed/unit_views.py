@@ -1,9 +1,9 @@
-"""Passes of the optimizer's through a model that was given to ``fully_shard``.
+"""Passes of the optimizer's through a model whose blocks ranks share out between them.
 
-Parameters are whole for as long as the unit runs that they belong to: a module that was given to ``fully_shard``, with
-those below it that no other unit has. While it does, modules have other tensors in their parameters' places, as
-attributes that go before them: with tangents, or such as hand on their gradient, a unit's at a time, so that no rank
-ever holds all of either.
+In one that was given to ``fully_shard`` parameters are whole for as long as the unit runs that they belong to: a module
+that was given to it, with those below it that no other unit has. While it does, modules have other tensors in their
+parameters' places, as attributes that go before them: with tangents, or such as hand on their gradient, a unit's at a
+time, so that no rank ever holds all of either.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class UnitViews:
             for place in here:
                 place.module.__dict__.pop(place.name, None)
 
+        if not self._sharding.units:  # every rank has all parameters at any time
+            start([place for here in self._units.values() for place in here], self._sharding.model, ())
         for unit in self._sharding.units:
             here = self._units.get(id(unit), [])
             # After the unit's own hook, which has its parameters whole, and before that which lets go of them.

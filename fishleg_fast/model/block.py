@@ -33,7 +33,7 @@ class Part:
 
     def held_as(self, module: nn.Module, name: str) -> bool:
         """Whether it is the module's parameter of that name; one that ranks share may be there as a whole one."""
-        return self.param is getattr(module, name, None) or (self.name == name and is_sharded(self.param))
+        return self.param is module._parameters.get(name) or (self.name == name and is_sharded(self.param))
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part's view of a tensor that has the parameter's shape."""

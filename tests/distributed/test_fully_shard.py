@@ -36,10 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
     "float32": {"model": "mlp", "dtype": torch.float32},
 }
+OWNED = ("mlp", "gpt", "attention", "learned noise, pure", "spectral", "bfloat16", "scaled")
+CASES |= {f"{name}, ddp": {**CASES[name], "copies": 0, "shard_state": True} for name in OWNED}
 LOOSE = {torch.bfloat16: 0.05, torch.float32: 1e-5}
 # Moments of what no layer shows are of gradients of each rank's batch: as of the joined batch in expectation alone.
-UNEQUAL = ("attention", "learned noise", "scaled")
-FEW = ("mlp", "gpt", "attention", "spectral")
+UNEQUAL = ("attention", "learned noise", "scaled", "attention, ddp", "scaled, ddp")
+FEW = ("mlp", "gpt", "attention", "spectral", "gpt, ddp")
 COPIES = {f"{name}, copies": {**CASES[name], "copies": 2} for name in ("mlp", "gpt")}
 RUNS = [(2, name) for name in CASES] + [(4, name) for name in (*FEW, *COPIES)]
 
@@ -65,11 +67,10 @@ def test_ranks_train_as_one_process_on_the_joined_batch(
     count: int, name: str, found: dict[int, list[dict[str, dict]]]
 ) -> None:
     given = dict({**CASES, **COPIES}[name])
-    given.pop("copies", None)
     want, mine = sharded_cases.train(**given), found[count][0][name]
     assert mine["told"] == want["told"] and mine["told"]["skipped_aux_steps"] == 0
     assert mine["told"]["anchors"] > 0 or given.get("anchor_every") == 0
-    assert mine["wrong"] == want["wrong"] == (["2"] if name == "scaled" else [])
+    assert mine["wrong"] == want["wrong"] == (["2"] if "scaled" in name else [])
     if name not in UNEQUAL:
         errors = [relative(a, b) for a, b in zip(mine["tensors"], want["tensors"], strict=True)]
         assert max(errors) <= LOOSE.get(given.get("dtype", torch.float64), 1e-11), errors
@@ -77,7 +78,7 @@ def test_ranks_train_as_one_process_on_the_joined_batch(
 
 @pytest.mark.parametrize(("count", "name"), RUNS)
 def test_every_block_is_on_one_rank(count: int, name: str, found: dict[int, list[dict[str, dict]]]) -> None:
-    copies = {**CASES, **COPIES}[name].get("copies", 1)
+    copies = max({**CASES, **COPIES}[name].get("copies", 1), 1)
     held = sorted(block for rank in found[count][: count // copies] for block in rank[name]["blocks"])
     assert held == sorted(found[count][0][name]["told"]["normalize"])
     assert len(set(held)) == len(held)
@@ -87,8 +88,9 @@ def test_state_is_shared_out(found: dict[int, list[dict[str, dict]]]) -> None:
     """To each rank no more than its part of it, and half of the largest block more."""
     alone = sharded_cases.train(**CASES["gpt"])["bytes"]
     for count in (2, 4):
-        bytes_ = [rank["gpt"]["bytes"] for rank in found[count]]
-        assert max(bytes_) <= 1.35 * alone / count, (alone, bytes_)
+        for name in ("gpt", "gpt, ddp"):
+            bytes_ = [rank[name]["bytes"] for rank in found[count]]
+            assert max(bytes_) <= 1.35 * alone / count, (alone, bytes_)
 
 
 REFUSED = {

@@ -42,7 +42,10 @@ def state_bytes(optimizer: FishLeg) -> int:
 def told(optimizer: FishLeg) -> dict[str, Any]:
     names = ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps")
     report = optimizer.diagnostics()
-    return {name: report[name] for name in names} | {"normalize": report["normalize"], "factors": report["factors"]}
+    found = {name: report[name] for name in names}
+    for name in ("normalize", "factors"):
+        found[name] = {block.removeprefix("module."): value for block, value in report[name].items()}
+    return found
 
 
 def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 7, copies: int = 1, **given: Any) -> dict:
@@ -55,8 +58,8 @@ def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 7, copies
         norms.append(optimizer.diagnostics()["grad_norm"])
     return {
         "tensors": [*tensors(net), *tensors(optimizer.likelihood)], "told": told(optimizer), "norms": norms,
-        "wrong": [b.name for b in optimizer._layouts if b.layer_agrees is False],
-        "blocks": [b.name for b in optimizer.blocks], "bytes": state_bytes(optimizer),
+        "wrong": [b.name.removeprefix("module.") for b in optimizer._layouts if b.layer_agrees is False],
+        "blocks": [b.name.removeprefix("module.") for b in optimizer.blocks], "bytes": state_bytes(optimizer),
     }  # fmt: skip
 
 
