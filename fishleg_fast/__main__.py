@@ -6,6 +6,9 @@ user's cache (``FISHLEG_FAST_CACHE``: another folder, or "off").
 
 ``python -m fishleg_fast --estimate package.module:model``: what λ of a model takes, by counts. ``model`` is one, or a
 function without arguments that makes it, on torch's "meta" device if it likes.
+
+``python -m fishleg_fast --plan [package.module:model] [--ranks N ...]``: what it takes of each of so many ranks (8, 64
+and 512), by counts: memory, and bytes sent; without a model, of a transformer of 7 B parameters.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import nn
 from . import native
 from ._version import __version__
 from .backends import registry
+from .distributed.plan import plan, transformer_7b
 from .model.estimate import estimate
 from .precision import PRECISIONS
 from .selfcheck import command
@@ -63,15 +67,26 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def estimated(where: str) -> str:
-    """The table for a model named as ``package.module:name``. SystemExit with the reason where there is none."""
+def _told(option: str, where: str, tell: Callable[[nn.Module], str]) -> str:
+    """Of a model named as ``package.module:name``. SystemExit with the reason where there is none."""
     module, _, name = where.partition(":")
     if not module or not name:
-        raise SystemExit(f"--estimate should be like package.module:model but is: {where!r}")
+        raise SystemExit(f"{option} should be like package.module:model but is: {where!r}")
     try:
-        return str(estimate(_model(attrgetter(name)(importlib.import_module(module)))))
+        return tell(_model(attrgetter(name)(importlib.import_module(module))))
     except Exception as error:  # of the user's own module and function too
-        raise SystemExit(f"--estimate {where}: {type(error).__name__}: {error}") from error
+        raise SystemExit(f"{option} {where}: {type(error).__name__}: {error}") from error
+
+
+def estimated(where: str) -> str:
+    """The table for a model named as ``package.module:name``. SystemExit with the reason where there is none."""
+    return _told("--estimate", where, lambda model: str(estimate(model)))
+
+
+def planned(where: str, ranks: Sequence[int]) -> str:
+    """The tables for a model, or for the one of ``transformer_7b``."""
+    tell = lambda model: "\n\n".join(str(plan(model, count)) for count in ranks)
+    return _told("--plan", where, tell) if where else tell(transformer_7b())
 
 
 def _model(found: object) -> nn.Module:
@@ -153,7 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"find what is fastest on the current device instead, at these precisions: {', '.join(PRECISIONS)} "
         f"(without any: {DEFAULT_PRECISION})",
     )  # fmt: skip
+    one.add_argument("--plan", nargs="?", const="", metavar="MODULE:MODEL", help="print what several ranks would take")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 512], help="of --plan (default: 8 64 512)")
     args = parser.parse_args(argv)
+    if min(args.ranks) < 1:
+        parser.error(f"argument --ranks: should be at least 1 but is: {min(args.ranks)}")
+    if args.plan is not None:
+        print(planned(args.plan, args.ranks))
+        return 0
     if args.check:
         return checked()
     if args.tune is not None:

@@ -90,10 +90,11 @@ def estimate(
     refuse_uninitialized(model)
     params = [p for p in model.parameters() if p.requires_grad]
     blocks = build_blocks(model, params, structure, max_factor_size, device=torch.device("meta"))
-    return Estimate(tuple(map(_of_block, blocks)), sum(p.numel() for p in params))
+    return Estimate(tuple(map(estimate_of, blocks)), sum(p.numel() for p in params))
 
 
-def _of_block(block: Block) -> BlockEstimate:
+def estimate_of(block: Block) -> BlockEstimate:
+    """One block's, which may be on the "meta" device."""
     aux, moments, (m, n) = block.structure.fishleg_aux, block.structure.new_moments(), block.shape
     layout = block.structure.layout()
     factors = [(t, n if name.startswith("R") else m) for name, t in aux.items() if name in layout]  # and their vectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,6 +163,7 @@ MODELS = {
     "convolutions": convolutions,
     "unused": Unused,
     "gpt": Gpt,
+    "wide gpt": partial(Gpt, 32),
     "resnet": resnet,
     "checkpointed": Checkpointed,
     "scaled": scaled,
