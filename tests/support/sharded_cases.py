@@ -251,3 +251,33 @@ def handed(kinds: dict[str, dict]) -> dict[str, list[dict[str, int]]]:
             if step in (1, 2, 4):
                 found[kind].append(counted.bytes)
     return found
+
+
+def soak(folder: str, steps: int, go_on_from: int = 0, save_every: int = 0, **given: Any) -> dict:
+    """A long training in which gradients are missing, or not finite on one rank, and lr changes, at random; from a
+    checkpoint that such a one wrote, if it is to go on.
+    """
+    net, outer, optimizer = make("mlp", torch.float64, **given)
+    rank, count = rank_and_size()
+    held = lambda: {"optimizer": get_optimizer_state_dict(net, optimizer), "model": net.state_dict()}
+    if go_on_from:
+        read = held()
+        checkpoint.load(read, checkpoint_id=f"{folder}/{go_on_from}")
+        net.load_state_dict(read["model"])
+        set_optimizer_state_dict(net, optimizer, read["optimizer"])
+    for step in range(go_on_from, steps):
+        chance = torch.rand(3 + len(list(net.parameters())), generator=torch.Generator().manual_seed(step)).tolist()
+        if chance[0] < 0.1:
+            optimizer.param_groups[0]["lr"] = 0.001 + 0.02 * chance[1]
+        optimizer.zero_grad()
+        x = batch(step, torch.float64)
+        if chance[2] < 0.05 and rank == step % count:
+            x = x * float("nan")
+        loss_of(outer, x).backward()
+        for p, other in zip(net.parameters(), chance[3:], strict=True):
+            if other < 0.05:
+                p.grad = None
+        optimizer.step()
+        if save_every and (step + 1) % save_every == 0:
+            checkpoint.save(held(), checkpoint_id=f"{folder}/{step + 1}")
+    return {"tensors": tensors(net), "told": told(optimizer)}
