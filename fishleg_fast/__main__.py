@@ -27,11 +27,11 @@ from torch import nn
 from . import native
 from ._version import __version__
 from .backends import registry
-from .distributed.plan import plan, transformer_7b
 from .model.estimate import estimate
 from .precision import PRECISIONS
 from .selfcheck import command
 from .selfcheck.identity import triton_version
+from .sharded.plan import plan, transformer_7b
 
 
 def _extension_version() -> str:

@@ -18,9 +18,6 @@ from .backends.arithmetic import own_arithmetic
 from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
 from .distributed.ranks import Ranks
-from .distributed.sharded_learning import ShardedLearner
-from .distributed.sharded_model import ShardedModel, check_settings
-from .distributed.sharding import Sharding
 from .fisher import forward_mode
 from .fisher.learning import CurvatureLearner
 from .likelihoods import Likelihood
@@ -53,6 +50,9 @@ from .passes.isolated import Draw, IsolatedPasses, Nll, unwrapped
 from .passes.position_tap import PositionTap
 from .passes.statistics_tap import StatisticsTap
 from .precision import own_precision
+from .sharded.learning import ShardedLearner
+from .sharded.model import ShardedModel, check_settings
+from .sharded.sharding import Sharding
 
 _CALLER = 7  # how far above ``step`` its caller is: past the decorators, of torch.optim too
 

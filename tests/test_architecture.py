@@ -49,6 +49,10 @@ MAY_IMPORT = {
         "algebra model passes precision distributed backends.protocol",
         "F v is made of passes, λ learned by ops given",
     ),
+    "sharded": (
+        "algebra model passes fisher distributed backends.protocol",
+        "ranks share out blocks, and learn each where it is, by ops given",
+    ),
     "options": (
         "model likelihoods precision fisher backends.protocol",
         "options are checked by what is known of their values, and not by who takes them",
@@ -58,13 +62,13 @@ MAY_IMPORT = {
     "diagnostics": ("model", "what is told is of blocks"),
     "optimizer": (
         "algebra model likelihoods precision backends.registry backends.arithmetic passes fisher options checkpoint "
-        "diagnostics capture distributed",
+        "diagnostics capture distributed sharded",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),
     "__main__": (
-        "_version backends.registry model.estimate native precision selfcheck",
-        "it reports the backends, whether they are right, and a model's cost",
+        "_version backends.registry model.estimate native precision selfcheck sharded.plan",
+        "it reports the backends, whether they are right, and a model's cost, on several ranks too",
     ),
 }
 

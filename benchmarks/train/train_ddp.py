@@ -1,7 +1,10 @@
-"""The deep autoencoder trained by several processes (DistributedDataParallel, gloo) beside one: a table of both.
+"""The deep autoencoder trained by several processes (gloo) beside one: a table of all ways.
 
     python -m benchmarks.train.train_ddp                          # two processes by torchrun, on this machine
-    torchrun --nproc-per-node 2 -m benchmarks.train.train_ddp     # the same by hand; of each process its share
+    torchrun --nproc-per-node 2 -m benchmarks.train.train_ddp     # one way by hand; of each process its share
+
+"ddp": DistributedDataParallel, all state on each rank; "shard_state": that, and each block's state on one rank;
+"fully_shard": FSDP2, parameters and gradients shared out too.
 
 Every process takes its share of the same batches, so that both trainings are of the same batches, but for labels drawn
 for the curvature: their losses differ by no more than those of two seeds.
@@ -17,11 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.arguments import positive, rate
@@ -31,16 +37,50 @@ from benchmarks.train.train_autoencoder import DEFAULTS, WIDTHS, autoencoder_pro
 from benchmarks.train.training import batches, schedule
 from fishleg_fast import FishLeg
 
+WAYS = ("ddp", "shard_state", "fully_shard")
 
-class Sent:
-    """Counts the bytes that this process hands to all-reduces."""
+
+class Handed:
+    """Counts the bytes that this process hands to the optimizer's collectives; the wrappers have ways of their own."""
+
+    NAMES = ("all_reduce", "reduce", "broadcast", "all_to_all_single")
 
     def __init__(self) -> None:
-        self.bytes, self._all_reduce = 0, dist.all_reduce
+        self.bytes = 0
+        self._real = {name: getattr(dist, name) for name in self.NAMES}
 
-    def __call__(self, tensor: torch.Tensor, *args: Any, **given: Any) -> Any:
-        self.bytes += tensor.nbytes
-        return self._all_reduce(tensor, *args, **given)
+    def _counted(self, name: str, *args: Any, **given: Any) -> Any:
+        self.bytes += args[1 if name == "all_to_all_single" else 0].nbytes
+        return self._real[name](*args, **given)
+
+    def __enter__(self) -> Handed:
+        for name in self.NAMES:
+            setattr(dist, name, partial(self._counted, name))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, real in self._real.items():
+            setattr(dist, name, real)
+
+
+def wrapped(model: nn.Module, way: str) -> nn.Module:
+    """The model as its way of training has it."""
+    if not dist.is_initialized():
+        return model
+    if way != "fully_shard":
+        return DistributedDataParallel(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def most(value: float) -> float:
+    """Over the processes."""
+    found = torch.tensor(float(value), dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -50,31 +90,30 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     problem = autoencoder_problem(args.dataset)
     torch.manual_seed(args.seed)
     model = problem.make_model()
-    outer = DistributedDataParallel(model) if several else model
-    optimizer = FishLeg(outer, likelihood=problem.likelihood, lr=args.lr)
+    gradients = sum(p.nbytes for p in model.parameters()) if several else 0
+    outer = wrapped(model, args.way)
+    optimizer = FishLeg(outer, likelihood=problem.likelihood, lr=args.lr, shard_state=args.way == "shard_state")
     schedules = schedule(optimizer, args.steps, 0)
     stream = batches(len(problem.data.train), args.batch_size, args.seed)
-    sent, start = Sent(), time.perf_counter()
-    dist.all_reduce = sent  # the optimizer's; DistributedDataParallel has its own
-    try:
+    start = time.perf_counter()
+    with Handed() as handed:
         for _ in range(args.steps):
             inputs, targets = problem.batch(next(stream).chunk(size)[rank])
             optimizer.zero_grad()
             problem.likelihood.nll(targets, outer(inputs)).backward()
             optimizer.step()
             schedules.step()
-    finally:
-        dist.all_reduce = sent._all_reduce
     seconds = time.perf_counter() - start
     aux = sum(t.nbytes for b in optimizer.blocks for t in b.structure.fishleg_aux.values())
     return {
+        "way": args.way if several else "",
         "processes": size,
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "ms": 1000 * seconds / args.steps,
-        "sent": sent.bytes / args.steps,
-        "gradients": sum(p.nbytes for p in model.parameters()) if several else 0,
-        "aux": aux,
+        "handed": most(handed.bytes / args.steps),
+        "gradients": gradients,
+        "aux": most(aux),
         "nll": problem.evaluate(model, "train")["train nll"],
     }
 
@@ -91,13 +130,13 @@ def worker(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def by_torchrun(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def by_torchrun(args: argparse.Namespace, argv: Sequence[str], way: str) -> dict[str, Any]:
     """The training by ``args.processes`` processes with a thread each."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "found.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}",
-            "-m", "benchmarks.train.train_ddp", *argv, "--record", str(record),
+            "-m", "benchmarks.train.train_ddp", *argv, "--record", str(record), "--way", way,
         ]  # fmt: skip
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads(record.read_text())
@@ -115,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch-size", type=positive, default=1000, help="of all processes together")
     found.add_argument("--lr", type=rate, default=DEFAULTS["curves"].lr_fishleg)
     found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--way", choices=WAYS, help="of processes that torchrun starts: ddp; else all of them")
     found.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     return found
 
@@ -124,19 +164,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
     if "RANK" in os.environ:
+        args.way = args.way or "ddp"
         worker(args)
         return 0
     torch.set_num_threads(args.processes)  # as many cores for the one process as for the others together
-    runs = [train(args), by_torchrun(args, given)]
+    runs = [train(args), *(by_torchrun(args, given, way) for way in ([args.way] if args.way else WAYS))]
     rows = [
-        [str(r["processes"]), str(r["threads"]), f"{r['seconds']:.1f}", f"{r['ms']:.0f}", f"{r['gradients'] / 1e6:.2f}",
-         f"{r['sent'] / 1e6:.2f}", f"{r['aux'] / 1e6:.2f}", number(r["nll"])]
+        [str(r["processes"]), r["way"], str(r["threads"]), f"{r['seconds']:.1f}", f"{r['ms']:.0f}",
+         f"{r['gradients'] / 1e6:.2f}", f"{r['handed'] / 1e6:.2f}", f"{r['aux'] / 1e6:.2f}", number(r["nll"])]
         for r in runs
     ]  # fmt: skip
     widths = "-".join(map(str, WIDTHS[args.dataset]))
     print(f"\n{args.dataset}, {widths} and back, batch {args.batch_size}, {args.steps} steps, seed {args.seed};")
-    print(f"{cpu_name()}, torch {torch.__version__}. MB: a step's gradients, what FishLeg averages besides, and λ.\n")
-    header = ["processes", "threads each", "seconds", "ms/step", "gradients, MB", "averaged, MB", "λ, MB", "train NLL"]
+    print(
+        f"{cpu_name()}, torch {torch.__version__}. MB, of the process that has most: a step's gradients, what FishLeg"
+    )
+    print("hands to collectives besides in a step, and λ.\n")
+    header = ["processes", "way", "threads each", "seconds", "ms/step", "gradients", "handed over", "λ", "train NLL"]
     print(table(header, rows))
     return 0
 

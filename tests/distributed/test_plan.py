@@ -8,9 +8,9 @@ from torch import nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood
 from fishleg_fast.__main__ import main
-from fishleg_fast.distributed.owners import assign_owners, state_entries
-from fishleg_fast.distributed.plan import Route, plan, transformer_7b
 from fishleg_fast.model.assemble import build_blocks
+from fishleg_fast.sharded.owners import assign_owners, state_entries
+from fishleg_fast.sharded.plan import Route, plan, transformer_7b
 from support.distributed_cases import Gpt, mlp
 from support.ranks import run_ranks
 from support.sharded_cases import state_bytes

@@ -20,6 +20,7 @@ from ..algebra.maths import Aux
 from ..algebra.matrix import Matrix, dense, dot, widest
 from ..algebra.structures.base import LayerStatistics
 from ..backends.protocol import Ops
+from ..distributed.ranks import Ranks
 from ..fisher.layer_check import LayerCheck, probe
 from ..fisher.layer_pass import LayerPass, Share
 from ..fisher.learning import CurvatureLearner, CurvatureOptions, set_units
@@ -29,8 +30,7 @@ from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
-from .ranks import Ranks
-from .sharded_model import ShardedModel
+from .model import ShardedModel
 from .unit_views import Reduction, Slot
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of ⟨w, J v⟩ = ⟨Jᵀw, v⟩; else 0.1
