@@ -30,6 +30,7 @@ from ..model.block import Block
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
+from ..precision import precision_scope
 from .model import ShardedModel
 from .unit_views import Reduction, Slot
 
@@ -196,12 +197,6 @@ class ShardedLearner(CurvatureLearner):
             mine |= {(number, k): piece for k, piece in enumerate(block.split(dense(v)))}
         seed, mode = passes.seed(), passes.mode()
 
-        def tangent() -> Tensor:
-            # Without a graph, as unit's own hooks have no forward derivative where they make one.
-            with torch.no_grad(), forward_ad.dual_level(), model.views.with_tangents(mine):
-                outputs, found = forward_ad.unpack_dual(passes.outputs(inputs))
-                return torch.zeros_like(outputs) if found is None else found.detach().clone()
-
         products: dict[Slot, Tensor] = {}
 
         def take(slot: Slot, t: Tensor) -> None:
@@ -225,13 +220,7 @@ class ShardedLearner(CurvatureLearner):
                 hand_on(slot, product)
             return torch.sum(cotangent.to(widest(model.device)) * tangent.to(widest(model.device)))
 
-        try:
-            direction = self.ranks.each(lambda: passes.run(inputs, seed, tangent, twice=True))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"with fully_shard or shard_state=True F v takes a forward derivative, which failed: {error}; "
-                "update_aux_every=0 learns without, from the Kronecker factors alone"
-            ) from error
+        direction = self._directional_derivative(mine, inputs, seed)
         there = self.ranks.each(lambda: passes.run(inputs, seed, partial(back, direction)))
         reduction.flush()
         size = self.ranks.size
@@ -240,6 +229,56 @@ class ShardedLearner(CurvatureLearner):
         if passes.attempts("ggn", "sharded").check_due(mode):
             self._check(there, found, mine)
         return matrices
+
+    def _directional_derivative(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> Tensor:
+        """J v of this rank's outputs, by tangents that a forward pass carries, or where that fails, which is told of
+        once, by differences of outputs. Without a graph, for which units' own hooks would need forward derivatives.
+        """
+        passes, views = self.passes, self._model.views
+        attempts = passes.attempts("ggn", "forward mode")
+
+        def tangent() -> Tensor:
+            with torch.no_grad(), forward_ad.dual_level(), views.with_directions(mine, forward_ad.make_dual):
+                outputs, found = forward_ad.unpack_dual(passes.outputs(inputs))
+                return torch.zeros_like(outputs) if found is None else found.detach().clone()
+
+        if attempts.due(passes.mode()):
+            try:
+                found = self.ranks.each(lambda: passes.run(inputs, seed, tangent, twice=True))
+                attempts.worked()
+                return found
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                attempts.failed()
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                passes.tell_once(
+                    "ggn takes differences",
+                    f"fisher='ggn' takes differences of the model's outputs from here on, since forward mode failed: "
+                    f"{reason}",
+                )
+        return self.ranks.each(lambda: self._by_differences(mine, inputs, seed))
+
+    @precision_scope("highest")  # whose small differences TF32 would drown
+    def _by_differences(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> Tensor:
+        passes, model = self.passes, self._model
+        params = [model.sharding.local(part, part.param) for b in model.layouts for part in b.parts]
+        sizes = torch.zeros(2, dtype=widest(model.device), device=model.device)
+        for k, tensors in enumerate((params, mine.values())):
+            for t in tensors:
+                sizes[k] += t.detach().to(sizes).square().sum()
+        theta, v = self._over_all(sizes)
+        theta = theta if model.sharding.units else sizes[0]  # of which every rank has all, or its pieces
+        unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
+        step = unit * torch.where(theta > 0, theta, 1).sqrt() / torch.where(v > 0, v, 1).sqrt()
+
+        def side(sign: int) -> Tensor:
+            moved = lambda w, v: (w + (sign * step).to(v) * v).to(w.dtype)
+            with torch.no_grad(), model.views.with_directions(mine, moved):
+                return passes.outputs(inputs).detach().clone()
+
+        plus, minus = (passes.run(inputs, seed, partial(side, sign)) for sign in (1, -1))
+        return (plus - minus) / (2 * step).to(plus)
 
     def _check(self, there: Tensor, found: Mapping[Slot, Tensor], mine: Mapping[Slot, Tensor]) -> None:
         """⟨w, J v⟩ = ⟨Jᵀw, v⟩, both over all ranks. WrongDerivative where that does not hold: a parameter is used

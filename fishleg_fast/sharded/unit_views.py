@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from ..model.block import Block
@@ -100,30 +99,38 @@ class UnitViews:
                 module.__dict__.pop(name, None)
 
     @contextmanager
-    def with_tangents(self, mine: Mapping[Slot, Tensor]) -> Iterator[None]:
-        """Parameters carry v as their tangents. ``mine``: v of the parts of blocks that this rank owns and that have
-        any; belongs inside a level of forward-mode derivatives.
+    def with_directions(
+        self, mine: Mapping[Slot, Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Modules have ``combine(w, v)`` in the place of each parameter w: with a tangent, or moved. ``mine``: v of the
+        parts of blocks that this rank owns and that have any.
         """
 
         def enter(here: list[_Place]) -> dict[int, Callable[[Tensor], Tensor]]:
             wanted = sorted({slot for place in here for slot in place.slots})
             tangents = self.from_owners(wanted, mine)
             return {
-                place.parameter: partial(self._dual, [tangents[slot] for slot in place.slots], place.slots)
+                place.parameter: partial(self._combined, combine, [tangents[s] for s in place.slots], place.slots)
                 for place in here
             }
 
         with self._viewed(enter):
             yield
 
-    def _dual(self, tangents: Sequence[Tensor], slots: Sequence[Slot], w: Tensor) -> Tensor:
+    def _combined(
+        self,
+        combine: Callable[[Tensor, Tensor], Tensor],
+        tangents: Sequence[Tensor],
+        slots: Sequence[Slot],
+        w: Tensor,
+    ) -> Tensor:
         parts = [self._layouts[b].parts[k] for b, k in slots]
         if len(parts) == 1 and parts[0].rows is None:
-            return forward_ad.make_dual(w, tangents[0].to(w.dtype))
+            return combine(w, tangents[0].to(w.dtype))
         whole = torch.zeros_like(w)
         for part, t in zip(parts, tangents, strict=True):
             part.of(whole).copy_(t)
-        return forward_ad.make_dual(w, whole)
+        return combine(w, whole)
 
     def from_owners(self, slots: Sequence[Slot], mine: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
         """What the owners of blocks have of these parts, zeros where they have none, on all ranks."""

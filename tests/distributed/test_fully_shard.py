@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "learned noise, pure": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0},
     "checkpointed": {"model": "checkpointed"},
     "scaled": {"model": "scaled"},
+    "opaque": {"model": "opaque"},
     "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
     "spectral": {"model": "mlp", "normalize": "spectral", "weight_decay": 0.1},
     "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
@@ -36,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
     "float32": {"model": "mlp", "dtype": torch.float32},
 }
-OWNED = ("mlp", "gpt", "attention", "learned noise, pure", "spectral", "bfloat16", "scaled")
+OWNED = ("mlp", "opaque", "gpt", "attention", "learned noise, pure", "spectral", "bfloat16", "scaled")
 CASES |= {f"{name}, ddp": {**CASES[name], "copies": 0, "shard_state": True} for name in OWNED}
 LOOSE = {torch.bfloat16: 0.05, torch.float32: 1e-5}
 # Moments of what no layer shows are of gradients of each rank's batch: as of the joined batch in expectation alone.
@@ -73,7 +74,8 @@ def test_ranks_train_as_one_process_on_the_joined_batch(
     assert mine["wrong"] == want["wrong"] == (["2"] if "scaled" in name else [])
     if name not in UNEQUAL:
         errors = [relative(a, b) for a, b in zip(mine["tensors"], want["tensors"], strict=True)]
-        assert max(errors) <= LOOSE.get(given.get("dtype", torch.float64), 1e-11), errors
+        exact = LOOSE.get(given.get("dtype", torch.float64), 1e-11)
+        assert max(errors) <= (1e-7 if "opaque" in name else exact), errors  # by differences, of double backward there
 
 
 @pytest.mark.parametrize(("count", "name"), RUNS)

@@ -144,6 +144,28 @@ class Checkpointed(nn.Module):
         return self.last(x)
 
 
+class Opaque(torch.autograd.Function):
+    """tanh, without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(y := x.tanh())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (1 - ctx.saved_tensors[0].square())
+
+
+class WithOpaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Opaque.apply(self.first(x)))
+
+
 class Hidden(nn.Module):
     """A layer that hides from one of two derivatives."""
 
@@ -168,6 +190,7 @@ MODELS = {
     "checkpointed": Checkpointed,
     "scaled": scaled,
     "hidden": Hidden,
+    "opaque": WithOpaque,
 }
 
 
