@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "F v is made of passes, λ learned by ops given",
     ),
     "sharded": (
-        "algebra model passes fisher distributed backends.protocol",
+        "algebra model passes fisher distributed precision backends.protocol",
         "ranks share out blocks, and learn each where it is, by ops given",
     ),
     "options": (

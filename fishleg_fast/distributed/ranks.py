@@ -124,6 +124,14 @@ class Ranks:
         dist.all_reduce(found, group=self.group)
         return found.tolist()
 
+    def least(self, value: int) -> int:
+        """The least of the ranks' numbers."""
+        if not self.several:
+            return value
+        found = torch.tensor([value], dtype=torch.int64, device="cpu").to(self._device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
+        return int(found)
+
     def common(self, value: int) -> int:
         """The first rank's."""
         if not self.several:

@@ -42,12 +42,12 @@ def moments(passes: IsolatedPasses, blocks: Sequence[Block], inputs: Inputs, tak
     return terms
 
 
-def chunks_of(inputs: Inputs) -> list[int]:
+def chunks_of(inputs: Inputs, agreed: Callable[[int], int] = int) -> list[int]:
     """The samples that parts of the batch begin with, and how many there are: as many gradients as there are parts make
-    moments where no layer shows them.
+    moments where no layer shows them. ``agreed``: how many parts, of how many there might be.
     """
     size = inputs.size()
-    chunks = max(1, min(CHUNKS, size // CHUNK_LEAST))
+    chunks = agreed(max(1, min(CHUNKS, size // CHUNK_LEAST)))
     return [size * i // chunks for i in range(chunks + 1)]
 
 

@@ -6,7 +6,7 @@ that owns it; what the passes need of a block comes from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -32,7 +32,8 @@ from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
 from ..precision import precision_scope
 from .model import ShardedModel
-from .unit_views import Reduction, Slot
+from .reduction import Expected, Reduction
+from .unit_views import Slot
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of ⟨w, J v⟩ = ⟨Jᵀw, v⟩; else 0.1
 
@@ -70,7 +71,7 @@ class ShardedLearner(CurvatureLearner):
             mine = [self._model.mine[number]]
             moved.extend(self.ops.average_moments(mine, [found], self.options.anchor_decay))
 
-        shared = _SharedMoments(self._model, take)
+        shared = _SharedMoments(self._model, due, take)
         terms = self.ranks.each(lambda: self._moments(due, inputs, shared))
         shared.finish()
         (terms,) = self.ranks.sums([terms])
@@ -107,8 +108,9 @@ class ShardedLearner(CurvatureLearner):
         shown = [b for b in due if b.layer is not None and b.layer_agrees]
         layers = _ShardedLayerPass(self._model, shown, shared.add)
         terms = self.passes.run(inputs, self.passes.seed(), partial(layers.run, self.passes, inputs))
-        rest = [b for b in due if b not in shown] + layers.unseen + layers.hidden
-        if rest:
+        seen = set(map(id, shown)).difference(map(id, [*layers.unseen, *layers.hidden]))
+        rest = [b for b in due if id(b) not in seen]
+        if self.ranks.least(-len(rest)):  # which takes passes that all ranks run together
             shared.add(Share(rest, self._gradient_moments(rest, inputs)))
         return terms
 
@@ -125,7 +127,7 @@ class ShardedLearner(CurvatureLearner):
     def _gradient_moments(self, blocks: Sequence[Block], inputs: Inputs) -> list[Aux]:
         """From gradients on drawn labels, of parts of this rank's batch."""
         numbers, samples = [self._model.number(b) for b in blocks], [list[Tensor]() for _ in blocks]
-        for start, stop in pairwise(chunks_of(inputs)):
+        for start, stop in pairwise(chunks_of(inputs, self.ranks.least)):  # whose passes all ranks run together
             chunk = inputs.rows(start, stop)
             grads: dict[Slot, Tensor] = {}
 
@@ -202,7 +204,7 @@ class ShardedLearner(CurvatureLearner):
         def take(slot: Slot, t: Tensor) -> None:
             products[slot] = products[slot] + t if slot in products else t
 
-        reduction = Reduction(model.sharding, model.owners, take)
+        reduction = model.reduction(take)
 
         def back(tangent: Tensor) -> Tensor:
             leaf = torch.zeros((), device=model.device, requires_grad=True)
@@ -222,7 +224,7 @@ class ShardedLearner(CurvatureLearner):
 
         direction = self._directional_derivative(mine, inputs, seed)
         there = self.ranks.each(lambda: passes.run(inputs, seed, partial(back, direction)))
-        reduction.flush()
+        reduction.finish(model.device)
         size = self.ranks.size
         found = {slot: t / size for slot, t in products.items()}
         matrices = [b.matrix([found.get((model.number(b), k)) for k in range(len(b.parts))]) for b in blocks]
@@ -307,12 +309,12 @@ class ShardedLearner(CurvatureLearner):
         def take(slot: Slot, t: Tensor) -> None:
             found[slot] = found[slot] + t if slot in found else t
 
-        reduction = Reduction(model.sharding, model.owners, take)
+        reduction = model.reduction(take)
         hand_on = lambda slot, g: reduction.add(slot[0], slot, g.to(model.layouts[slot[0]].dtype))
         every = set(range(len(model.layouts)))
         seed = self.passes.seed()
         self.ranks.each(lambda: self.passes.run(inputs, seed, partial(self._drawn, inputs, every, hand_on)))
-        reduction.flush()
+        reduction.finish(model.device)
         size = self.ranks.size
         whole = lambda b, k: None if (g := found.get((model.number(b), k))) is None else g / size
         return [b.matrix([whole(b, k) for k in range(len(b.parts))]) for b in blocks]
@@ -375,17 +377,26 @@ class _ShardedLayerCheck(LayerCheck):
         return self._excess_over(self._true[self._model.number(block)], block, product, square, eps)
 
 
+def _expected(model: ShardedModel, due: Sequence[Block]) -> Iterator[Expected]:
+    """What ranks tell each other of the moments of blocks: whether they found any, and which."""
+    for block in due:
+        number = model.number(block)
+        yield Expected(number, (number, ""), torch.Size((1,)), block.dtype)
+        for name, t in block.structure.new_moments().items():
+            yield Expected(number, (number, name), t.shape, t.dtype)
+
+
 class _SharedMoments:
     """Second moments that ranks find of their parts of a batch, averaged on the owners of their blocks.
 
     Those that are not finite on some rank are left out there. ``take``: is given the number of a block and its average.
     """
 
-    def __init__(self, model: ShardedModel, take: Any) -> None:
+    def __init__(self, model: ShardedModel, due: Sequence[Block], take: Any) -> None:
         self._model, self._take = model, take
         self._open: tuple[int, Aux] | None = None  # of which more may come
         self._sums: dict[int, dict[str, Tensor]] = {}
-        self._reduction = Reduction(model.sharding, model.owners, self._add)
+        self._reduction = Reduction(model.sharding, model.owners, self._add, _expected(model, due))
 
     def add(self, share: Share) -> None:
         """What a pass told of some blocks."""
@@ -418,7 +429,7 @@ class _SharedMoments:
     def finish(self) -> None:
         """Nothing more comes."""
         self._close()
-        self._reduction.flush()
+        self._reduction.finish(self._model.device)
         for number, sums in sorted(self._sums.items()):
             count = sums.pop("")
             if sums and bool(count > 0):

@@ -19,6 +19,7 @@ from ..model.assemble import StructureChoice, build_blocks
 from ..model.block import Block, Part, advance, is_sharded
 from .exchange import Exchange
 from .owners import assign_owners
+from .reduction import Expected, Reduction
 from .sharding import Sharding
 from .unit_views import Slot, UnitViews
 
@@ -83,6 +84,12 @@ class ShardedModel:
     def number(self, block: Block) -> int:
         """Of a layout, or of a block that this rank owns."""
         return self._numbers[id(block)]
+
+    def reduction(self, take: Callable[[Slot, Tensor], None]) -> Reduction:
+        """Of tensors of the parts' shapes."""
+        parts = [(b, k, part) for b, block in enumerate(self.layouts) for k, part in enumerate(block.parts)]
+        expected = [Expected(b, (b, k), part.shape, self.layouts[b].dtype) for b, k, part in parts]
+        return Reduction(self.sharding, self.owners, take, expected)
 
     def noise_slots(self, numbers: set[int] | None = None) -> list[tuple[Slot, nn.Parameter]]:
         """The parts that are parameters of the likelihood, of those blocks or of all."""

@@ -177,36 +177,3 @@ class UnitViews:
 
         with self._viewed(enter):
             yield
-
-
-class Reduction:
-    """Sums over ranks of tensors that come one after another, the same ones on all ranks in the same order, each to
-    the owner of its block: some at a time together. ``take``: is given each sum, on the owner.
-    """
-
-    LEAST = 2**22  # entries that go together
-
-    def __init__(self, sharding: Sharding, owners: Sequence[int], take: Callable[[Any, Tensor], None]) -> None:
-        self._sharding, self._owners, self._take = sharding, owners, take
-        self._waiting: list[tuple[int, Any, Tensor]] = []
-        self._entries = 0
-
-    def add(self, block: int, key: Any, t: Tensor) -> None:
-        """A tensor for the owner of ``block``; ``key``: what ``take`` is told."""
-        self._waiting.append((self._owners[block], key, t))
-        self._entries += t.numel()
-        if self._entries > self.LEAST:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what is left."""
-        waiting, self._waiting, self._entries = self._waiting, [], 0
-        kinds = sorted({(owner, str(t.dtype)) for owner, _, t in waiting})
-        for owner, dtype in kinds:
-            these = [(key, t) for o, key, t in waiting if o == owner and str(t.dtype) == dtype]
-            flat = torch.cat([t.reshape(-1) for _, t in these])
-            self._sharding.to_owner(flat, owner)
-            if owner == self._sharding.index:
-                pieces = flat.split([t.numel() for _, t in these])
-                for (key, t), piece in zip(these, pieces, strict=True):
-                    self._take(key, piece.view(t.shape))
