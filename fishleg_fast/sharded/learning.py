@@ -95,7 +95,7 @@ class ShardedLearner(CurvatureLearner):
     def directions(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> list[Matrix]:
         """As the base's, of unit norm over the blocks of all ranks, of which some may have none."""
         if not blocks:
-            self._over_all(torch.zeros(()))
+            self._over_all(torch.zeros((), device=self._model.device))
             return []
         return super().directions(blocks, gs)
 

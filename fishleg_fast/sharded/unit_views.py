@@ -36,6 +36,24 @@ class _HandOn(torch.autograd.Function):
         return None, torch.zeros_like(ctx.leaf), None
 
 
+def _put(module: nn.Module, name: str, t: Tensor) -> None:
+    """Have the module find t where it looks for its parameter."""
+    module.__dict__[name] = t
+    _in_list(module, name, t)
+
+
+def _take_back(module: nn.Module, name: str) -> None:
+    if isinstance(module.__dict__.get(name), Tensor):
+        del module.__dict__[name]
+        _in_list(module, name, module._parameters[name])
+
+
+def _in_list(module: nn.Module, name: str, t: Tensor | None) -> None:
+    """Recurrent layers take their parameters from a list of their own."""
+    if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
+        module._flat_weights[module._flat_weights_names.index(name)] = t
+
+
 class _Place(NamedTuple):
     """Where a module has a parameter, and which parts of blocks it is."""
 
@@ -76,12 +94,12 @@ class UnitViews:
                     assert w is not None
                     if place.parameter not in made:
                         made[place.parameter] = views[place.parameter](w)
-                    place.module.__dict__[place.name] = made[place.parameter]
+                    _put(place.module, place.name, made[place.parameter])
                     held.append((place.module, place.name))
 
         def stop(here: list[_Place], module: nn.Module, args: tuple, output: Any) -> None:
             for place in here:
-                place.module.__dict__.pop(place.name, None)
+                _take_back(place.module, place.name)
 
         if not self._sharding.units:  # every rank has all parameters at any time
             start([place for here in self._units.values() for place in here], self._sharding.model, ())
@@ -96,7 +114,7 @@ class UnitViews:
             for handle in handles:
                 handle.remove()
             for module, name in held:
-                module.__dict__.pop(name, None)
+                _take_back(module, name)
 
     @contextmanager
     def with_directions(
@@ -140,19 +158,14 @@ class UnitViews:
             for dtype in sorted({self._layouts[b].dtype for b, _ in theirs}, key=str):
                 these = [slot for slot in theirs if self._layouts[slot[0]].dtype == dtype]
                 shapes = [self._layouts[b].parts[k].shape for b, k in these]
-                if owner == self._sharding.index:
-                    blank = [torch.zeros((), dtype=dtype)] * len(these)
-                    flat = torch.cat(
-                        [
-                            mine[slot].reshape(-1).to(dtype) if slot in mine else zero.expand(shape.numel())
-                            for slot, shape, zero in zip(these, shapes, blank, strict=True)
-                        ]
-                    )
-                else:
-                    device = self._layouts[these[0][0]].parts[0].param.device
-                    flat = torch.empty(sum(s.numel() for s in shapes), dtype=dtype, device=device)
-                self._sharding.from_owner(flat, owner)
+                device = self._layouts[these[0][0]].parts[0].param.device
+                flat = torch.zeros(sum(s.numel() for s in shapes), dtype=dtype, device=device)
                 pieces = flat.split([s.numel() for s in shapes])
+                if owner == self._sharding.index:
+                    for slot, piece in zip(these, pieces, strict=True):
+                        if slot in mine:
+                            piece.copy_(mine[slot].reshape(-1))
+                self._sharding.from_owner(flat, owner)
                 found |= {slot: piece.view(s) for slot, piece, s in zip(these, pieces, shapes, strict=True)}
         return found
 

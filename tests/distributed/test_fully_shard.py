@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"model": "checkpointed"},
     "scaled": {"model": "scaled"},
     "opaque": {"model": "opaque"},
+    "recurrent": {"model": "recurrent", "init": "sgd", "anchor_every": 0},
     "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
     "spectral": {"model": "mlp", "normalize": "spectral", "weight_decay": 0.1},
     "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
     "float32": {"model": "mlp", "dtype": torch.float32},
 }
-OWNED = ("mlp", "opaque", "gpt", "attention", "learned noise, pure", "spectral", "bfloat16", "scaled")
+OWNED = ("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "bfloat16", "scaled")
 CASES |= {f"{name}, ddp": {**CASES[name], "copies": 0, "shard_state": True} for name in OWNED}
 UNUSED = {"model": "unused", "copies": 0, "shard_state": True, "ddp": {"find_unused_parameters": True}}
 CASES["unused, ddp"] = UNUSED

@@ -144,6 +144,15 @@ class Checkpointed(nn.Module):
         return self.last(x)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.RNN(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x.unflatten(1, (3, 4)))[0][:, -1])
+
+
 class Opaque(torch.autograd.Function):
     """tanh, without a forward derivative."""
 
@@ -191,6 +200,7 @@ MODELS = {
     "scaled": scaled,
     "hidden": Hidden,
     "opaque": WithOpaque,
+    "recurrent": Recurrent,
 }
 
 

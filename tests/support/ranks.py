@@ -70,6 +70,9 @@ def main(where: str, folder: str, count: str, patience: str, rank: str) -> None:
     torch.save(found, f"{folder}/found{rank}")
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may still be there when the interpreter comes down, which then aborts now and then
 
 
 if __name__ == "__main__":
