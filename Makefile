@@ -45,8 +45,8 @@ $(INSTALLED): $(TOOLS) pyproject.toml $(BUILD_INPUTS)
 	else touch $@; fi
 
 test: setup  ## run the tests; PYTEST_ARGS='-k name' for some of them, JOBS=0 for one process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS) --backend reference $(WHOLE_RUNS) || [ $$? -eq 5 ]  # 5: -k chose none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS) --backend reference $(WHOLE_RUNS) || [ $$? -eq 5 ]  # 5: -k chose none
 
 lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff check .

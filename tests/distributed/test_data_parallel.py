@@ -9,7 +9,7 @@ import torch
 
 from support import distributed_cases
 from support.dense import relative
-from support.ranks import run_ranks
+from support.ranks import once, run_ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp"},
@@ -40,11 +40,10 @@ RUNS = [(2, name) for name in CASES] + [(4, name) for name in FEW]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[int, list[dict[str, dict]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict]]]:
     """By the number of ranks, of each rank, its cases."""
-    few = {name: CASES[name] for name in FEW}
-    where = "support.distributed_cases:many"
-    return {2: run_ranks(2, where, cases=CASES), 4: run_ranks(4, where, cases=few)}
+    cases, where = {2: CASES, 4: {name: CASES[name] for name in FEW}}, "support.distributed_cases:many"
+    return once(tmp_path_factory, __name__, lambda: {n: run_ranks(n, where, cases=mine) for n, mine in cases.items()})
 
 
 @pytest.mark.parametrize(("count", "name"), RUNS)

@@ -9,7 +9,7 @@ import torch
 
 from support import distributed_cases
 from support.dense import relative
-from support.ranks import RanksFailed, run_ranks
+from support.ranks import RanksFailed, once, run_ranks
 
 RAISED = {
     "another rate": "parameter groups is .*'0.01'.* on rank 0 and .*'0.02'.* on rank 1",
@@ -22,8 +22,9 @@ WENT_ON = ("nan in a pass", "empty", "nan")
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, dict]]:
-    return run_ranks(2, "support.distributed_cases:faults", kinds=[*RAISED, *WENT_ON, "a pass raises"])
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
+    kinds = [*RAISED, *WENT_ON, "a pass raises"]
+    return once(tmp_path_factory, __name__, lambda: run_ranks(2, "support.distributed_cases:faults", kinds=kinds))
 
 
 @pytest.mark.parametrize("kind", RAISED)

@@ -10,7 +10,7 @@ import torch
 
 from support import sharded_cases
 from support.dense import relative
-from support.ranks import RanksFailed, run_ranks
+from support.ranks import RanksFailed, once, run_ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp"},
@@ -51,11 +51,11 @@ RUNS = [(2, name) for name in CASES] + [(4, name) for name in (*FEW, *COPIES)]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[int, list[dict[str, dict]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict]]]:
     """By the number of ranks, of each rank, its cases."""
-    where = "support.sharded_cases:many"
-    four = {name: {**CASES, **COPIES}[name] for name in (*FEW, *COPIES)}
-    return {2: run_ranks(2, where, cases=CASES), 4: run_ranks(4, where, cases=four)}
+    where, four = "support.sharded_cases:many", {name: {**CASES, **COPIES}[name] for name in (*FEW, *COPIES)}
+    cases = {2: CASES, 4: four}
+    return once(tmp_path_factory, __name__, lambda: {n: run_ranks(n, where, cases=mine) for n, mine in cases.items()})
 
 
 @pytest.mark.parametrize(("count", "name"), RUNS)

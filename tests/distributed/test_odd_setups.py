@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from support.odd_setups import EQUAL, REFUSED, not_a_member
-from support.ranks import run_ranks
+from support.ranks import once, run_ranks
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     names = [case.__name__ for case in (*EQUAL, *REFUSED, not_a_member)]
-    return run_ranks(2, "support.odd_setups:everything", names=names)
+    return once(tmp_path_factory, __name__, lambda: run_ranks(2, "support.odd_setups:everything", names=names))
 
 
 @pytest.mark.parametrize("case", EQUAL)

@@ -6,15 +6,18 @@ A process that hangs prints where, all threads' stacks, and ends; so do then the
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import importlib
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -55,6 +58,18 @@ def run_ranks(count: int, where: str, patience: float = PATIENCE, **given: Any) 
             )
             raise RanksFailed(told)
         return [torch.load(f"{folder}/found{rank}", weights_only=False) for rank in range(count)]
+
+
+def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
+    """``compute()``, by one of xdist's processes for all of them."""
+    folder = factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = folder / f"{name}.pt"
+        if not kept.exists():
+            torch.save(compute(), kept)
+        return torch.load(kept, weights_only=False)
 
 
 def main(where: str, folder: str, count: str, patience: str, rank: str) -> None:
