@@ -94,6 +94,14 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
     return pairs
 
 
+def saved_counters(param_groups: list[dict], state_dict: dict[str, Any]) -> dict[int, Tensor]:
+    """How often the block of each parameter was stepped, by the parameter's id, where that was saved."""
+    saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+    params = chain.from_iterable(g["params"] for g in param_groups)
+    found = {id(p): state_dict["state"].get(saved, {}).get("step") for p, saved in zip(params, saved_ids, strict=True)}
+    return {p: step for p, step in found.items() if isinstance(step, Tensor)}
+
+
 def restore(blocks: list[Block], pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy every saved tensor into its live one."""
     for live, saved in pairs:
@@ -123,6 +131,7 @@ def publish(
                 entry.setdefault("step", block.step)
             elif block.key:
                 entry[block.key] = block.state()
+                entry.setdefault("step", block.step)  # as ranks have it that do not own the block
             else:
                 entry.update(block.state())
     for p in chain.from_iterable(group["params"] for group in param_groups):

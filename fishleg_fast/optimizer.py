@@ -684,8 +684,11 @@ class FishLeg(Optimizer):
         self._follow_parameters()
         progress = checkpoint.progress(state_dict)
         restored = checkpoint.match(self.blocks, self.param_groups, state_dict)
+        counters = checkpoint.saved_counters(self.param_groups, state_dict)
         super().load_state_dict(state_dict)  # groups; it would also cast λ to the parameters' dtype
         checkpoint.restore(self.blocks, restored)
+        if self._sharded is not None:
+            self._sharded.load_counters(counters)
         self._publish()
         self._follow_parameters()
         self._diagnostics.load(progress)

@@ -125,6 +125,13 @@ class ShardedModel:
         away = [b for k, b in enumerate(self.layouts) if k not in self.mine]
         return {p: b.step for b in away for p in b.params}
 
+    def load_counters(self, saved: Mapping[int, Tensor]) -> None:
+        """Take up what ``counters`` gave, on this rank or others: by the parameters' ids."""
+        for layout in self.layouts:
+            for p in layout.params:
+                if id(p) in saved:
+                    layout.step.copy_(saved[id(p)])
+
     def total(self, here: Tensor) -> Tensor:
         """Σ over the owners of blocks."""
         return self.sharding.over_owners(here.to(self.device, widest(self.device)))

@@ -152,6 +152,19 @@ def test_a_training_goes_on_with_more_ranks_with_fewer_and_alone(model: str, tmp
     assert seeds[0] == seeds[4] and len(set(seeds)) == 4
 
 
+@pytest.mark.parametrize("model", ["gpt", "attention"])
+def test_a_training_of_one_process_goes_on_with_ranks_and_is_saved_again(model: str, tmp_path: Path) -> None:
+    first, second = (sharded_cases.folder_of(tmp_path / name) for name in ("first", "second"))
+    alone = sharded_cases.saved(first, steps=14, at=3, model=model)
+    two = run_ranks(2, "support.sharded_cases:resumed", folder=first, steps=14, model=model, again=second)
+    again = run_ranks(4, "support.sharded_cases:resumed", folder=second, steps=14, model=model)
+    assert two[0]["first"] == 4 and again[0]["first"] == 10
+    if model not in UNEQUAL:
+        for mine in (two[0], again[0]):
+            errors = [relative(a, b) for a, b in zip(mine["tensors"], alone["tensors"], strict=True)]
+            assert max(errors) <= 1e-9, errors
+
+
 def test_a_training_of_four_ranks_goes_on_alone(tmp_path: Path) -> None:
     folder = sharded_cases.folder_of(tmp_path / "checkpoint")
     whole = run_ranks(4, "support.sharded_cases:saved", folder=folder, steps=10, at=5)

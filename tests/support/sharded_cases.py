@@ -78,12 +78,12 @@ def saved(folder: str, steps: int, at: int, model: str = "mlp") -> dict:
         optimizer.step()
         if step == at:
             held = {"optimizer": get_optimizer_state_dict(net, optimizer), "model": net.state_dict()}
-            checkpoint.save(held, checkpoint_id=folder)
+            checkpoint.save(held, checkpoint_id=folder, no_dist=not dist.is_initialized())
     return {"tensors": tensors(net), "seeds": [optimizer._passes.seed() for _ in range(3)]}
 
 
-def resumed(folder: str, steps: int, model: str = "mlp") -> dict:
-    """A training that goes on from there, with any number of ranks."""
+def resumed(folder: str, steps: int, model: str = "mlp", again: str = "") -> dict:
+    """A training that goes on from there, with any number of ranks, and is saved once more half-way."""
     net, outer, optimizer = make(model, torch.float64, copies=1)
     held = {"optimizer": get_optimizer_state_dict(net, optimizer), "model": net.state_dict()}
     alone = not dist.is_initialized()
@@ -95,6 +95,9 @@ def resumed(folder: str, steps: int, model: str = "mlp") -> dict:
         optimizer.zero_grad()
         loss_of(outer, batch(step, torch.float64)).backward()
         optimizer.step()
+        if again and step == (first + steps) // 2:
+            held = {"optimizer": get_optimizer_state_dict(net, optimizer), "model": net.state_dict()}
+            checkpoint.save(held, checkpoint_id=again, no_dist=alone)
     return {"tensors": tensors(net), "seeds": [optimizer._passes.seed() for _ in range(3)], "first": first}
 
 
