@@ -138,8 +138,8 @@ class FishLeg(Optimizer):
             graph captured otherwise λ rests: capture a step without an update of λ, and take steps outside the graph
             between replays; of those alone, one in update_aux_every learns λ, one in anchor_every anchors it.
         process_group: the ranks over which gradients are averaged, which average the curvature too. None: those of a
-            DistributedDataParallel, or of ``fully_shard``'s mesh; without either, this process alone. All ranks make the
-            optimizer, and step, together.
+            DistributedDataParallel, or of ``fully_shard``'s mesh; without either, this process alone. All ranks make
+            the optimizer, and step, together.
         shard_state: have λ and all other state of each block on one of those ranks, as ZeRO does, which sends its
             updates to the others: less memory and arithmetic for more bytes sent (``python -m fishleg_fast --plan``).
             So it is in any case with a model that was given to ``torch.distributed.fsdp.fully_shard``.
