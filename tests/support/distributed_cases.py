@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -290,6 +291,21 @@ def many(cases: dict[str, dict]) -> dict[str, dict]:
     return {name: train(**given) for name, given in cases.items()}
 
 
+def watched(optimizer: FishLeg) -> Callable[[], bool]:
+    """Tells whether a pass of the optimizer's is under way."""
+    run, under_way = optimizer._passes.run, []
+
+    def noted(*args: Any, **given: Any) -> Any:
+        under_way.append(True)
+        try:
+            return run(*args, **given)
+        finally:
+            under_way.pop()
+
+    optimizer._passes.run = noted
+    return lambda: bool(under_way)
+
+
 def faults(kinds: list[str]) -> dict[str, dict]:
     """Trainings in which one rank, the last, has trouble at step 4, which learns and anchors: what was raised on each
     rank, at which step, and what they end with.
@@ -316,22 +332,13 @@ def fault(kind: str) -> dict:
     except ValueError as error:
         return {"raised": [(-1, type(error).__name__, str(error))]}
     net, outer, optimizer = make("mlp", torch.float64)
-    step, run, passing = 0, optimizer._passes.run, False
-
-    def noted(*args: Any, **given: Any) -> Any:
-        nonlocal passing
-        passing = True
-        try:
-            return run(*args, **given)
-        finally:
-            passing = False
+    step, passing = 0, watched(optimizer)
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if last and step == 4 and passing and kind == "a pass raises":
+        if last and step == 4 and passing() and kind == "a pass raises":
             raise RuntimeError("out of luck")
-        return output * float("nan") if last and step == 4 and passing and kind == "nan in a pass" else output
+        return output * float("nan") if last and step == 4 and passing() and kind == "nan in a pass" else output
 
-    optimizer._passes.run = noted
     net[0].register_forward_hook(hook)
     for step in range(8):
         optimizer.zero_grad()
