@@ -27,6 +27,7 @@ from ..fisher.learning import CurvatureLearner, CurvatureOptions, set_units
 from ..fisher.moments import chunks_of
 from ..fisher.products import WrongDerivative
 from ..model.block import Block
+from ..model.stack import scaled
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
@@ -100,7 +101,7 @@ class ShardedLearner(CurvatureLearner):
         return super().directions(blocks, gs)
 
     def _over_all(self, total: Tensor) -> Tensor:
-        return self._model.sharding.over_owners(total.to(self._model.device, widest(self._model.device)))
+        return self._model.total(total)
 
     def _moments(self, due: Sequence[Block], inputs: Inputs, shared: _SharedMoments) -> float:
         """What tells the blocks' second moments, on drawn labels; how many terms the loss is the mean of."""
@@ -160,9 +161,9 @@ class ShardedLearner(CurvatureLearner):
         us = self.directions(blocks, gs)
         scales = self._scales(blocks) if blocks else None
         vs: list[Matrix] = self.ops.qv(blocks, us) if blocks else []
-        given = vs if scales is None else scaled_by(vs, scales)
+        given = vs if scales is None else scaled(vs, scales)
         products = self._sharded_product(blocks, given)
-        fvs = products if scales is None else scaled_by(products, scales)
+        fvs = products if scales is None else [dense(f) for f in scaled(products, scales)]
         here = [[dot(v, f), dot(v, v), dot(u, v)] for u, v, f in zip(us, vs, fvs, strict=True)]
         device = self._model.device
         sums = torch.zeros(3, dtype=widest(device), device=device)
@@ -182,11 +183,7 @@ class ShardedLearner(CurvatureLearner):
         ok = torch.ones((), dtype=torch.bool, device=device)
         if blocks:
             _, ok = self.ops.lambda_step(blocks, us, vs, fvs, replace(options, damping=damping, learn_scale=True))
-        return loss, self._everywhere(ok)
-
-    def _everywhere(self, ok: Tensor) -> Tensor:
-        """Whether it is so on all ranks."""
-        return self._over_all((~ok).to(self._model.device, torch.float32)) == 0
+        return loss, self._model.everywhere(ok)
 
     def _sharded_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
         """F v of the blocks of this rank, over all ranks' batches."""
@@ -318,11 +315,6 @@ class ShardedLearner(CurvatureLearner):
         size = self.ranks.size
         whole = lambda b, k: None if (g := found.get((model.number(b), k))) is None else g / size
         return [b.matrix([whole(b, k) for k in range(len(b.parts))]) for b in blocks]
-
-
-def scaled_by(xs: Sequence[Matrix], scales: Tensor) -> list[Tensor]:
-    """Each matrix times its number."""
-    return [dense(x) * c.to(dense(x)) for x, c in zip(xs, scales, strict=True)]
 
 
 class _ShardedLayerPass(LayerPass):
