@@ -568,7 +568,7 @@ class FishLeg(Optimizer):
         if self._sharded is None:
             norms, ok = self._ops.theta_step(blocks, gs, theta)
         else:
-            norms, ok = self._sharded.step(blocks, lambda: self._ops.theta_step(blocks, gs, theta))
+            norms, ok = self._sharded.step(self._ops, blocks, gs, theta)
         self._diagnostics.note_step(self.blocks, blocks, norms, ok)
         if learned:
             self._diagnostics.write()

@@ -50,8 +50,8 @@ MAY_IMPORT = {
         "F v is made of passes, λ learned by ops given",
     ),
     "sharded": (
-        "algebra model passes fisher distributed precision backends.protocol",
-        "ranks share out blocks, and learn each where it is, by ops given",
+        "algebra model passes fisher distributed precision backends.protocol backends.reference",
+        "ranks share out blocks, and learn each where it is, by ops given and a trust scale over all of them",
     ),
     "options": (
         "model likelihoods precision fisher backends.protocol",

@@ -77,24 +77,25 @@ class Exchange:
             if sharded:
                 yield from self._scatter(sharded, updates)
             if len(sharded) < len(together):
-                yield from self._broadcast([slot for slot in together if slot not in sharded], updates)
+                yield from self.whole([slot for slot in together if slot not in sharded], updates)
 
-    def _broadcast(self, slots: Sequence[Slot], updates: Callable[[Slot], Tensor]) -> Iterator[tuple[Slot, Tensor]]:
-        """Of parts that every rank has whole."""
+    def whole(self, slots: Sequence[Slot], mine: Callable[[Slot], Tensor | None]) -> Iterator[tuple[Slot, Tensor]]:
+        """What the owners of blocks have of these parts, zeros for None, on all ranks: a broadcast of each owner's.
+        ``mine`` is asked for those of this rank.
+        """
         for owner in range(self.sharding.count):
             theirs = self._slots_of(slots, owner)
-            shapes = [self.layouts[b].parts[k].shape for b, k in theirs]
-            if not theirs:
-                continue
-            if owner == self.sharding.index:
-                flat = torch.cat([updates(slot).reshape(-1) for slot in theirs])
-            else:
-                block = self.layouts[theirs[0][0]]
-                size, device = sum(s.numel() for s in shapes), block.parts[0].param.device
-                flat = torch.empty(size, dtype=block.dtype, device=device)
-            self.sharding.from_owner(flat, owner)
-            pieces = flat.split([s.numel() for s in shapes])
-            yield from ((slot, piece.view(s)) for slot, piece, s in zip(theirs, pieces, shapes, strict=True))
+            for dtype in sorted({self.layouts[b].dtype for b, _ in theirs}, key=str):
+                these = [slot for slot in theirs if self.layouts[slot[0]].dtype == dtype]
+                shapes = [self.layouts[b].parts[k].shape for b, k in these]
+                device = self.layouts[these[0][0]].parts[0].param.device
+                flat = torch.zeros(sum(s.numel() for s in shapes), dtype=dtype, device=device)
+                pieces = [p.view(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+                for slot, piece in zip(these, pieces, strict=True):
+                    if owner == self.sharding.index and (t := mine(slot)) is not None:
+                        piece.copy_(t.reshape(piece.shape))
+                self.sharding.from_owner(flat, owner)
+                yield from zip(these, pieces, strict=True)
 
     def _scatter(self, slots: Sequence[Slot], updates: Callable[[Slot], Tensor]) -> Iterator[tuple[Slot, Tensor]]:
         s = self.sharding

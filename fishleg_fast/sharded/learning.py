@@ -32,9 +32,9 @@ from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.statistics_tap import StatisticsTap
 from ..precision import precision_scope
+from .exchange import Slot
 from .model import ShardedModel
-from .reduction import Expected, Reduction
-from .unit_views import Slot
+from .reduction import Expected, Reduction, add_up
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of ⟨w, J v⟩ = ⟨Jᵀw, v⟩; else 0.1
 
@@ -131,11 +131,8 @@ class ShardedLearner(CurvatureLearner):
         for start, stop in pairwise(chunks_of(inputs, self.ranks.least)):  # whose passes all ranks run together
             chunk = inputs.rows(start, stop)
             grads: dict[Slot, Tensor] = {}
-
-            def add(slot: Slot, g: Tensor, grads: dict[Slot, Tensor] = grads) -> None:
-                grads[slot] = grads[slot] + g if slot in grads else g
-
-            terms = self.passes.run(chunk, self.passes.seed(), partial(self._drawn, chunk, set(numbers), add))
+            drawn = partial(self._drawn, chunk, set(numbers), partial(add_up, grads))
+            terms = self.passes.run(chunk, self.passes.seed(), drawn)
             for block, number, mine in zip(blocks, numbers, samples, strict=True):
                 found = [grads.get((number, k)) for k in range(len(block.parts))]
                 mine.append(block.matrix(found) * terms**0.5)
@@ -197,11 +194,7 @@ class ShardedLearner(CurvatureLearner):
         seed, mode = passes.seed(), passes.mode()
 
         products: dict[Slot, Tensor] = {}
-
-        def take(slot: Slot, t: Tensor) -> None:
-            products[slot] = products[slot] + t if slot in products else t
-
-        reduction = model.reduction(take)
+        reduction = model.reduction(partial(add_up, products))
 
         def back(tangent: Tensor) -> Tensor:
             leaf = torch.zeros((), device=model.device, requires_grad=True)
@@ -213,7 +206,7 @@ class ShardedLearner(CurvatureLearner):
                 if outputs.requires_grad:
                     torch.autograd.grad(outputs, [leaf], cotangent, allow_unused=True)
             noise = model.noise_slots()
-            given = model.views.from_owners([slot for slot, _ in noise], mine)
+            given = dict(model.exchange.whole([slot for slot, _ in noise], mine.get))
             own = likelihood.own_fisher_product(detached, [given[slot].to(p.dtype) for slot, p in noise])
             for (slot, _), product in zip(noise, own, strict=True):
                 hand_on(slot, product)

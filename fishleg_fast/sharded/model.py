@@ -7,21 +7,24 @@ all state, and stand-ins for its parameters: whole, and zero but while a step is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra.matrix import widest
+from ..algebra.matrix import Matrix, widest
 from ..algebra.structures.base import Structure
+from ..backends.protocol import Ops, ThetaOptions
+from ..backends.reference.theta_update import trust_scale, trust_total
 from ..model.assemble import StructureChoice, build_blocks
 from ..model.block import Block, Part, advance, is_sharded
-from .exchange import Exchange
+from .exchange import Exchange, Slot
 from .owners import assign_owners
 from .reduction import Expected, Reduction
 from .sharding import Sharding
-from .unit_views import Slot, UnitViews
+from .unit_views import UnitViews
 
 
 class ShardedModel:
@@ -47,8 +50,8 @@ class ShardedModel:
                 self.mine[number] = _stand_in(layout, structures[number])
                 self._numbers[id(self.mine[number])] = number
             layout.step = torch.zeros((), dtype=torch.float32, device="cpu")
-        self._exchange = Exchange(sharding, self.layouts, self.owners)
-        self.views = UnitViews(sharding, self.layouts, self.owners)
+        self.exchange = Exchange(sharding, self.layouts, self.owners)
+        self.views = UnitViews(self.exchange)
         self._noise = set() if likelihood is None else set(map(id, likelihood.parameters()))
 
     @staticmethod
@@ -109,7 +112,7 @@ class ShardedModel:
                 if g is not None:
                     grads[b, k] = -g if layout.groups[k]["maximize"] else g
         self._stepped = sorted(grads)
-        found = self._exchange.gather(grads) if grads else {}
+        found = self.exchange.gather(grads) if grads else {}
         for number, block in self.mine.items():
             block.grads = [found.get((number, k)) for k in range(len(block.parts))]
         return [b for b in self.mine.values() if any(g is not None for g in b.grads)]
@@ -146,21 +149,31 @@ class ShardedModel:
             return []
         return list({id(p): p for b in self.layouts for p in b.params if not is_sharded(p)}.values())
 
-    def step(self, blocks: Sequence[Block], move: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """``move`` steps the stand-ins of ``blocks``, and all ranks the parameters by that, where it can everywhere."""
+    def step(
+        self, ops: Ops, blocks: Sequence[Block], gs: Sequence[Matrix], theta: ThetaOptions
+    ) -> tuple[Tensor, Tensor]:
+        """``ops`` step the stand-ins of ``blocks``, and all ranks the parameters by that, where it can everywhere."""
         norms, ok = torch.zeros(0, device=self.device), torch.ones((), dtype=torch.bool, device=self.device)
+        trust = self._trust(blocks, gs, theta) if theta.normalize == "trust" else None
         if blocks:
-            norms, ok = move()
+            norms, ok = ops.theta_step(blocks, gs, theta if trust is None else replace(theta, normalize=None))
+        if trust is not None and blocks:
+            torch._foreach_mul_([part.param.detach() for b in blocks for part in b.parts], trust)
         ok = self.everywhere(ok)
         self._apply(bool(ok))
         return norms, ok
+
+    def _trust(self, blocks: Sequence[Block], gs: Sequence[Matrix], theta: ThetaOptions) -> Tensor:
+        """c of the blocks of all ranks, which an op does not know: it takes a product with Q of its own."""
+        here = trust_total(blocks, gs, theta) if blocks else torch.zeros((), device=self.device)
+        return trust_scale(self.total(here), theta.kappa)
 
     @torch.no_grad()
     def _apply(self, ok: bool) -> None:
         """Move the parameters by what this step made of the stand-ins, where ``ok``; those are zero again then."""
         stand_ins: list[Tensor] = [part.param for b in self.mine.values() for part in b.parts]
         if ok:
-            updates = self._exchange.scatter(self._stepped, lambda slot: self.mine[slot[0]].parts[slot[1]].param)
+            updates = self.exchange.scatter(self._stepped, lambda slot: self.mine[slot[0]].parts[slot[1]].param)
             for (b, k), update in updates:
                 layout = self.layouts[b]
                 group, part = layout.groups[k], layout.parts[k]
@@ -180,7 +193,6 @@ def _from(device: Callable[[int], torch.device | None], first: int, number: int)
 def check_settings(settings: Any) -> None:
     """ValueError where one does not go with blocks that ranks share out between them."""
     wrong = {
-        "normalize": (settings.normalize, "'auto', 'rms', 'spectral' or None", settings.normalize == "trust"),
         "anchor_from": (settings.anchor_from, "'drawn'", settings.anchor_from != "drawn"),
         "capturable": (settings.capturable, "False", settings.capturable),
         "fisher": (

@@ -22,6 +22,11 @@ class Expected(NamedTuple):
     dtype: torch.dtype
 
 
+def add_up(sums: dict[Any, Tensor], key: Any, t: Tensor) -> None:
+    """Add t to what ``sums`` has under that key."""
+    sums[key] = sums[key] + t if key in sums else t
+
+
 class Reduction:
     """``take``: is given the key of each tensor and its sum, on the owner.
 
@@ -46,7 +51,7 @@ class Reduction:
     def add(self, block: int, key: Any, t: Tensor) -> None:
         """A tensor for the owner of ``block``; those of one key are added up."""
         if self._expected is not None:
-            self._sums[key] = self._sums[key] + t if key in self._sums else t
+            add_up(self._sums, key, t)
             return
         self._waiting.append((self._owners[block], key, t))
         self._entries += t.numel()

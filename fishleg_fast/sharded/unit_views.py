@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model.block import Block
-from .sharding import Sharding, places
-
-Slot = tuple[int, int]  # numbers of a block and of one of its parts
+from .exchange import Exchange, Slot
+from .sharding import places
 
 
 class _HandOn(torch.autograd.Function):
@@ -64,18 +62,18 @@ class _Place(NamedTuple):
 
 
 class UnitViews:
-    """``layouts``: all blocks of the model, whose parts are its parameters; ``owners``: of each."""
+    """Of the model whose blocks' parts ``exchange`` moves between ranks."""
 
-    def __init__(self, sharding: Sharding, layouts: Sequence[Block], owners: Sequence[int]) -> None:
-        self._sharding, self._layouts, self._owners = sharding, layouts, owners
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange, self._sharding, self._layouts = exchange, exchange.sharding, exchange.layouts
         slots: dict[int, list[Slot]] = {}
-        for b, block in enumerate(layouts):
+        for b, block in enumerate(self._layouts):
             for k, part in enumerate(block.parts):
                 slots.setdefault(id(part.param), []).append((b, k))
         self._slots = list(slots.values())  # of each parameter, by its number
         numbers = {p: number for number, p in enumerate(slots)}
         self._units: dict[int, list[_Place]] = {}
-        for unit, module, name, p in places(sharding.model, sharding.units):
+        for unit, module, name, p in places(self._sharding.model, self._sharding.units):
             if id(p) in numbers:
                 place = _Place(module, name, numbers[id(p)], slots[id(p)])
                 self._units.setdefault(id(unit), []).append(place)
@@ -126,7 +124,7 @@ class UnitViews:
 
         def enter(here: list[_Place]) -> dict[int, Callable[[Tensor], Tensor]]:
             wanted = sorted({slot for place in here for slot in place.slots})
-            tangents = self.from_owners(wanted, mine)
+            tangents = dict(self._exchange.whole(wanted, mine.get))
             return {
                 place.parameter: partial(self._combined, combine, [tangents[s] for s in place.slots], place.slots)
                 for place in here
@@ -149,25 +147,6 @@ class UnitViews:
         for part, t in zip(parts, tangents, strict=True):
             part.of(whole).copy_(t)
         return combine(w, whole)
-
-    def from_owners(self, slots: Sequence[Slot], mine: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
-        """What the owners of blocks have of these parts, zeros where they have none, on all ranks."""
-        found: dict[Slot, Tensor] = {}
-        for owner in sorted({self._owners[b] for b, _ in slots}):
-            theirs = [slot for slot in slots if self._owners[slot[0]] == owner]
-            for dtype in sorted({self._layouts[b].dtype for b, _ in theirs}, key=str):
-                these = [slot for slot in theirs if self._layouts[slot[0]].dtype == dtype]
-                shapes = [self._layouts[b].parts[k].shape for b, k in these]
-                device = self._layouts[these[0][0]].parts[0].param.device
-                flat = torch.zeros(sum(s.numel() for s in shapes), dtype=dtype, device=device)
-                pieces = flat.split([s.numel() for s in shapes])
-                if owner == self._sharding.index:
-                    for slot, piece in zip(these, pieces, strict=True):
-                        if slot in mine:
-                            piece.copy_(mine[slot].reshape(-1))
-                self._sharding.from_owner(flat, owner)
-                found |= {slot: piece.view(s) for slot, piece, s in zip(these, pieces, shapes, strict=True)}
-        return found
 
     @contextmanager
     def handing_on(self, blocks: set[int], leaf: Tensor, take: Callable[[Slot, Tensor], None]) -> Iterator[None]:

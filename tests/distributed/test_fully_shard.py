@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
     "spectral": {"model": "mlp", "normalize": "spectral", "weight_decay": 0.1},
     "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
+    "trust": {"model": "mlp", "normalize": "trust", "kappa": 1e-6, "weight_decay": 0.1},
+    "trust after": {"model": "mlp", "normalize": "trust", "momentum": "after", "nesterov": False, "kappa": 1e-6},
     "momentum after": {"model": "mlp", "momentum": "after", "nesterov": False},
     "diagkron": {"model": "mlp", "structure": "diagkron"},
     "sumkron": {"model": "mlp", "structure": "sumkron"},
@@ -38,7 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
     "float32": {"model": "mlp", "dtype": torch.float32},
 }
-OWNED = ("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "bfloat16", "scaled")
+OWNED = (
+    *("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "trust"),
+    *("bfloat16", "scaled"),
+)
 CASES |= {f"{name}, ddp": {**CASES[name], "copies": 0, "shard_state": True} for name in OWNED}
 UNUSED = {"model": "unused", "copies": 0, "shard_state": True, "ddp": {"find_unused_parameters": True}}
 CASES["unused, ddp"] = UNUSED
@@ -102,7 +107,6 @@ def test_state_is_shared_out(found: dict[int, list[dict[str, dict]]]) -> None:
 
 
 REFUSED = {
-    "trust": "normalize should be 'auto', 'rms', 'spectral' or None.*'trust'",
     "training": "anchor_from should be 'drawn'",
     "capturable": "capturable should be False",
     "hessian": "fisher should be 'ggn'.*or update_aux_every=0",

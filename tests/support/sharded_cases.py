@@ -145,7 +145,6 @@ def _hidden() -> None:
 
 
 _REFUSED = {
-    "trust": lambda: _made(normalize="trust"),
     "training": lambda: _made(anchor_from="training"),
     "capturable": lambda: _made(capturable=True),
     "hessian": lambda: _made(fisher="hessian"),

@@ -47,8 +47,7 @@ class Direction:
 
 def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOptions) -> tuple[Tensor, Tensor]:
     """m ← βm + (1−β)g; nat = Q m̂; θ ← θ − lr·(c·nat + wd·θ): see ``protocol.Ops``."""
-    stacks = stacks_of(blocks, gs, more=[(b.flattened, *map(id, b.groups), *_missing(b)) for b in blocks])
-    directions = [Direction.of(stack, gs, options) for stack in stacks]
+    directions = _directions(blocks, gs, options)
     numbers = [k for d in directions for k in d.stack.numbers]
     norms = dict(zip(numbers, [norm for d in directions for norm in d.norms.unbind()], strict=True))
     found = scalars([norms[k] for k in range(len(blocks))])
@@ -64,6 +63,11 @@ def theta_step(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOpti
     return found, ok
 
 
+def _directions(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOptions) -> list[Direction]:
+    stacks = stacks_of(blocks, gs, more=[(b.flattened, *map(id, b.groups), *_missing(b)) for b in blocks])
+    return [Direction.of(stack, gs, options) for stack in stacks]
+
+
 def _missing(block: Block) -> tuple[bool, ...]:
     return tuple(g is None for g in block.grads)
 
@@ -73,12 +77,21 @@ def _scale(directions: Sequence[Direction], options: ThetaOptions) -> None:
     if options.normalize == "spectral":
         _flatten([d for d in directions if d.stack.blocks[0].flattened])
     if options.normalize == "trust":
-        total = scalars([_trust_lengths(d, options).sum() for d in directions]).sum()
+        total = _trust_total(directions, options)
         for d in directions:
             d.scales = trust_scale(total, options.kappa).to(d.nat.device) / d.correction
     for d in directions if options.normalize in ("rms", "spectral") else ():
         flat = options.normalize == "spectral" and d.stack.blocks[0].flattened
         d.scales = rms_scale(d.stack.blocks[0].shape, flat, d.g, d.norms, d.correction) / d.correction
+
+
+def trust_total(blocks: Sequence[Block], gs: Sequence[Matrix], options: ThetaOptions) -> Tensor:
+    """Σ lr₀² m̂ᵀnat (gᵀnat with momentum "after") of the step that ``theta_step`` would take: a scalar."""
+    return _trust_total(_directions(blocks, gs, options), options)
+
+
+def _trust_total(directions: Sequence[Direction], options: ThetaOptions) -> Tensor:
+    return scalars([_trust_lengths(d, options).sum() for d in directions]).sum()
 
 
 def _trust_lengths(d: Direction, options: ThetaOptions) -> Tensor:
