@@ -6,7 +6,8 @@ A likelihood's ``nll`` fixes the scale of everything else: the Fisher matrix is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ class Likelihood(nn.Module):
 
     A subclass's ``nn.Parameter``s (a learned noise level, say) are trained along with the model's.
     """
+
+    scored: Tensor | None = None  # the mask of what ``nll`` last scored in training, where it leaves positions out
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """Mean negative log-likelihood of ``targets`` under the model's ``outputs``: a scalar."""
@@ -57,6 +60,20 @@ class Likelihood(nn.Module):
             f"{type(self).__name__} has parameters of its own: implement own_fisher_product(outputs, vs), or "
             f"use fisher='hessian'"
         )
+
+    def mask_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Which positions of the outputs count in the loss, of what the model was called with: a boolean tensor; None:
+        all, or those that ``scored`` tells. Here: None.
+        """
+        return None
+
+    def positions(self, outputs: Sequence[int]) -> Sequence[int]:
+        """The shape of a mask for outputs of a shape. Here: theirs."""
+        return torch.Size(outputs)
+
+    def masked(self, mask: Tensor) -> Likelihood:
+        """This likelihood with the positions of a boolean mask alone: those that ``mask_of`` or ``scored`` has told."""
+        raise NotImplementedError(f"{type(self).__name__} has masks: implement masked(mask)")
 
     def forward(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """``nll``: a likelihood can stand where a loss module does, but mind the order."""
@@ -173,18 +190,30 @@ class CategoricalLikelihood(Likelihood):
     Args:
         class_dim: the outputs' dimension of the classes: 1 as in torch, (B, C) or (B, C, H, W), targets (B,) or (B, H,
             W); -1 for language models, (B, T, V) with targets (B, T).
-        ignore_index: targets that do not count. Drawn targets never take it: the Fisher matrix is over all positions.
+        ignore_index: targets that do not count. The Fisher matrix and its number of terms leave out the positions that
+            ``nll`` left out when it last scored outputs that require a gradient, if these are all of the model's.
+        loss_mask: function of what the model is called with, ``loss_mask(*args, **kwargs)``, that returns the positions
+            that count, a boolean tensor shaped as the targets, or None for all. Needed where the training's loss is not
+            ``nll`` of this likelihood: padding in the inputs, labels among them.
         weight: of each class (C,), as in torch. The Fisher matrix then is that of the weighted loss, position i
             weighing Σ_c p_ic w_c.
     """
 
-    def __init__(self, class_dim: int = 1, ignore_index: int = -100, weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        class_dim: int = 1,
+        ignore_index: int = -100,
+        weight: Tensor | None = None,
+        loss_mask: Callable[..., Tensor | None] | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(class_dim, bool) or not isinstance(class_dim, int):
             raise TypeError(f"class_dim should be an integer but is: {class_dim!r}")
         if weight is not None and (weight.ndim != 1 or not (weight >= 0).all()):
             raise ValueError(f"weight should be a vector of non-negative numbers but is: {weight}")
-        self.class_dim, self.ignore_index = class_dim, ignore_index
+        if loss_mask is not None and not callable(loss_mask):
+            raise TypeError(f"loss_mask should be a function of the model's inputs but is: {type(loss_mask).__name__}")
+        self.class_dim, self.ignore_index, self.loss_mask = class_dim, ignore_index, loss_mask
         self.register_buffer("weight", weight)
         self.weight: Tensor | None
 
@@ -215,6 +244,8 @@ class CategoricalLikelihood(Likelihood):
                 f"dimension {self.class_dim} but has: {tuple(targets.shape)}; for (B, T, V) logits use "
                 f"CategoricalLikelihood(class_dim=-1)"
             )
+        if outputs.requires_grad:
+            self.scored = targets.detach() != self.ignore_index
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             targets.reshape(-1).long(),
@@ -230,6 +261,23 @@ class CategoricalLikelihood(Likelihood):
         # The first of C exponential clocks of rates p. torch.multinomial would stop at outputs that are not finite.
         return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
 
+    def mask_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What ``loss_mask`` tells of them. TypeError where that is no boolean tensor."""
+        mask = None if self.loss_mask is None else self.loss_mask(*args, **kwargs)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"loss_mask should return a boolean tensor or None but returned: {kind}")
+        return mask
+
+    def positions(self, outputs: Sequence[int]) -> Sequence[int]:
+        """Without the classes'."""
+        classes = self.class_dim % max(len(outputs), 1)
+        return torch.Size([*outputs[:classes], *outputs[classes + 1 :]])
+
+    def masked(self, mask: Tensor) -> Likelihood:
+        """Of the positions that a mask (as the targets) has. Targets drawn and scored are those positions' (count,)."""
+        return _MaskedCategorical(self, mask)
+
     def terms(self, outputs: Tensor) -> int:
         _batch(outputs)
         return outputs.numel() // outputs.shape[self.class_dim]
@@ -244,3 +292,45 @@ class CategoricalLikelihood(Likelihood):
             return product / self.terms(outputs)
         omega = (self._classes_last(p) * weight).sum(-1).unsqueeze(self.class_dim)
         return omega / omega.sum() * product
+
+
+class _MaskedCategorical(Likelihood):
+    """Some positions' alone."""
+
+    def __init__(self, whole: CategoricalLikelihood, mask: Tensor) -> None:
+        super().__init__()
+        self._whole, self._shape = [whole], mask.shape  # in a list: no submodule
+        self._places = mask.flatten().nonzero()[:, 0]
+        self._each = CategoricalLikelihood(-1, whole.ignore_index, whole.weight)
+
+    def _rows(self, outputs: Tensor) -> Tensor:
+        """The logits of the positions that count, (count, C)."""
+        logits = self._whole[0]._classes_last(outputs)
+        if logits.shape[:-1] != self._shape:
+            raise ValueError(
+                f"loss_mask should return a mask of shape {tuple(logits.shape[:-1])} for outputs "
+                f"{tuple(outputs.shape)} but returned one of: {tuple(self._shape)}"
+            )
+        return logits.reshape(-1, logits.shape[-1]).index_select(0, self._places.to(outputs.device))
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        rows = self._rows(outputs)
+        return self._each.nll(targets, rows) if rows.shape[0] else rows.sum()
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        return self._each.draw(self._rows(outputs))
+
+    def terms(self, outputs: Tensor) -> int:
+        return self._places.shape[0]
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        rows = self._rows(outputs)
+        found = torch.zeros_like(outputs)
+        if rows.shape[0]:
+            product = self._each.fisher_product(rows, self._rows(v))
+            whole = self._whole[0]._classes_last(found)  # a view
+            whole[self._places_of(whole)] = product
+        return found
+
+    def _places_of(self, whole: Tensor) -> tuple[Tensor, ...]:
+        return torch.unravel_index(self._places.to(whole.device), self._shape)

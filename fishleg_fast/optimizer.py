@@ -261,6 +261,8 @@ class FishLeg(Optimizer):
         self._diagnostics = Diagnostics(on_device, writer)
         self._step_supports_amp_scaling = capturable  # GradScaler then does not wait for the device before a step
         self._passes.tell = self._diagnostics.note
+        if self._statistics is not None:
+            self._statistics.leaves_out = self._passes.leaves_out
         self._publish_progress()
         self._look_ahead()
 

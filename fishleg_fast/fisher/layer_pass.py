@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from ..algebra.maths import Aux
 from ..algebra.structures.base import LayerStatistics
 from ..model.block import Block
-from ..model.layers import layer_of
+from ..model.layers import contributing, layer_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 
@@ -58,13 +58,14 @@ class LayerPass:
         self._calls: dict[int, list[Call]] = {}  # by id of the block, until its layer's have been made use of
         self._ready: list[tuple[Block, LayerStatistics | Aux]] = []
         self._entries = 0  # of what is ready
-        self._terms = 1.0
+        self._terms, self._masked = 1.0, False
         self.unseen: list[Block] = []
         self.hidden: list[Block] = []
         self.gradients: dict[int, Tensor | None] = {}
 
     def run(self, passes: IsolatedPasses, inputs: Inputs) -> float:
         """The pass, which belongs inside ``passes.run``. Returns over how many terms its loss is the mean."""
+        self._masked = inputs.mask is not None
         hooks = [  # before the user's, which may change the output
             b.layer.register_forward_hook(partial(self._on_forward, b), prepend=True) for b in self._blocks if b.layer
         ]
@@ -151,12 +152,12 @@ class LayerPass:
         """Make use of all calls of a layer; whether they show what is needed."""
         positions = sum(e.numel() for _, e in calls) // max(block.shape[0], 1)
         entries = positions * block.shape[1]
-        shares = _in_parts(block, calls, self._terms) if entries > ENTRIES else None
+        shares = _in_parts(block, calls, self._terms, self._masked) if entries > ENTRIES else None
         if shares is not None:
             for share in shares:
                 self._take(share)
             return True
-        found = _statistics(block, calls, self._terms)
+        found = _statistics(block, calls, self._terms, self._masked)
         if found is None:
             return False
         if self._entries + entries > ENTRIES:
@@ -199,13 +200,17 @@ def _ends(nodes: Sequence[Node]) -> set[Node]:
     return ends
 
 
-def _statistics(block: Block, calls: Sequence[Shown], terms: float) -> LayerStatistics | Aux | None:
+def _statistics(
+    block: Block, calls: Sequence[Shown], terms: float, masked: bool = False
+) -> LayerStatistics | Aux | None:
     """From all calls of the block's layer; None where they do not show its gradient."""
     assert block.layer is not None
     layer = layer_of(block.layer)
     rows = [layer.rows(block, x, e) for x, e in calls]
     if any(found is None for found in rows):
         return None
+    if masked:
+        rows = [contributing(*found) for found in rows if found is not None]
     a, e = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*filter(None, rows), strict=True))
     return layer.statistics(block, a, e, terms)
 
@@ -222,7 +227,7 @@ def parts_of(block: Block, x: Tensor, e: Tensor) -> Iterator[Shown]:
         yield x, e
 
 
-def _in_parts(block: Block, calls: Sequence[Shown], terms: float) -> Iterator[Share] | None:
+def _in_parts(block: Block, calls: Sequence[Shown], terms: float, masked: bool) -> Iterator[Share] | None:
     """The same, of some samples at a time; None where that is impossible, or some numbers are not finite."""
     assert block.layer is not None
     layer = layer_of(block.layer)
@@ -233,13 +238,19 @@ def _in_parts(block: Block, calls: Sequence[Shown], terms: float) -> Iterator[Sh
         rows = layer.rows(block, x[:1], e[:1])
         if rows is None or not isinstance(layer.statistics(block, *rows, terms), LayerStatistics):
             return None
-        positions += rows[0].shape[0] * x.shape[0]
+        if masked:
+            shown = layer.output_gradients(block.layer, e)
+            positions += rows[0].shape[0] // rows[1].shape[0] * int(shown.any(1).sum())
+        else:
+            positions += rows[0].shape[0] * x.shape[0]
         parts += parts_of(block, x, e)
 
     def shares() -> Iterator[Share]:
         for k, (x, e) in enumerate(parts):
             rows = layer.rows(block, x, e)
             assert rows is not None
+            if masked:
+                rows = contributing(*rows)
             found = layer.statistics(block, *rows, terms)
             assert isinstance(found, LayerStatistics)
             yield Share([block], [found._replace(positions=positions)], k > 0)

@@ -236,7 +236,7 @@ def _pulled_back(
     cotangent = None
     if tangent is not None and leaves:
         tangent = tangent.detach().to(output.dtype)
-        cotangent = likelihood.fisher_product(detached, tangent)
+        cotangent = passes.scoring(inputs).fisher_product(detached, tangent)
         found = gradients(output, leaves, cotangent, retain_graph=check is not None)
     if check is not None and leaves and output.requires_grad:
         w, pulled = cotangent, found

@@ -91,6 +91,13 @@ class Layer:
         return LayerStatistics(a.to(block.dtype), e.to(block.dtype), count)
 
 
+def contributing(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of positions that a loss depends on: where it leaves some out, inputs there tell nothing of it."""
+    there = e.any(1)
+    groups = a.shape[0] // max(e.shape[0], 1)
+    return (a[there] if groups <= 1 else a.unflatten(0, (groups, -1))[:, there].flatten(0, 1)), e[there]
+
+
 class Linear(Layer):
     """weight (out, in), bias (out,) -> (out, in + 1)."""
 

@@ -187,6 +187,7 @@ class Inputs:
     ``autocast`` is the dtype of autocast, if that was on. ``tapped``: seen at the model's forward, past its hooks, and
     ``outputs`` are the shapes of what that returned. ``samples``: how many the batch has, where that is known, and
     ``over_batch`` what of it runs over them, if it may be cut (``passes/batch_rule.py`` finds out); ``part``: it was.
+    ``mask``: the positions of the outputs that count in the loss, batch first, where not all do.
     """
 
     args: tuple
@@ -198,6 +199,7 @@ class Inputs:
     samples: int | None = None
     over_batch: tuple[Any, ...] = ()
     part: bool = False
+    mask: Tensor | None = None
 
     @classmethod
     def of(cls, x: Any) -> Inputs:
@@ -237,7 +239,11 @@ class Inputs:
             return self
         memo: Memo = {id(x): (x, _rows_of(x, start, stop)) for x in self.over_batch}
         cut = self.map(lambda t: t, memo)
-        return replace(cut, samples=min(stop, self.samples) - start, part=True, outputs=None)
+        mask = self.mask
+        if mask is not None:  # of outputs whose samples may be several in their first dimension
+            each = mask.shape[0] // self.samples
+            mask = mask[start * each : stop * each]
+        return replace(cut, samples=min(stop, self.samples) - start, part=True, outputs=None, mask=mask)
 
     def map(self, fn: Callable[[Tensor], Any], memo: Memo | None = None) -> Inputs:
         """The same batch with ``fn`` of each tensor."""
@@ -245,7 +251,7 @@ class Inputs:
         args, kwargs, x = (tree_map(fn, tree, memo) for tree in (self.args, self.kwargs, self.x))
         over_batch = tuple(memo[id(leaf)][1] if id(leaf) in memo else leaf for leaf in self.over_batch)
         known = self.autocast, self.tapped, self.outputs, self.samples
-        return Inputs(args, kwargs, x, *known, over_batch, self.part)
+        return Inputs(args, kwargs, x, *known, over_batch, self.part, self.mask)
 
     def copied(self) -> Inputs:
         """Apart from the graph and the memory of the user's tensors: a model may write to its inputs."""

@@ -222,10 +222,38 @@ class IsolatedPasses:
         if size == "auto":
             size = MOST if self.loader is not None else min(MOST, max(LEAST, inputs.size() // 4))
         assert not isinstance(size, str)
+        inputs = replace(inputs, mask=self._mask(inputs))
         inputs = (inputs if size is None else inputs.rows(0, size)).copied()
+        if inputs.mask is not None and not inputs.mask.any():
+            raise EmptyBatch("a curvature batch should have positions that count in the loss but has none")
         if self._own is not None and self.likelihood is not None and self.loader is not None:
             self._record_call(inputs)
         return inputs
+
+    def leaves_out(self) -> bool:
+        """Whether not all positions count in the loss of the batch that was last trained on."""
+        seen = None if self.tap is None else self.tap.last
+        return seen is not None and self._mask(seen) is not None
+
+    def _mask(self, inputs: Inputs) -> Tensor | None:
+        """The positions of the outputs that count in the loss of a whole batch; None where all do."""
+        if self.likelihood is None:
+            return None
+        mask = self.likelihood.mask_of(inputs.args, inputs.kwargs)
+        if mask is None and self.loader is None:
+            mask = self.likelihood.scored
+            outputs = next((shape for shape in inputs.outputs or () if shape), None)
+            there = None if outputs is None else self.likelihood.positions(outputs)
+            if mask is not None and mask.shape != there:
+                if not bool(mask.all()):
+                    self.tell_once(
+                        "mask",
+                        f"the loss leaves out positions, but targets have shape {tuple(mask.shape)} and the model's "
+                        f"outputs positions of shape {there}: FishLeg takes the curvature over all of them; a "
+                        "likelihood's loss_mask tells which count",
+                    )
+                return None
+        return None if mask is None or bool(mask.all()) else mask
 
     def _record_call(self, inputs: Inputs) -> None:
         """What the user's own draw(model, x) calls the model with, which need not be x: ask it once."""
@@ -273,6 +301,8 @@ class IsolatedPasses:
                 stack.enter_context(self.tap.pause())
             for tap in self.taps:
                 stack.enter_context(tap.pause())
+            if self.likelihood is not None:
+                stack.callback(setattr, self.likelihood, "scored", self.likelihood.scored)
             copies = _copies(params, buffers)
             if foreign:
                 known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *buffers)}
@@ -366,17 +396,20 @@ class IsolatedPasses:
         if self._own is not None:
             draw = self._own[0]
             return tree_map(Tensor.detach, self._apart(inputs, lambda inputs: draw(self.model, inputs.x)))
-        assert self.likelihood is not None
         outputs = self.outputs(inputs).detach()
         with torch.no_grad():
-            return self.likelihood.draw(outputs)
+            return self.scoring(inputs).draw(outputs)
+
+    def scoring(self, inputs: Inputs) -> Likelihood:
+        """The likelihood, of the positions that count."""
+        assert self.likelihood is not None
+        return self.likelihood if inputs.mask is None else self.likelihood.masked(inputs.mask)
 
     def nll(self, inputs: Inputs, labels: Any) -> Tensor:
         if self._own is not None:
             nll = self._own[1]
             return self._apart(inputs, lambda inputs: nll(self.model, inputs.x, labels))
-        assert self.likelihood is not None
-        return self.likelihood.nll(labels, self.outputs(inputs))
+        return self.scoring(inputs).nll(labels, self.outputs(inputs))
 
     def drawn_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
         """The nll on labels drawn from the model, and over how many independent terms it is the mean."""
@@ -397,7 +430,7 @@ class IsolatedPasses:
         """``drawn_loss`` by the likelihood where there is one: one forward pass, and the exact number of terms."""
         if self.likelihood is None:
             return self.drawn_loss(inputs)
-        outputs = self.outputs(inputs)
+        outputs, likelihood = self.outputs(inputs), self.scoring(inputs)
         with torch.no_grad():
-            labels = self.likelihood.draw(outputs)
-        return self.likelihood.nll(labels, outputs), self.likelihood.terms(outputs)
+            labels = likelihood.draw(outputs)
+        return likelihood.nll(labels, outputs), likelihood.terms(outputs)

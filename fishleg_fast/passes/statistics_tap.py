@@ -7,7 +7,7 @@ layers' rows have to be kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..algebra.maths import Aux
 from ..algebra.structures.base import LayerStatistics
 from ..model.block import Block
-from ..model.layers import layer_of
+from ..model.layers import contributing, layer_of
 from .hooks import LayerHooks
 
 
@@ -32,6 +32,8 @@ class StatisticsTap(LayerHooks):
         self._hidden: set[int] = set()  # blocks of whose layers a call was not seen as it is
         self._backward = -1  # the latest backward pass
         self.terms = 0
+        self.leaves_out: Callable[[], bool] = lambda: False  # whether not all positions count in the user's loss
+        self._masked = False
 
     def watch(self, blocks: Sequence[Block]) -> None:
         """See the layers of those of the blocks that have moments."""
@@ -58,8 +60,12 @@ class StatisticsTap(LayerHooks):
             self._hidden.add(id(block))
             return
         number = torch._C._current_graph_task_id()
-        if number != self._backward:  # the first to see a backward pass is the nearest to the loss
-            self._backward = number
+        first = number != self._backward  # to see a backward pass: the nearest to the loss
+        if first:
+            self._backward, self._masked = number, self.leaves_out()
+        if self._masked:
+            rows = contributing(*rows)
+        if first:
             self.terms += rows[1].shape[0]
         found = layer.statistics(block, *rows, 1.0)
         moments = block.structure.layer_moments(*found) if isinstance(found, LayerStatistics) else found

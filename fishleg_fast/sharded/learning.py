@@ -202,7 +202,7 @@ class ShardedLearner(CurvatureLearner):
             with model.views.handing_on(set(range(len(model.layouts))), leaf, hand_on):
                 outputs = passes.outputs(inputs)
                 detached = outputs.detach()
-                cotangent = likelihood.fisher_product(detached, tangent.to(detached.dtype))
+                cotangent = passes.scoring(inputs).fisher_product(detached, tangent.to(detached.dtype))
                 if outputs.requires_grad:
                     torch.autograd.grad(outputs, [leaf], cotangent, allow_unused=True)
             noise = model.noise_slots()
