@@ -16,11 +16,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools-installed
 INSTALLED := $(VENV)/.package-installed
+EXAMPLES := $(VENV)/.examples-installed
 NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock clean
+.PHONY: help setup setup-examples test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -43,6 +44,12 @@ $(INSTALLED): $(TOOLS) pyproject.toml $(BUILD_INPUTS)
 	@if [ -e $(NO_EXTENSION) ]; then \
 	  echo "The compiled extension was not built: $$(cat $(NO_EXTENSION))" >&2; \
 	else touch $@; fi
+
+setup-examples: $(EXAMPLES)  ## what the examples for transformers and Lightning need besides
+
+$(EXAMPLES): $(INSTALLED)
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[examples]'
+	@touch $@
 
 test: setup  ## run the tests; PYTEST_ARGS='-k name' for some of them, JOBS=0 for one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

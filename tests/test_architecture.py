@@ -65,6 +65,7 @@ MAY_IMPORT = {
         "diagnostics capture distributed sharded",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
+    "integrations": ("likelihoods optimizer", "they make the optimizer as other libraries ask for it"),
     "__init__": ("_version algebra model likelihoods optimizer", "it lists the public names"),
     "__main__": (
         "_version backends.registry model.estimate native precision selfcheck sharded.plan",

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from ..algebra.maths import Aux
 from ..algebra.structures.base import LayerStatistics
 from ..model.block import Block
-from ..model.layers import contributing, layer_of
+from ..model.layers import layer_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 
@@ -210,7 +210,7 @@ def _statistics(
     if any(found is None for found in rows):
         return None
     if masked:
-        rows = [contributing(*found) for found in rows if found is not None]
+        rows = [layer.contributing(block, *found) for found in rows if found is not None]
     a, e = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*filter(None, rows), strict=True))
     return layer.statistics(block, a, e, terms)
 
@@ -250,7 +250,7 @@ def _in_parts(block: Block, calls: Sequence[Shown], terms: float, masked: bool) 
             rows = layer.rows(block, x, e)
             assert rows is not None
             if masked:
-                rows = contributing(*rows)
+                rows = layer.contributing(block, *rows)
             found = layer.statistics(block, *rows, terms)
             assert isinstance(found, LayerStatistics)
             yield Share([block], [found._replace(positions=positions)], k > 0)

@@ -161,7 +161,7 @@ def build_blocks(
                     name,
                     parts,
                     spec,
-                    module if not spec.suffix else None,
+                    module if spec.shown else None,
                     choice or by_pattern(structure, prefix + name, "kron"),
                 )
             own = [part.param for _, parts in claims for part in parts]

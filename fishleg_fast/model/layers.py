@@ -29,6 +29,7 @@ class BlockSpec:
     diagonal: tuple[str, ...] = ()  # factors to keep diagonal
     elementwise: bool = False  # always a Diagonal structure
     repeated: bool | None = None  # True: a sample uses the weights at several positions, whatever its shape
+    shown: bool = True  # the layer's input and output's gradient tell the block's gradient
 
 
 class Layer:
@@ -83,19 +84,18 @@ class Layer:
         e = e.to(r.dtype).unflatten(1, (groups, -1))  # (positions, groups, m/groups)
         return torch.einsum("gp,pgm->gm", y, e).reshape(-1), (y.T.square() * e.square().sum(2)).sum()
 
+    def contributing(self, block: Block, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of positions that a loss depends on: where it leaves some out, inputs there tell nothing of it."""
+        there = e.any(1)
+        groups = a.shape[0] // max(e.shape[0], 1)
+        return (a[there] if groups <= 1 else a.unflatten(0, (groups, -1))[:, there].flatten(0, 1)), e[there]
+
     def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
         """What tells the block's second moments, from the rows of all calls of its layer.
 
         ``count``: the independent terms over which the loss is the mean.
         """
         return LayerStatistics(a.to(block.dtype), e.to(block.dtype), count)
-
-
-def contributing(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of positions that a loss depends on: where it leaves some out, inputs there tell nothing of it."""
-    there = e.any(1)
-    groups = a.shape[0] // max(e.shape[0], 1)
-    return (a[there] if groups <= 1 else a.unflatten(0, (groups, -1))[:, there].flatten(0, 1)), e[there]
 
 
 class Linear(Layer):
@@ -111,6 +111,40 @@ class Linear(Layer):
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor | None:
         return x.reshape(-1, x.shape[-1])
+
+
+class TransposedLinear(Layer):
+    """weight (in, out), and bias (out,) by itself. The gradient is inputsᵀ·(output gradients): these are a, those e."""
+
+    def specs(self, module: nn.Module) -> list[BlockSpec]:
+        return [
+            BlockSpec("", [("weight", None)]),
+            BlockSpec("bias", [("bias", None)], axis=0, elementwise=True),
+        ]
+
+    def repeated(self, x: Tensor) -> bool:
+        return x.ndim > 2
+
+    def _is_bias(self, block: Block) -> bool:
+        assert block.layer is not None
+        return block.parts[0].held_as(block.layer, "bias")
+
+    def rows(self, block: Block, x: Tensor, e: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        e, x = e.reshape(-1, e.shape[-1]), x.reshape(-1, x.shape[-1])
+        found = (e.new_ones(e.shape[0], 1), e) if self._is_bias(block) else (e, x)
+        sizes = found[1].shape[1], found[0].shape[1]
+        return found if found[0].shape[0] == found[1].shape[0] and sizes == block.shape else None
+
+    def contributing(self, block: Block, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        there = (e if self._is_bias(block) else a).any(1)
+        return a[there], e[there]
+
+    def statistics(self, block: Block, a: Tensor, e: Tensor, count: float) -> LayerStatistics | Aux:
+        if "rows" not in block.structure.moments:
+            return super().statistics(block, a, e, count)
+        a, e = a.to(block.dtype) * count**0.5, e.to(block.dtype) / max(e.shape[0], 1) ** 0.5
+        R, L = list(block.structure.fishleg_aux.values())[:2]  # their layouts
+        return {"rows": cross(e.T, e.T, R), "columns": cross(a.T, a.T, L)}
 
 
 class Conv(Layer):
@@ -259,7 +293,7 @@ class Attention(Layer):
         for i, name in enumerate("qkv"):
             rows = slice(i * d, (i + 1) * d)
             weight = ("in_proj_weight", rows) if packed else (f"{name}_proj_weight", None)
-            specs.append(BlockSpec(name, [weight, ("in_proj_bias", rows)], repeated=True))
+            specs.append(BlockSpec(name, [weight, ("in_proj_bias", rows)], repeated=True, shown=False))
         return specs
 
 
@@ -282,6 +316,8 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.MultiheadAttention: Attention(),
 }
 
+OTHERS = {"transformers.pytorch_utils.Conv1D": TransposedLinear()}  # of libraries that are not imported here
+
 _UNKNOWN = Layer()
 
 
@@ -293,4 +329,8 @@ def class_of(module: nn.Module) -> type:
 
 def layer_of(module: nn.Module) -> Layer:
     """The row for a module's class or its nearest base."""
-    return next((LAYERS[c] for c in type(module).__mro__ if c in LAYERS), _UNKNOWN)
+    for c in type(module).__mro__:
+        found = LAYERS.get(c) or OTHERS.get(f"{c.__module__}.{c.__qualname__}")
+        if found is not None:
+            return found
+    return _UNKNOWN

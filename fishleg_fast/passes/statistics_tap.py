@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..algebra.maths import Aux
 from ..algebra.structures.base import LayerStatistics
 from ..model.block import Block
-from ..model.layers import contributing, layer_of
+from ..model.layers import layer_of
 from .hooks import LayerHooks
 
 
@@ -64,7 +64,7 @@ class StatisticsTap(LayerHooks):
         if first:
             self._backward, self._masked = number, self.leaves_out()
         if self._masked:
-            rows = contributing(*rows)
+            rows = layer.contributing(block, *rows)
         if first:
             self.terms += rows[1].shape[0]
         found = layer.statistics(block, *rows, 1.0)
