@@ -23,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CUDA_CHOICES = {"": "AUTO", "0": "OFF", "1": "ON"}
@@ -103,6 +104,16 @@ def found_nvcc(build_dir: Path) -> bool:
     return nvcc is not None and not nvcc[1].endswith("-NOTFOUND")
 
 
+class FreshBuild(build_py):
+    """``build_py`` without what an earlier build in the same folder left: modules since removed or renamed."""
+
+    def run(self) -> None:
+        package = Path(self.build_lib, "fishleg_fast").resolve()
+        if not self.editable_mode and package.parent != ROOT:  # never the sources themselves
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """``build_ext`` by CMake and Ninja."""
 
@@ -161,5 +172,5 @@ setup(
     packages=packages,
     package_dir={"fishleg_fast": "fishleg_fast", "fishleg_fast.kernels": "kernels"},
     ext_modules=[Extension("fishleg_fast._native", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild},
 )
