@@ -21,7 +21,7 @@ NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-examples test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock clean
+.PHONY: help setup setup-examples test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -85,6 +85,14 @@ bench-gpu:  ## on a GPU: check and time every kernel and whole steps, results to
 
 wallclock: setup  ## seconds until the other optimizers' training NLL (long)
 	$(BIN)/python -m benchmarks.study.wallclock $(ARGS)
+
+# The wheel is built from the sdist. An installation goes on without the extension; a wheel to give away may not.
+wheel: | $(BIN)/python  ## build an sdist and a wheel into dist/ and check them
+	$(BIN)/python -m pip install -c constraints.txt build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	@for wheel in dist/*.whl; do $(BIN)/python -m zipfile -l "$$wheel" | grep '/_native\..*\.so ' >/dev/null \
+	  || { echo "$$wheel has no compiled extension: the build said why above" >&2; exit 1; }; done
 
 clean:  ## remove builds and caches; rm -r .venv starts from nothing
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
