@@ -17,11 +17,12 @@ BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools-installed
 INSTALLED := $(VENV)/.package-installed
 EXAMPLES := $(VENV)/.examples-installed
+DOCS := $(VENV)/.docs-installed
 NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-examples test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock wheel clean
+.PHONY: help setup setup-examples setup-docs docs test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -50,6 +51,15 @@ setup-examples: $(EXAMPLES)  ## what the examples for transformers and Lightning
 $(EXAMPLES): $(INSTALLED)
 	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[examples]'
 	@touch $@
+
+setup-docs: $(DOCS)  ## what the documentation needs besides
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt 'fishleg_fast[docs]'  # that is there; only the extra's packages come
+	@touch $@
+
+docs: setup-docs  ## the documentation as a site that needs no network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: setup  ## run the tests; PYTEST_ARGS='-k name' for some of them, JOBS=0 for one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
@@ -95,6 +105,6 @@ wheel: | $(BIN)/python  ## build an sdist and a wheel into dist/ and check them
 	  || { echo "$$wheel has no compiled extension: the build said why above" >&2; exit 1; }; done
 
 clean:  ## remove builds and caches; rm -r .venv starts from nothing
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fishleg_fast/*.so $(NO_EXTENSION) $(INSTALLED)
 	find fishleg_fast kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

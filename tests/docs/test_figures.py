@@ -1,0 +1,74 @@
+"""The figures on the front page, and of the best lr, are those of benchmarks/results/convergence.md."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from docs.pages import DOCS, ROOT
+
+PROBLEMS = {  # column of the pages -> heading of the results
+    "GPT": "GPT on Python's help texts, batch 16",
+    "ResNet18": "ResNet18 on digits, batch 128",
+    "CURVES, batch 1000": "CURVES autoencoder, batch 1000",
+    "CURVES, batch 100": "CURVES autoencoder, batch 100",
+}
+RESULTS = (ROOT / "benchmarks/results/convergence.md").read_text(encoding="utf-8")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
+
+
+def found(heading: str) -> dict[str, dict[str, str]]:
+    """The first table under a heading of the results: optimizer -> column -> text."""
+    section = RESULTS.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [cells(line) for line in re.search(r"(^\|.*\n)+", section, re.MULTILINE)[0].splitlines()]  # type: ignore[index]
+    return {row[0]: dict(zip(rows[0], row, strict=False)) for row in rows[2:]}
+
+
+def table(page: str, heading: str, number: int = 0) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a page's table."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    head, _, *rows = [m[0].splitlines() for m in re.finditer(r"(^\|.*\n)+", text, re.MULTILINE)][number]
+    return cells(head), [cells(row) for row in rows]
+
+
+def last_place(number: str) -> float:
+    """One unit in it."""
+    digits, _, exponent = number.partition("e")
+    return 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "number", "column"),
+    [
+        ("index.md", "Results", 0, "mean"),
+        ("index.md", "Results", 1, "CPU ms/step"),
+        ("settings.md", "lr", 0, "lr"),
+    ],
+)
+def test_figures_are_those_of_the_results(page: str, heading: str, number: int, column: str) -> None:
+    head, rows = table(page, heading, number)
+    compared = 0
+    for name in head[1:]:
+        problem = max((p for p in PROBLEMS if name.startswith(p)), key=len)
+        results = found(PROBLEMS[problem])
+        for row in rows:
+            said = row[head.index(name)]
+            if not said:
+                continue
+            result = float(results[row[0].partition(",")[0]][column])
+            assert abs(result - float(said)) <= 0.501 * last_place(said), (page, row[0], name)
+            compared += 1
+    assert compared >= 12
+
+
+def test_processors_are_those_of_the_results() -> None:
+    head, rows = table("index.md", "Results", 1)
+    for name in head[1:]:
+        problem, processor = name.rstrip(")").split(" (")
+        for row in rows:
+            if row[head.index(name)]:
+                assert found(PROBLEMS[problem])[row[0]]["CPU"].startswith(processor)
