@@ -11,7 +11,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 _PRELUDE = re.compile(r"^<!-- prelude\n(?P<code>.*?)^-->$", re.MULTILINE | re.DOTALL)
-_MARK = re.compile(r"<!-- (?:ranks (?P<ranks>\d+)|file (?P<file>\w+\.py)) -->\n\Z")
+_MARK = re.compile(r"<!-- (?:ranks (?P<ranks>\d+)|file (?P<file>\w+\.py)|needs (?P<needs>[\w ]+)) -->\n\Z")
 _FENCE = re.compile(r"^(?P<marks>`{3,})(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=marks)[ ]*$", re.MULTILINE | re.DOTALL)
 PRINTS = 'text title="prints"'
 
@@ -21,12 +21,14 @@ class Block:
     """Code from line ``line`` of its page on, and what it should print; None: whatever it likes.
 
     ``ranks``: a script of its own, for so many processes; 0: a part of its page. ``file``: to be written and not run.
+    ``needs``: modules without which it is left out.
     """
 
     code: str
     line: int
     ranks: int = 0
     file: str | None = None
+    needs: tuple[str, ...] = ()
     prints: str | None = None
 
 
@@ -36,8 +38,10 @@ def blocks(page: str) -> list[Block]:
     for fence in _FENCE.finditer(_blanked(page)):
         if fence["info"].strip() == "python":
             mark = _MARK.search(page[: fence.start()])
-            ranks, file = (int(mark["ranks"] or 0), mark["file"]) if mark else (0, None)
-            found.append(Block(fence["text"], _line(page, fence.start("text")), ranks, file))
+            found.append(Block(fence["text"], _line(page, fence.start("text"))))
+            if mark:
+                found[-1].ranks, found[-1].file = int(mark["ranks"] or 0), mark["file"]
+                found[-1].needs = tuple((mark["needs"] or "").split())
         elif fence["info"].strip() == PRINTS:
             if not found or found[-1].prints is not None:
                 raise ValueError(f"line {_line(page, fence.start())}: no block of Python prints this")

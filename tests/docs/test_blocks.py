@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import linecache
 import os
@@ -49,6 +50,8 @@ def run(page: str, name: str) -> None:
     space = {"__name__": "__main__"}
     for block in blocks(page):
         place = f"{name}, line {block.line}"
+        if any(importlib.util.find_spec(module) is None for module in block.needs):
+            continue
         if block.file is not None:
             Path(block.file).write_text(block.code, encoding="utf-8")
             continue
