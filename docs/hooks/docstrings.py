@@ -13,6 +13,7 @@ import griffe
 _KNOWN = {"Args", "Attributes", "Raises", "Returns", "Yields", "Source"}
 _HEADING = re.compile(r"^(?P<title>\S.*):$")
 _ITEM = re.compile(r"^(?P<names>\w+(?:, \w+)*): (?P<text>.*)$")
+_ARGUMENT = re.compile(r"^[a-z]\w*: ")  # without a heading
 _SHARED = re.compile(r"^    \w+, \w+: ")  # of several arguments, which Google's style does not have
 _ROLE = re.compile(r":(?:class|func|meth|mod):`([^`]+)`")
 
@@ -24,6 +25,12 @@ def markdown(docstring: str) -> str:
     while k < len(lines):
         heading = _HEADING.match(lines[k])
         body = _indented(lines, k + 1)
+        if _ARGUMENT.match(lines[k]):
+            while k < len(lines) and _ARGUMENT.match(lines[k]):
+                body = _indented(lines, k + 1)
+                made += _item(lines[k], [line.strip() for line in body if line.strip()])
+                k += 1 + len(body)
+            continue
         shared = heading is not None and heading["title"] == "Args" and any(_SHARED.match(line) for line in body)
         if not heading or not body or (heading["title"] in _KNOWN and not shared):
             made.append(lines[k])
@@ -36,11 +43,15 @@ def markdown(docstring: str) -> str:
             continue
         made += ["", f"**{heading['title']}**", ""]
         for item in items:
-            found = _ITEM.match(item)
-            names = "" if found is None else ", ".join(f"`{n}`" for n in found["names"].split(", "))
-            made.append(f"    {item.strip()}" if found is None else f"- {names}: {found['text']}")
+            made += _item(item, []) if _ITEM.match(item) else [f"    {item.strip()}"]
         made.append("")
     return "\n".join(made)
+
+
+def _item(line: str, more: list[str]) -> list[str]:
+    """Of a list: "name, name: text", and the lines that go on with it."""
+    names, _, text = line.partition(": ")
+    return ["- " + ", ".join(f"`{name}`" for name in names.split(", ")) + f": {text}", *(f"    {m}" for m in more)]
 
 
 def _indented(lines: list[str], first: int) -> list[str]:
