@@ -72,3 +72,46 @@ def test_processors_are_those_of_the_results() -> None:
         for row in rows:
             if row[head.index(name)]:
                 assert found(PROBLEMS[problem])[row[0]]["CPU"].startswith(processor)
+
+
+def test_multiples_of_the_best_lr_are_those_of_the_results() -> None:
+    head, rows = table("settings.md", "lr", 1)
+    compared = 0
+    for row in rows:
+        problem = max((p for p in PROBLEMS if row[0].startswith(p)), key=len)
+        section = (
+            RESULTS.partition(f"## {PROBLEMS[problem]}\n")[2]
+            .partition("Other learning rates")[2]
+            .partition("\nTuning")[0]
+        )
+        known = {
+            cells(line)[1]: float(cells(line)[-1]) for line in section.splitlines() if line.startswith("| FishLeg")
+        }
+        for name, said in zip(head[1:], row[1:], strict=True):
+            ratio = known["0.33" if name == "1/3" else name]
+            assert abs(ratio - float(said)) <= 0.501 * last_place(said), (row[0], name)
+            compared += 1
+    assert compared == 12
+
+
+def test_the_plan_is_what_is_printed() -> None:
+    from fishleg_fast.sharded.plan import plan, transformer_7b
+
+    assert f"```text\n{plan(transformer_7b(), 8)}\n```" in (DOCS / "several_gpus.md").read_text(encoding="utf-8")
+
+
+def test_times_and_ranks_are_those_of_the_results() -> None:
+    _, rows = table("cpu.md", "What a step costs")
+    times = (
+        (ROOT / "benchmarks/results/step_time.md").read_text(encoding="utf-8").partition("## 784-1000-500-250-30")[2]
+    )
+    measured = [cells(line) for line in re.search(r"(^\|.*\n)+", times, re.MULTILINE)[0].splitlines()[2:]]  # type: ignore[index]
+    for row, result in zip(rows, measured, strict=True):
+        assert float(row[1]) == pytest.approx(float(result[1]), abs=0.06), row
+        assert float(row[2]) == pytest.approx(float(result[2].partition("×")[0]), abs=0.06), row
+    _, rows = table("several_gpus.md", "What was measured")
+    several = (ROOT / "benchmarks/results/several_ranks.md").read_text(encoding="utf-8")
+    measured = [cells(line) for line in re.search(r"(^\|.*\n)+", several, re.MULTILINE)[0].splitlines()[2:]]  # type: ignore[index]
+    for row, result in zip(rows, measured, strict=True):
+        assert row[1] == result[3] and float(row[4]) == pytest.approx(float(result[7]), abs=0.051), row
+        assert [float(x) for x in row[2:4]] == [float(x) for x in result[5:7]], row
