@@ -442,6 +442,8 @@ class FishLeg(Optimizer):
         finally:
             for tap in self._taps:
                 tap.clear()
+            for block in self.blocks:
+                block.grads = []  # whose memory is the user's to free
             self._look_ahead()
         self._diagnostics.warn(_CALLER)
         return loss
