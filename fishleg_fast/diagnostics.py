@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,15 @@ _SKIPPED = "FishLeg skipped a step: {}. diagnostics() counts such steps from her
 
 
 class Diagnostics:
-    """Counters and the numbers of the latest step. With ``on_device`` they stay on the device until they are read."""
+    """Counters and the numbers of the latest step. With ``on_device`` they stay on the device until they are read.
 
-    def __init__(self, on_device: bool, writer: Any) -> None:
-        self._on_device, self._writer = on_device, writer
+    ``each``: takes a function that every rank runs, whose error is then an error on all of them.
+    """
+
+    def __init__(
+        self, on_device: bool, writer: Any, each: Callable[[Callable[[], None]], None] = lambda check: check()
+    ) -> None:
+        self._on_device, self._writer, self._each = on_device, writer, each
         self._counts: dict[str, Any] = dict.fromkeys(
             ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps"), 0
         )
@@ -73,7 +78,7 @@ class Diagnostics:
         if self._on_device:
             self._count_on_device("skipped_aux_steps", ~ok)
         elif not ok:
-            _refuse_bad_aux(blocks)
+            self._each(lambda: _refuse_bad_aux(blocks))
             self._counts["skipped_aux_steps"] += 1
 
     def note_step(self, blocks: Sequence[Block], stepped: Sequence[Block], norms: Tensor, ok: Tensor) -> None:
@@ -83,7 +88,7 @@ class Diagnostics:
         if self._on_device:
             self._count_on_device("skipped_steps", ~ok)
         elif not ok:
-            _refuse_bad_aux(blocks)
+            self._each(lambda: _refuse_bad_aux(blocks))
             self.skip_step("the natural gradient is not finite")
 
     def _count_on_device(self, name: str, more: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .algebra.low_rank import LowRank
-from .algebra.matrix import Matrix, widest
+from .algebra.matrix import Matrix, norm_of, widest
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
 from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Training, memory_facts
@@ -43,6 +43,7 @@ from .options import (
     check_sources,
     chosen_parameters,
     default_damping_scale,
+    told,
 )
 from .passes.gradient_tap import GradientTap
 from .passes.inputs import EmptyBatch
@@ -224,6 +225,8 @@ class FishLeg(Optimizer):
         if self._sharding is not None and process_group is not None:
             raise ValueError("process_group should be None with fully_shard, whose mesh tells, but is one")
         self._ranks = Ranks.of(model, process_group if self._sharding is None else self._sharding.group)
+        if self._sharding is None:
+            self._ranks.check_equal({"shard_state=": bool(shard_state)})  # which decides what else they say
         if shard_state and self._sharding is None and self._ranks.several:
             self._sharding = Sharding(unwrapped(model), self._ranks.group)
         if self._sharding is not None:
@@ -254,13 +257,17 @@ class FishLeg(Optimizer):
         whole = curvature_batch is None
         rank = self._ranks.rank
         self._passes = IsolatedPasses(model, draw, nll, likelihood, aux_loader, seed, self, self._taps, not whole, rank)
-        given = self._passes, self.settings.curvature, self._ops, self._ranks
-        self._learner = CurvatureLearner(*given) if self._sharded is None else ShardedLearner(*given, self._sharded)
+        self._given = self._passes, self.settings.curvature, self._ops, self._ranks
+        self._learner: CurvatureLearner = (
+            CurvatureLearner(*self._given) if self._sharded is None else ShardedLearner(*self._given, self._sharded)
+        )
         if self._ranks.several:
             self._ranks.check_equal(self._facts())
-        self._diagnostics = Diagnostics(on_device, writer)
+        self._diagnostics = Diagnostics(on_device, writer, self._ranks.each)
         self._step_supports_amp_scaling = capturable  # GradScaler then does not wait for the device before a step
         self._passes.tell = self._diagnostics.note
+        if self._sharding is not None and self._sharding.units:
+            self._passes.together(self._sharding.reshard, self._ranks.agreed)
         if self._statistics is not None:
             self._statistics.leaves_out = self._passes.leaves_out
         self._publish_progress()
@@ -275,10 +282,12 @@ class FishLeg(Optimizer):
             squares = [float(p.detach().to(widest(p.device)).square().sum()) for p in whole]
             facts[f"the size of the parameters of {b.name}"] = squares
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
-        facts |= {f"{name}=": value for name, value in settings.items() if isinstance(value, (str, int, float, tuple))}
-        numbers = ("lr", "beta", "weight_decay", "maximize")
+        facts |= {f"{name}=": told(value) for name, value in settings.items() if name != "writer"}
+        numbers = ("lr", "beta", "weight_decay", "maximize", "normalize")
         facts["the backend"] = self.backend
-        facts["parameter groups"] = [tuple(str(group[n]) for n in numbers) for group in self.param_groups]
+        facts["the precision of its products"] = self._precision
+        facts["torch.get_float32_matmul_precision()"] = torch.get_float32_matmul_precision()
+        facts["parameter groups"] = [tuple(str(group.get(n)) for n in numbers) for group in self.param_groups]
         return facts
 
     @property
@@ -323,6 +332,11 @@ class FishLeg(Optimizer):
 
     def _follow_sharded(self, sharding: Sharding) -> None:
         """Blocks for the groups' parameters, once. RuntimeError where those have changed since."""
+        if self._sharded is not None and self._built and len(self.state) < self._published:  # it was let go of
+            self._positions.unwatch(self._layouts)
+            self._make_sharded(sharding)
+            self._learner = ShardedLearner(*self._given, self._sharded)
+            return
         if self._sharded is not None:
             if not self._groups.current(self.param_groups):
                 now = {id(p) for group in self.param_groups for p in group["params"] if p.numel()}
@@ -333,6 +347,9 @@ class FishLeg(Optimizer):
                     )
                 self._groups.assign([*self._layouts, *self.blocks], self.param_groups)
             return
+        self._make_sharded(sharding)
+
+    def _make_sharded(self, sharding: Sharding) -> None:
         _, new = self._groups.changes([], self.param_groups)
         check_membership(self._roots, new, may_be_sharded=True)
         s = self.settings
@@ -556,7 +573,9 @@ class FishLeg(Optimizer):
         norm = self._norm(blocks, gs)
         self._diagnostics.note_gradient(norm)
         if self._ranks.several and (learner.updates_due(count) or learner.anchor_due(self.blocks, count)):
-            self._ranks.check_average(norm if self._sharded is None else self._sharded.local_norm())
+            alike = [p.detach() for b in self._layouts for p in b.params if not is_sharded(p)]
+            local = norm if self._sharded is None else self._sharded.local_norm()
+            self._ranks.check_average(local, norm_of(alike, norm.device))
         if (self._sharded is not None or not self.settings.on_device) and not torch.isfinite(norm):
             self._diagnostics.skip_step("the gradient is not finite")
             return

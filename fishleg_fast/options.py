@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,6 +32,20 @@ _CHOICES = {
     "anchor_from": ("drawn", "training"),
     "precision": (*PRECISIONS, None),
 }
+
+
+def told(setting: Any) -> Any:
+    """A setting as plain data that is the same in every process which has the same one."""
+    if isinstance(setting, Mapping):
+        return tuple((key, told(value)) for key, value in setting.items())
+    if isinstance(setting, (list, tuple)):
+        return tuple(map(told, setting))
+    if setting is None or isinstance(setting, (str, int, float)):
+        return setting
+    if isinstance(setting, partial):
+        return told(setting.func), told(setting.args), told(setting.keywords)
+    return getattr(setting, "__qualname__", type(setting).__qualname__)
+
 
 
 @dataclass(frozen=True)
@@ -267,6 +281,11 @@ def check_membership(
     for p in params:
         if id(p) not in names:
             raise ValueError(f"params should be parameters of the model, but one of shape {tuple(p.shape)} is not")
+        if p.is_meta:
+            raise ValueError(
+                f"parameter {names[id(p)]!r} should have memory but is on the meta device: make the optimizer after "
+                "model.to_empty(device=...) and after its weights are there"
+            )
         if id(p) in scripted:
             raise TypeError(
                 f"parameter {names[id(p)]!r} should be of a module that Python runs, but is of a scripted one "

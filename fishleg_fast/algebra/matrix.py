@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -54,6 +55,12 @@ def dot(x: Matrix, y: Matrix) -> Tensor:
         wide = torch.float64 if whole.dtype == torch.float64 else torch.float32
         return torch.linalg.vector_norm(whole, dtype=wide).square()
     return torch.dot(dense(x).reshape(-1), dense(y).reshape(-1))
+
+
+def norm_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """That of all together, as wide as their devices have it: a scalar on ``device``."""
+    norms = [torch.linalg.vector_norm(t, dtype=widest(t.device)).to(device) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
 
 
 def is_zero(x: Tensor) -> Tensor:

@@ -87,16 +87,23 @@ class Ranks:
         """Average the gradients of those that have one, in place; they are the same ones on all ranks."""
         self.mean([p.grad for p in params if p.grad is not None])
 
-    def check_average(self, norm: Tensor) -> None:
-        """RuntimeError where the norm of the gradient is not the same on all ranks, but for rounding. All call it."""
+    def check_average(self, norm: Tensor, size: Tensor) -> None:
+        """RuntimeError where the norm of the gradient is not the same on all ranks, but for rounding, or ``size`` is
+        not, the norm of the parameters that they should have alike. All call it.
+        """
         if not self.several:
             return
-        found = torch.zeros(self.size, dtype=torch.float64, device=self._device)
-        found[self.rank] = norm.to(found)
+        found = torch.zeros(2, self.size, dtype=torch.float64, device=self._device)
+        found[:, self.rank] = torch.stack([norm.to(found), size.to(found)])
         dist.all_reduce(found, group=self.group)
-        norms = found.tolist()
-        close = all(abs(n - norms[0]) <= 1e-3 * abs(norms[0]) for n in norms)
-        if not close and any(map(math.isfinite, norms)):
+        norms, sizes_of_all = found.tolist()
+        if not _close(sizes_of_all, 1e-9) and any(map(math.isfinite, sizes_of_all)):
+            raise RuntimeError(
+                f"parameters should be the same on all ranks, but their norms are {sizes_of_all}: an earlier step() "
+                "came after a backward pass inside no_sync(), or with gradients that were not averaged; broadcast "
+                "them from one rank, and load a checkpoint of that one's"
+            )
+        if not _close(norms, 1e-3) and any(map(math.isfinite, norms)):
             raise RuntimeError(
                 f"gradients should be averaged over the ranks before step(), but their norms are {norms}: the latest "
                 "backward pass was inside no_sync(), or nothing averages them with process_group="
@@ -123,6 +130,10 @@ class Ranks:
         found = torch.tensor(values, dtype=torch.float64, device="cpu").to(self._device)
         dist.all_reduce(found, group=self.group)
         return found.tolist()
+
+    def agreed(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of them hold on all ranks."""
+        return [n == self.size for n in self.sums(flags)]
 
     def least(self, value: int) -> int:
         """The least of the ranks' numbers."""
@@ -158,7 +169,10 @@ class Ranks:
             found = function()
         except Exception as failure:
             error = failure
-        empty, failed = self.sums([isinstance(error, EmptyBatch), error is not None])
+        try:
+            empty, failed = self.sums([isinstance(error, EmptyBatch), error is not None])
+        except Exception as lost:  # a pass that ranks take together met this: what failed first is what to know
+            raise (error or lost) from (lost if error is not None else None)
         if error is not None and (failed == empty or not isinstance(error, EmptyBatch)):
             raise error
         if failed > empty:
@@ -173,7 +187,8 @@ class Ranks:
             return
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, dict(facts), group=self.group)
-        for name, value in everyone[0].items():
+        for name in dict.fromkeys(name for theirs in everyone for name in theirs):
+            value = everyone[0].get(name)
             for rank, others in enumerate(everyone):
                 if not _same(others.get(name), value):
                     raise ValueError(
@@ -192,6 +207,10 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(t)
         room -= t.numel()
     return buckets
+
+
+def _close(values: Sequence[float], tolerance: float) -> bool:
+    return all(abs(value - values[0]) <= tolerance * abs(values[0]) for value in values)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -154,6 +154,7 @@ class LayerPass:
         entries = positions * block.shape[1]
         shares = _in_parts(block, calls, self._terms, self._masked) if entries > ENTRIES else None
         if shares is not None:
+            self._hand_over()  # ranks whose batches differ have all in one order
             for share in shares:
                 self._take(share)
             return True

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from ..algebra.matrix import widest
+from ..model.layers import constant_row
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..precision import precision_scope
@@ -264,10 +265,25 @@ def forward_mode_product(
 
     with forward_ad.dual_level():
         duals = {id(p): forward_ad.make_dual(p, v) for p, v in mine}
+        places = _without_padding(passes, mine)
         if passes.checkpointed:
-            return passes.replaced(duals, lambda: then(*outputs()))
-        found = passes.replaced(duals, outputs)
+            return passes.replaced(duals, lambda: then(*outputs()), places)
+        found = passes.replaced(duals, outputs, places)
     return then(*found)
+
+
+def _without_padding(
+    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]]
+) -> dict[tuple[int, str], Tensor]:
+    """Duals for embeddings of padding, which their backward pass takes as a constant and a tangent would not."""
+    vs, found = {id(p): v for p, v in mine}, {}
+    for module in passes.root.modules():
+        row = constant_row(module, "weight")
+        if row is not None and (p := module._parameters.get("weight")) is not None and id(p) in vs:
+            v = vs[id(p)].clone()
+            v[row] = 0
+            found[id(module), "weight"] = forward_ad.make_dual(p, v)
+    return found
 
 
 def again_if_checkpointed(passes: IsolatedPasses, product: Callable[[], Result]) -> Result:

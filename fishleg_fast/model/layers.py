@@ -321,6 +321,13 @@ OTHERS = {"transformers.pytorch_utils.Conv1D": TransposedLinear()}  # of librari
 _UNKNOWN = Layer()
 
 
+def constant_row(module: nn.Module, name: str) -> int | None:
+    """A row of a module's parameter that its backward pass takes as a constant: an embedding's of padding."""
+    if name == "weight" and isinstance(module, nn.Embedding):
+        return module.padding_idx
+    return None
+
+
 def class_of(module: nn.Module) -> type:
     """The module's class, without what ``fully_shard`` puts before it."""
     bases = type(module).__bases__

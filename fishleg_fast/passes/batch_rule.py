@@ -137,6 +137,7 @@ class BatchRule:
 
     def __init__(self, run: Callable[[Inputs], Any], may_cut: bool, fatal: bool = False) -> None:
         self.may_cut, self._run, self._fatal = may_cut, run, fatal
+        self.agreed: Callable[[Sequence[bool]], list[bool]] | None = None  # which of these hold on all ranks
         self._earlier: dict[Hashable, Call] = {}  # by structure: the latest call before one of another size
         self._latest: dict[Hashable, Call] = {}
         self._right: set[Hashable] = set()
@@ -163,13 +164,15 @@ class BatchRule:
         inputs = replace(inputs, samples=call.samples, over_batch=())
         earlier = self._note(call, earlier)
         samples, chosen = call.samples, call.over_batch(earlier)
-        if not self.may_cut or samples is None or samples < 2 or not chosen:
-            return inputs
-        leaves = inputs.leaves(samples)
-        if len(leaves) != len(call.leaves):
+        leaves = () if samples is None else inputs.leaves(samples)
+        cuttable = self.may_cut and samples is not None and samples >= 2 and len(leaves) == len(call.leaves)
+        if not cuttable or not chosen or samples is None:
+            self.abstain()
             return inputs
         inputs_in_parts = replace(inputs, over_batch=tuple(leaves[k] for k in chosen))
         key = call.structure(), chosen, len(inputs.outputs or ())
+        if self.agreed is not None:
+            return self._agree(inputs, inputs_in_parts, key, rows, call.proved_by(earlier))
         if key not in self._right:
             attempts = self._wrong.setdefault(key, Attempts())
             if not attempts.due():
@@ -180,6 +183,27 @@ class BatchRule:
                 return inputs
             self._right.add(key)
         return inputs_in_parts
+
+    def abstain(self) -> None:
+        """There is no batch here that might be cut; those of other ranks are not either then."""
+        if self.agreed is not None:
+            self.agreed((False, False, False))
+
+    def _agree(self, whole: Inputs, cut: Inputs, key: Hashable, rows: int | None, proven: bool) -> Inputs:
+        """Cut where that holds on all ranks, which take the same passes: one, or none."""
+        assert self.agreed is not None and cut.samples is not None
+        known, attempts = key in self._right, self._wrong.setdefault(key, Attempts())
+        tells = bool(cut.outputs) and (proven or len(cut.over_batch) == 1)
+        possible, known, due = self.agreed((known or tells, known, known or attempts.due()))
+        if known or not (possible and due):
+            return cut if known else whole
+        rows = min(max(rows or min(cut.samples // 4, MOST), 2), cut.samples - 1)
+        (holds,) = self.agreed((self._holds(cut, cut.samples, rows, True),))
+        if holds:
+            self._right.add(key)
+        else:
+            attempts.failed()
+        return cut if holds else whole
 
     def _note(self, call: Call, earlier: Call | None) -> Call | None:
         """A call of another size and the same structure, if there was any."""

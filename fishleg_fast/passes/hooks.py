@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,53 @@ class _Hook:
 
 def _nothing(*args: Any) -> None:
     """What a copied hook does."""
+
+
+class UnitHook:
+    """A forward pre-hook of the optimizer's own: comes before the user's, and stays where these are left out."""
+
+    def __init__(self, call: Callable[[nn.Module, tuple], None]) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.call(module, args)
+
+
+def _is_users(hook: Any) -> bool:
+    owner = type(getattr(hook, "__self__", None)).__module__
+    return not isinstance(hook, UnitHook) and not owner.startswith("torch.distributed.fsdp")
+
+
+@contextmanager
+def before_users(module: nn.Module, call: Callable[[nn.Module, tuple], None]) -> Iterator[None]:
+    """``call(module, args)`` before each pass of a module that was given to ``fully_shard``: after that one's own hook,
+    which has parameters whole, and before the user's, which may read them.
+    """
+    hooks = module._forward_pre_hooks
+    before = list(hooks)
+    handle = module.register_forward_pre_hook(UnitHook(call))
+    for key in before:
+        if _is_users(hooks[key]):
+            hooks[key] = hooks.pop(key)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for key in before:
+            if key in hooks:
+                hooks[key] = hooks.pop(key)
+
+
+@contextmanager
+def only_units_hooks(module: nn.Module) -> Iterator[None]:
+    """Without the user's own forward pre-hooks, which what was seen at the module's forward is past."""
+    whole = module._forward_pre_hooks
+    kept = OrderedDict((key, hook) for key, hook in whole.items() if not _is_users(hook))
+    module._forward_pre_hooks = kept
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks = whole
 
 
 class LayerHooks(Pausable):

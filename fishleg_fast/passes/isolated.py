@@ -24,8 +24,9 @@ from ..likelihoods import Likelihood
 from ..model.block import is_sharded
 from .attempts import Attempts
 from .attributes import KeptApart, only_stock
-from .batch_rule import BatchRule
+from .batch_rule import BatchRule, Call
 from .generators import Seeds, private_rng
+from .hooks import only_units_hooks
 from .input_tap import InputTap, Pausable
 from .inputs import EmptyBatch, Inputs, Memo, Writes, output_shapes, tree_map, version
 from .loader import AuxBatches
@@ -151,7 +152,15 @@ class IsolatedPasses:
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
         self.taps = taps  # which see the user's passes alone
+        self._settle: Callable[[], None] = lambda: None
         self._batches = BatchRule(self._raw_outputs, may_cut, fatal=any(d.type != "cpu" for d in self.devices))
+
+    def together(self, settle: Callable[[], None], agreed: Callable[[Sequence[bool]], list[bool]]) -> None:
+        """All ranks take the same passes from here on, as the model's units exchange parameters while they run.
+
+        ``settle`` has every unit hold its own alone; ``agreed``: which of several things hold on all ranks.
+        """
+        self._settle, self._batches.agreed = settle, agreed
 
     def attempts(self, fisher: str, way: str) -> Attempts:
         """Of products of this kind in this way, which the model may not lend itself to."""
@@ -204,6 +213,25 @@ class IsolatedPasses:
         RuntimeError before the model was given any input, ValueError where the loader is empty, EmptyBatch where the
         batch is.
         """
+        try:
+            inputs, earlier = self._next()
+        except Exception:
+            self._batches.abstain()
+            raise
+        inputs = self._batches.resolved(inputs, earlier, size if isinstance(size, int) else None)
+        if size == "auto":
+            size = MOST if self.loader is not None else min(MOST, max(LEAST, inputs.size() // 4))
+        assert not isinstance(size, str)
+        inputs = replace(inputs, mask=self._mask(inputs))
+        inputs = (inputs if size is None else inputs.rows(0, size)).copied()
+        if inputs.mask is not None and not inputs.mask.any():
+            raise EmptyBatch("a curvature batch should have positions that count in the loss but has none")
+        if self._own is not None and self.likelihood is not None and self.loader is not None:
+            self._record_call(inputs)
+        return inputs
+
+    def _next(self) -> tuple[Inputs, Call | None]:
+        """The next batch, whole, and an earlier call of another size."""
         earlier = None
         if self.loader is not None:
             item = self.loader.next(self.seed)
@@ -218,17 +246,7 @@ class IsolatedPasses:
             )
         if inputs.empty:
             raise EmptyBatch("a curvature batch should have samples but has none")
-        inputs = self._batches.resolved(inputs, earlier, size if isinstance(size, int) else None)
-        if size == "auto":
-            size = MOST if self.loader is not None else min(MOST, max(LEAST, inputs.size() // 4))
-        assert not isinstance(size, str)
-        inputs = replace(inputs, mask=self._mask(inputs))
-        inputs = (inputs if size is None else inputs.rows(0, size)).copied()
-        if inputs.mask is not None and not inputs.mask.any():
-            raise EmptyBatch("a curvature batch should have positions that count in the loss but has none")
-        if self._own is not None and self.likelihood is not None and self.loader is not None:
-            self._record_call(inputs)
-        return inputs
+        return inputs, earlier
 
     def leaves_out(self) -> bool:
         """Whether not all positions count in the loss of the batch that was last trained on."""
@@ -281,12 +299,14 @@ class IsolatedPasses:
         ``twice``: forward-mode or second derivatives are taken, which fused kernels do not have.
         Backward passes belong inside too: a checkpointed module runs its forward again during them.
         """
+        self._settle()
         modules = list(self.root.modules())
         params, buffers = _tensors(module._parameters for module in modules), _tensors(m._buffers for m in modules)
         if self._sharded:  # which its units exchange for whole ones while they run
             params = [p for p in params if not is_sharded(p)]
         foreign = self._own is not None or not only_stock(modules)
         with ExitStack() as stack:
+            stack.callback(self._settle)  # after a pass without a backward pass some are left whole
             stack.enter_context(private_rng(seed, self.devices, foreign))
             stack.enter_context(torch.enable_grad())
             if twice:
@@ -345,11 +365,19 @@ class IsolatedPasses:
             "undone",
         )
 
-    def replaced(self, tensors: Mapping[int, Tensor], function: Callable[[], Any]) -> Any:
-        """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id."""
+    def replaced(
+        self,
+        tensors: Mapping[int, Tensor],
+        function: Callable[[], Any],
+        places: Mapping[tuple[int, str], Tensor] | None = None,
+    ) -> Any:
+        """``function()`` while the model holds ``tensors`` in place of parameters and buffers, by id, and some modules
+        others: ``places``, by the module's id and the name there.
+        """
         # Place by place, as they are now: torch's own tying of weights restores a module that is used twice wrongly.
+        places = places or {}
         named = {
-            f"{path}.{name}": tensors[id(t)]
+            f"{path}.{name}": places.get((id(module), name), tensors[id(t)])
             for path, module in self.root.named_modules()
             for name, t in (*module._parameters.items(), *module._buffers.items())
             if id(t) in tensors
@@ -381,8 +409,11 @@ class IsolatedPasses:
 
     def _called_once(self, inputs: Inputs) -> Any:
         tap, past_hooks = self.tap, inputs.tapped and self.model.__dict__.get("forward") is self.tap
-        if tap is None or not past_hooks or self._sharded:  # whose parameters are whole within its hooks alone
+        if tap is None or not past_hooks:
             return self.model(*inputs.args, **inputs.kwargs)
+        if self._sharded:  # whose parameters are whole within its hooks alone
+            with only_units_hooks(self.model):
+                return self.model(*inputs.args, **inputs.kwargs)
         outputs = tap.inner(*inputs.args, **inputs.kwargs)
         # What was seen is past the model's pre-hooks, which apply once; the others change what it returns.
         for key, hook in list(self.model._forward_hooks.items()):

@@ -190,7 +190,9 @@ class ShardedLearner(CurvatureLearner):
         mine: dict[Slot, Tensor] = {}
         for block, v in zip(blocks, vs, strict=True):
             number = model.number(block)
-            mine |= {(number, k): piece for k, piece in enumerate(block.split(dense(v)))}
+            trained = [part.param.requires_grad for part in model.layouts[number].parts]
+            pieces = zip(block.split(dense(v)), trained, strict=True)
+            mine |= {(number, k): piece for k, (piece, moves) in enumerate(pieces) if moves}
         seed, mode = passes.seed(), passes.mode()
 
         products: dict[Slot, Tensor] = {}

@@ -109,6 +109,8 @@ class ShardedModel:
         for b, layout in enumerate(self.layouts):
             for k, part in enumerate(layout.parts):
                 g = part.param.grad
+                if g is not None and not is_sharded(g) and g.layout is not torch.strided:
+                    g = g.to_dense()
                 if g is not None:
                     grads[b, k] = -g if layout.groups[k]["maximize"] else g
         self._stepped = sorted(grads)
@@ -120,7 +122,8 @@ class ShardedModel:
     def local_norm(self) -> Tensor:
         """‖g‖ of what every rank has whole, as it is on this one: to be the same on all."""
         grads = [p.grad for b in self.layouts for p in b.params if p.grad is not None and not is_sharded(p)]
-        norms = [torch.linalg.vector_norm(g).to(widest(self.device)) for g in grads]
+        dense = [g if g.layout is torch.strided else g.to_dense() for g in grads]
+        norms = [torch.linalg.vector_norm(g).to(widest(self.device)) for g in dense]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
 
     def counters(self) -> dict[Tensor, Tensor]:

@@ -139,10 +139,11 @@ def _check_placements(p: nn.Parameter, name: str, mesh: dist.DeviceMesh) -> None
 
 def places(model: nn.Module, units: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module, str, nn.Parameter]]:
     """(unit, module, name, parameter) of every place in which a module has a parameter: the unit is the innermost
-    module that was given to ``fully_shard`` around it, which has it whole while it runs, or else the model.
+    module that was given to ``fully_shard`` around it, which has it whole while it runs, or else the model, which has
+    it whole at any time.
     """
     seen: set[tuple[int, str]] = set()
-    for unit in reversed(units or [model]):
+    for unit in (*reversed(units), model):
         for module in unit.modules():
             for name, p in module._parameters.items():
                 if p is not None and (id(module), name) not in seen:

@@ -9,13 +9,15 @@ time, so that no rank ever holds all of either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..model.layers import constant_row
+from ..passes.hooks import before_users
 from .exchange import Exchange, Slot
 from .sharding import places
 
@@ -46,10 +48,18 @@ def _take_back(module: nn.Module, name: str) -> None:
         _in_list(module, name, module._parameters[name])
 
 
+def _take_all_back(held: Sequence[tuple[nn.Module, str]]) -> None:
+    for module, name in held:
+        _take_back(module, name)
+
+
 def _in_list(module: nn.Module, name: str, t: Tensor | None) -> None:
     """Recurrent layers take their parameters from a list of their own."""
     if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
         module._flat_weights[module._flat_weights_names.index(name)] = t
+
+
+View = Callable[[Tensor, "int | None"], Tensor]  # of a parameter, of which a row may be a constant
 
 
 class _Place(NamedTuple):
@@ -59,6 +69,11 @@ class _Place(NamedTuple):
     name: str
     parameter: int  # its number
     slots: list[Slot]
+
+    @property
+    def still(self) -> int | None:
+        """A row that the module takes as a constant."""
+        return constant_row(self.module, self.name)
 
 
 class UnitViews:
@@ -78,41 +93,43 @@ class UnitViews:
                 place = _Place(module, name, numbers[id(p)], slots[id(p)])
                 self._units.setdefault(id(unit), []).append(place)
 
+    def _trained(self, place: _Place) -> bool:
+        b, k = place.slots[0]
+        return self._layouts[b].parts[k].param.requires_grad
+
     @contextmanager
-    def _viewed(self, enter: Callable[[list[_Place]], Mapping[int, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-        """``enter``, when a unit starts, gives the view to make of each parameter, by number."""
-        handles: list[Any] = []
+    def _viewed(self, enter: Callable[[list[_Place]], Mapping[int, View]]) -> Iterator[None]:
+        """``enter``, when a unit starts, gives the view to make of each parameter, by number; frozen ones have none."""
         held: list[tuple[nn.Module, str]] = []
 
         def start(here: list[_Place], module: nn.Module, args: tuple) -> None:
-            views, made = enter(here), dict[int, Tensor]()
+            here = [place for place in here if self._trained(place)]
+            views, made = enter(here), dict[tuple[int, int | None], Tensor]()
             for place in here:
                 if place.parameter in views:
                     w = place.module._parameters[place.name]
                     assert w is not None
-                    if place.parameter not in made:
-                        made[place.parameter] = views[place.parameter](w)
-                    _put(place.module, place.name, made[place.parameter])
+                    key = place.parameter, place.still
+                    if key not in made:
+                        made[key] = views[place.parameter](w, place.still)
+                    _put(place.module, place.name, made[key])
                     held.append((place.module, place.name))
 
         def stop(here: list[_Place], module: nn.Module, args: tuple, output: Any) -> None:
             for place in here:
                 _take_back(place.module, place.name)
 
-        if not self._sharding.units:  # every rank has all parameters at any time
-            start([place for here in self._units.values() for place in here], self._sharding.model, ())
-        for unit in self._sharding.units:
-            here = self._units.get(id(unit), [])
-            # After the unit's own hook, which has its parameters whole, and before that which lets go of them.
-            handles.append(unit.register_forward_pre_hook(partial(start, here)))
-            handles.append(unit.register_forward_hook(partial(stop, here), prepend=True))
-        try:
+        model, units = self._sharding.model, self._sharding.units
+        with ExitStack() as stack:
+            stack.callback(_take_all_back, held)
+            if model not in units:  # what no unit has every rank has whole at any time
+                start(self._units.get(id(model), []), model, ())
+            for unit in units:
+                here = self._units.get(id(unit), [])
+                stack.enter_context(before_users(unit, partial(start, here)))
+                # Before the unit's own hook, which lets go of its parameters.
+                stack.callback(unit.register_forward_hook(partial(stop, here), prepend=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, name in held:
-                _take_back(module, name)
 
     @contextmanager
     def with_directions(
@@ -122,7 +139,7 @@ class UnitViews:
         parts of blocks that this rank owns and that have any.
         """
 
-        def enter(here: list[_Place]) -> dict[int, Callable[[Tensor], Tensor]]:
+        def enter(here: list[_Place]) -> dict[int, View]:
             wanted = sorted({slot for place in here for slot in place.slots})
             tangents = dict(self._exchange.whole(wanted, mine.get))
             return {
@@ -139,13 +156,16 @@ class UnitViews:
         tangents: Sequence[Tensor],
         slots: Sequence[Slot],
         w: Tensor,
+        still: int | None,
     ) -> Tensor:
         parts = [self._layouts[b].parts[k] for b, k in slots]
-        if len(parts) == 1 and parts[0].rows is None:
+        if len(parts) == 1 and parts[0].rows is None and still is None:
             return combine(w, tangents[0].to(w.dtype))
         whole = torch.zeros_like(w)
         for part, t in zip(parts, tangents, strict=True):
             part.of(whole).copy_(t)
+        if still is not None:
+            whole[still] = 0
         return combine(w, whole)
 
     @contextmanager
@@ -160,10 +180,10 @@ class UnitViews:
                     if b in blocks:
                         take((b, k), self._layouts[b].parts[k].of(gradient))
 
-        def view(slots: Sequence[Slot], w: Tensor) -> Tensor:
+        def view(slots: Sequence[Slot], w: Tensor, still: int | None) -> Tensor:
             return _HandOn.apply(w, leaf, partial(hand_on, slots))
 
-        def enter(here: list[_Place]) -> dict[int, Callable[[Tensor], Tensor]]:
+        def enter(here: list[_Place]) -> dict[int, View]:
             chosen = [place for place in here if any(b in blocks for b, _ in place.slots)]
             return {place.parameter: partial(view, place.slots) for place in chosen}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -189,7 +190,65 @@ class Hidden(nn.Module):
         return self.last((h + self.first(x)).tanh())
 
 
+class Padded(nn.Module):
+    """Words of which one is padding, whose vectors are the last layer's weights too."""
+
+    def __init__(self, tied: bool = True, sparse: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(3, 4, padding_idx=0, sparse=sparse)
+        self.hidden, self.head = nn.Linear(4, 4), nn.Linear(4, 3, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+        with torch.no_grad():
+            self.words.weight[0] = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x > -0.5).long() + (x > 0.5)
+        return self.head(self.hidden(self.words(words).mean(1)).tanh())
+
+
+class OwnParameter(nn.Module):
+    """A layer beside a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 12))
+        self.first, self.last = nn.Linear(12, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x * self.scale).tanh())
+
+
+def frozen() -> nn.Module:
+    net = mlp()
+    for p in net[0].parameters():
+        p.requires_grad_(False)
+    return net
+
+
+def with_hook() -> nn.Module:
+    """Its inputs are scaled before its forward."""
+    net = mlp()
+    net.register_forward_pre_hook(lambda module, args: (args[0] / 5,))
+    return net
+
+
+def with_old_weight_norm() -> nn.Module:
+    """A weight is made before each forward, of parameters."""
+    net = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net[2])
+    return net
+
+
 MODELS = {
+    "padded": Padded,
+    "sparse": partial(Padded, tied=False, sparse=True),
+    "own parameter": OwnParameter,
+    "frozen": frozen,
+    "hook": with_hook,
+    "old weight norm": with_old_weight_norm,
     "mlp": mlp,
     "attention": Attend,
     "convolutions": convolutions,
@@ -216,12 +275,17 @@ def batch(step: int, dtype: torch.dtype, size: int = BATCH) -> Tensor:
     return x.to(dtype).chunk(count)[rank]
 
 
-def sharded(net: nn.Module, copies: int = 1) -> nn.Module:
-    """The net, its layers and it given to ``fully_shard``; ``copies``: of it (HSDP)."""
+def sharded(net: nn.Module, copies: int = 1, units: str = "all") -> nn.Module:
+    """The net, its layers and it given to ``fully_shard``; ``copies``: of it (HSDP). ``units``: "root": it alone;
+    "one": nothing but one layer.
+    """
     size = dist.get_world_size()
     shape, names = ((size,), ("shard",)) if copies == 1 else ((copies, size // copies), ("copy", "shard"))
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for child in net.modules():
+    if units == "one":
+        fully_shard([*net.children()][-1], mesh=mesh)
+        return net
+    for child in net.modules() if units == "all" else ():
         small = any(child is c for c in net.children()) and [*child.parameters(recurse=False)]
         if isinstance(child, (Mix, Residual)) or small:
             fully_shard(child, mesh=mesh)
@@ -235,15 +299,16 @@ def make(
     ddp: dict | None = None,
     copies: int = 0,
     noise: bool = False,
+    units: str = "all",
     **given: Any,
 ):
-    """``copies``: with fully_shard, of so many copies of the model. ``noise``: learn the likelihood's."""
+    """``copies``, ``units``: with fully_shard, of so many copies of the model. ``noise``: learn the likelihood's."""
     torch.manual_seed(0)
     net = MODELS[model]().to(dtype)
     several = dist.is_initialized()
     wrapped = wrapped and not copies
     if copies and several:
-        net = sharded(net, copies)
+        net = sharded(net, copies, units)
     outer = DistributedDataParallel(net, **(ddp or {})) if wrapped and several else net
     settings = {"lr": 0.02, "update_aux_every": 2, "anchor_every": 4, "curvature_batch": None, **given}
     group = dist.group.WORLD if several and not wrapped and not copies else None
