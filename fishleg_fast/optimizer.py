@@ -73,8 +73,8 @@ class FishLeg(Optimizer):
         aux_loader: gives curvature batches, x or (x, ...), and is re-iterable. Without it they are taken from the
             inputs that the model was last given.
         params: parameters or parameter groups, as any torch optimizer takes them; everything trainable if omitted. A
-            group may set lr, weight_decay, beta and maximize. In a group, "momentum" is another name of beta, the one
-            by which schedulers cycle it.
+            group may set lr, weight_decay, beta, maximize and normalize. In a group, "momentum" is another name of
+            beta, the one by which schedulers cycle it.
 
     The step:
         lr: step size: a float or a scalar tensor.
@@ -217,7 +217,7 @@ class FishLeg(Optimizer):
             precision=precision, writer=writer, seed=seed,
         )  # fmt: skip
         self.model, self.likelihood = model, likelihood
-        self._roots = [("", model)]
+        self._roots = [("", unwrapped(model))]  # whose layers have the user's names
         if likelihood is not None and all(module is not likelihood for module in model.modules()):
             self._roots.append(("likelihood.", likelihood))
         self._sharding = Sharding.of(model, model.parameters())

@@ -1,4 +1,4 @@
-"""What a backend is: six ops over lists of blocks, each with one signature, and whether they can run here.
+"""What a backend is: seven ops over lists of blocks, each with one signature, and whether they can run here.
 
 A ``Matrix`` is a tensor (m, n) in λ's dtype, the same as a product of low rank (``algebra.low_rank.LowRank``), or the
 gradient in ``block.grads`` (``model.gradients.GradientInPlace``).
