@@ -2,7 +2,7 @@
 
 `autoencoder` is the deep autoencoder of the optimization literature (Hinton & Salakhutdinov 2006, Martens
 2010) with ReLU for the sigmoids; `ResNet18` is the usual variant for small images (3×3 stem without pooling);
-`GPT` a small transformer with LayerNorm first.
+`GPT` a small transformer with LayerNorm first; `ByteMLP` a wide network without weights used twice.
 """
 
 from __future__ import annotations
@@ -135,3 +135,25 @@ class GPT(nn.Module):
         """See above."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))
+
+
+class ByteMLP(nn.Module):
+    """A wide network from the bytes before: (batch, context) int64 -> logits of the next one (batch, vocab).
+
+    Embeddings of the bytes side by side, and linear layers of `widths` with ReLU; torch's own initial weights.
+    """
+
+    def __init__(
+        self, context: int = 16, size: int = 32, widths: Sequence[int] = (1024, 512), vocab: int = 256
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab, size)
+        sizes = [context * size, *widths]
+        self.hidden = nn.Sequential(
+            *(layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU()))
+        )
+        self.head = nn.Linear(sizes[-1], vocab)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See above."""
+        return self.head(self.hidden(self.tokens(tokens).flatten(1)))

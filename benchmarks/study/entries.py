@@ -16,7 +16,7 @@ class Entry:
     lrs: Mapping[str, tuple[float, ...]]
 
 
-FISHLEG_LR = {"curves-1000": 2e-2, "curves-100": 1e-2, "gpt": 2e-2, "resnet": 2e-2}
+FISHLEG_LR = {"curves-1000": 2e-2, "curves-100": 1e-2, "gpt": 2e-2, "resnet": 2e-2, "mlp": 2e-2}
 FISHLEG_GRID = {problem: (lr / 2, lr, lr * 2) for problem, lr in FISHLEG_LR.items()}
 
 ADAMW_GRID = {
@@ -24,18 +24,21 @@ ADAMW_GRID = {
     "curves-100": (2e-3, 4e-3, 8e-3),
     "gpt": (5e-4, 1e-3, 2e-3),
     "resnet": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "mlp": (1e-3, 2e-3, 4e-3),
 }
 MUON_GRID = {
     "curves-1000": (1e-2, 2e-2, 4e-2),
     "curves-100": (5e-3, 1e-2, 2e-2),
     "gpt": (5e-3, 1e-2, 2e-2),
     "resnet": (5e-3, 1e-2, 2e-2),
+    "mlp": (5e-3, 1e-2, 2e-2),
 }
 SOAP_GRID = {
     "curves-1000": (6e-3, 1.2e-2, 2.4e-2),
     "curves-100": (6e-3, 1.2e-2, 2.4e-2),
     "gpt": (3e-3, 6e-3, 1.2e-2),
     "resnet": (3e-3, 6e-3, 1.2e-2),
+    "mlp": (3e-3, 6e-3, 1.2e-2),
 }
 PSGD_GRID = dict.fromkeys(("curves-1000", "curves-100", "gpt", "resnet"), (1e-3, 2e-3, 4e-3))
 

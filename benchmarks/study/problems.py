@@ -54,6 +54,14 @@ def resnet() -> Problem:
     return resnet_problem()
 
 
+@cache
+def mlp() -> Problem:
+    """A wide MLP on Python's help texts."""
+    from benchmarks.train.train_mlp import mlp_problem
+
+    return mlp_problem()
+
+
 PROBLEMS = {
     "curves-1000": StudyProblem("CURVES autoencoder, batch 1000", curves, 1000, 500, margin=0.05),
     "curves-100": StudyProblem("CURVES autoencoder, batch 100", curves, 100, 1000, margin=0.05),
@@ -62,4 +70,8 @@ PROBLEMS = {
         figure="last 50 loss", figure_name="mean training NLL of the last 50 steps", sample=128,
     ),
     "resnet": StudyProblem("ResNet18 on digits, batch 128", resnet, 128, 100, margin=1.0),
+    "mlp": StudyProblem(
+        "wide MLP on Python's help texts, batch 256", mlp, 256, 400, margin=0.05,
+        figure="last 50 loss", figure_name="mean training NLL of the last 50 steps", sample=8192,
+    ),
 }  # fmt: skip
