@@ -22,7 +22,7 @@ NO_EXTENSION := fishleg_fast/_native_build.txt
 BUILD_INPUTS := setup.py CMakeLists.txt fishleg_fast/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-examples setup-docs docs test lint train train-resnet train-gpt train-ddp convergence bench bench-passes bench-gpu wallclock wheel clean
+.PHONY: help setup setup-examples setup-docs docs test lint train train-resnet train-gpt train-ddp convergence bench bench-ops bench-passes bench-gpu wallclock wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -86,6 +86,9 @@ convergence: setup  ## the study behind the defaults: optimizers, problems, lear
 
 bench: setup  ## what a step costs beside AdamW and the published way (minutes); ARGS='--help' for its options
 	$(BIN)/python -m benchmarks.cpu.step_time $(ARGS)
+
+bench-ops: setup  ## every op on a CPU by pytest-benchmark, beside what torch's products and copies reach (a minute)
+	$(BIN)/python -m benchmarks.cpu.micro_ops
 
 bench-passes: setup  ## what the C++ backend for CPUs does, beside the reference
 	$(BIN)/python -m benchmarks.cpu.passes $(ARGS)

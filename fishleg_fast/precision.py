@@ -8,8 +8,8 @@ Our own GPU kernels multiply in TF32 for "high" and in bfloat16 for "medium"; "t
 nearly float32 on tensor cores, and float32 wherever torch multiplies.
 
 On CUDA the optimizer's products are at "high" where nobody says otherwise: torch's own default cannot be told from a
-wish for "highest", and TF32 is exact enough for directions. The Cholesky roots of anchoring are float32, but for "medium" on
-CPUs that multiply bfloat16, where operands are pairs of those (sixteen bits).
+wish for "highest", and TF32 is exact enough for directions. The Cholesky roots of anchoring are float32, but for
+"medium" on CPUs that multiply bfloat16, where operands are pairs of those (sixteen bits).
 """
 
 from __future__ import annotations

@@ -54,6 +54,21 @@ def test_losses_of_the_readme(problem: str) -> None:
     assert f"| {best} |" in README and best == min(measured, key=measured.__getitem__)
 
 
+def test_seconds_of_the_readme() -> None:
+    said = re.search(r"([\d.]+) of its seconds on the autoencoder, ([\d.]+) on the GPT, ([\d.]+) on the ResNet", README)
+    resnet = re.search(r"takes ([\d.]+) times AdamW's seconds, and ([\d.]+) times Muon's, to where those end", README)
+    page = (RESULTS / "wallclock.md").read_text(encoding="utf-8")
+
+    def ratio(title: str, rival: str) -> float:
+        rows = _rows(page.partition(f"## {title}\n")[2])
+        return float(next(row[-1] for row in rows if f": to {rival}," in row[0]))
+
+    for text, title in zip(said.groups(), ("CURVES autoencoder, batch 1000", *list(TITLES.values())[:2]), strict=True):  # type: ignore[union-attr]
+        assert float(text) == pytest.approx(ratio(title, "Muon"), abs=0.051 if text == "1.5" else 0.0051)
+    for text, rival in zip(resnet.groups(), ("AdamW", "Muon"), strict=True):  # type: ignore[union-attr]
+        assert float(text) == pytest.approx(ratio(TITLES["ResNet18"], rival), abs=0.051)
+
+
 def test_memory_of_the_readme() -> None:
     import json
 
