@@ -60,14 +60,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def output_tensor(outputs: Any) -> Tensor:
-    """The tensor a likelihood scores: the output itself, or its ``logits``. TypeError otherwise."""
-    outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
+    """The tensor a likelihood scores: the output itself, its ``logits``, or the first of a tuple that is no scalar, as
+    in (logits, loss). TypeError otherwise.
+    """
+    found = getattr(outputs, "logits", outputs)
+    if isinstance(found, Mapping):
+        found = found.get("logits")
+    elif isinstance(found, (tuple, list)):
+        found = next((t for t in found if isinstance(t, Tensor) and t.ndim and t.is_floating_point()), None)
+    if not isinstance(found, Tensor):
         raise TypeError(
-            f"the model's output should be a tensor, or have one as .logits, but is: {type(outputs).__name__}; "
-            "pass draw and nll functions of your own with fisher='hessian' and no likelihood"
+            "the model's output should be a tensor, have one as .logits or ['logits'], or be a tuple with one, but is: "
+            f"{type(outputs).__name__}; pass draw and nll functions of your own with fisher='hessian' and no likelihood"
         )
-    return outputs
+    return found
 
 
 SMALL = 2**20  # numbers that are copied for a pass however few the model trains

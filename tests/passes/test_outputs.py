@@ -1,0 +1,68 @@
+"""Models that return more than what a likelihood scores train as those that return it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fishleg_fast import CategoricalLikelihood, FishLeg
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "alone": lambda logits, loss: logits,
+    "logits, loss": lambda logits, loss: (logits, loss),
+    "loss, logits": lambda logits, loss: (loss, logits),
+    "a list": lambda logits, loss: [logits, None],
+    "with indices": lambda logits, loss: (logits.argmax(1), logits),
+    "a mapping": lambda logits, loss: {"loss": loss, "logits": logits},
+    "an object": lambda logits, loss: SimpleNamespace(loss=loss, logits=logits),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.way = way
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        logits = self.layers(x)
+        loss = logits.sum() if y is None else nn.functional.cross_entropy(logits, y)
+        self.seen = logits, loss
+        return WAYS[self.way](logits, loss)
+
+
+def train(way: str, **options: Any) -> tuple[list[Tensor], dict]:
+    net = Net(way)
+    optimizer = FishLeg(net, likelihood=CategoricalLikelihood(), lr=0.05, update_aux_every=2, anchor_every=3, **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(7):
+        x, y = torch.randn(24, 5, generator=generator), torch.randint(3, (24,), generator=generator)
+        optimizer.zero_grad()
+        net(x, y)
+        net.seen[1].backward()
+        optimizer.step()
+    return [p.detach() for p in net.parameters()], optimizer.diagnostics()
+
+
+@pytest.mark.parametrize("fisher", ["ggn", "hessian"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "alone"])
+def test_what_is_scored_is_found(way: str, fisher: str) -> None:
+    mine, told = train(way, fisher=fisher)
+    want, expected = train("alone", fisher=fisher)
+    assert told["aux_steps"] == expected["aux_steps"] == 4 and told["skipped_aux_steps"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(mine, want, strict=True))
+
+
+def test_without_any_it_is_refused() -> None:
+    WAYS["nothing"] = lambda logits, loss: (loss, "text")
+    try:
+        with pytest.raises(TypeError, match=r"should be a tensor, have one as .logits or \['logits'\], or be a tuple"):
+            train("nothing")
+    finally:
+        del WAYS["nothing"]
