@@ -281,7 +281,7 @@ def check_membership(
     for p in params:
         if id(p) not in names:
             raise ValueError(f"params should be parameters of the model, but one of shape {tuple(p.shape)} is not")
-        if p.is_meta:
+        if p.is_meta and is_sharded(p):  # which is given memory anew: the optimizer would keep what is gone
             raise ValueError(
                 f"parameter {names[id(p)]!r} should have memory but is on the meta device: make the optimizer after "
                 "model.to_empty(device=...) and after its weights are there"

@@ -158,11 +158,12 @@ def host(rounds: int, layer: str) -> dict[str, Any]:
     for name in BACKENDS:
         net = nn.Sequential(*(LAYERS[layer]() for _ in range(100)))
         optimizer = trained(net, inputs, torch.rand(4, 8).round(), backend=name, update_aux_every=0, anchor_every=0)
-        runs[name] = optimizer, optimizer._gather()
+        runs[name] = optimizer
     times: dict[str, list[float]] = {f"{what} {name}": [] for name in BACKENDS for what in ("θ step", "whole step")}
     for _ in range(rounds):
-        for name, (optimizer, (blocks, gs)) in runs.items():
+        for name, optimizer in runs.items():
             with torch.no_grad():
+                blocks, gs = optimizer._gather()  # of which a step lets go
                 times[f"θ step {name}"].append(in_a_row(partial(optimizer._ops.theta_step, blocks, gs, STEP)))
             times[f"whole step {name}"].append(in_a_row(optimizer.step))
     return {key: spread(values) for key, values in times.items()}

@@ -53,8 +53,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
+        elif "_orig_mod" in model._modules:  # a scripted module's are no dict
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             return model
 
