@@ -13,6 +13,7 @@ for the curvature: their losses differ by no more than those of two seeds.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -128,6 +129,7 @@ def worker(args: argparse.Namespace) -> None:
         else:
             args.record.write_text(json.dumps(found))
     dist.destroy_process_group()
+    gc.collect()  # or torch may abort at exit, where gloo's threads outlive Python
 
 
 def by_torchrun(args: argparse.Namespace, argv: Sequence[str], way: str) -> dict[str, Any]:
