@@ -186,7 +186,7 @@ class BatchRule:
 
     def abstain(self) -> None:
         """There is no batch here that might be cut; those of other ranks are not either then."""
-        if self.agreed is not None:
+        if self.agreed is not None and self.may_cut:  # which is so on all ranks or on none
             self.agreed((False, False, False))
 
     def _agree(self, whole: Inputs, cut: Inputs, key: Hashable, rows: int | None, proven: bool) -> Inputs:

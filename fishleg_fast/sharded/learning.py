@@ -297,11 +297,7 @@ class ShardedLearner(CurvatureLearner):
         """As the base's: of the blocks of this rank."""
         model, inputs = self._model, self._curvature_batch()
         found: dict[Slot, Tensor] = {}
-
-        def take(slot: Slot, t: Tensor) -> None:
-            found[slot] = found[slot] + t if slot in found else t
-
-        reduction = model.reduction(take)
+        reduction = model.reduction(partial(add_up, found))
         hand_on = lambda slot, g: reduction.add(slot[0], slot, g.to(model.layouts[slot[0]].dtype))
         every = set(range(len(model.layouts)))
         seed = self.passes.seed()

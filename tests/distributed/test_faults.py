@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fishleg_fast.distributed.ranks import Ranks
 from support import distributed_cases
 from support.dense import relative
 from support.ranks import RanksFailed, once, run_ranks
@@ -74,3 +75,25 @@ def test_a_training_goes_on_with_more_ranks_and_alone(tmp_path: Path) -> None:
         assert max(errors) <= 1e-9, errors
     seeds = [tuple(rank["seeds"]) for rank in (*whole, *more[2:], alone)]
     assert seeds[0] == seeds[4] and len(set(seeds)) == 4  # each rank draws labels of its own, also after a checkpoint
+
+
+def test_a_pass_s_own_error_is_not_lost_where_ranks_can_agree_on_nothing_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pass that ranks take together has failed on this one, so that the others meet it at another place."""
+    ranks = Ranks()
+    ranks.size = 2
+
+    def lost(values: list[float]) -> list[float]:
+        raise RuntimeError("Timed out")
+
+    monkeypatch.setattr(ranks, "sums", lost)
+
+    def fails() -> None:
+        raise ValueError("out of luck")
+
+    with pytest.raises(ValueError, match="out of luck") as told:
+        ranks.each(fails)
+    assert str(told.value.__cause__) == "Timed out"
+    with pytest.raises(RuntimeError, match="Timed out"):
+        ranks.each(lambda: None)

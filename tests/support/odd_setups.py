@@ -272,6 +272,27 @@ def a_bias_frozen_later() -> bool:
     return bool((ends[0] - ends[1]).norm() <= 1e-10 * ends[0].norm())
 
 
+def spoilt(shard: bool) -> bool:
+    """The λ of a block that one rank has is not finite: every rank raises."""
+    inner = net()
+    outer = fully_shard(inner) if shard else DistributedDataParallel(inner)
+    optimizer = FishLeg(outer, likelihood=Predictable(), shard_state=not shard, **SETTINGS)
+
+    def before(k: int) -> None:
+        if k == 3 and dist.get_rank() == 0:
+            next(iter(optimizer.blocks[0].structure.fishleg_aux.values())).fill_(float("nan"))
+
+    return trained(outer, optimizer, before=before)
+
+
+def spoilt_with_fully_shard() -> bool:
+    return spoilt(True)
+
+
+def spoilt_when_shared() -> bool:
+    return spoilt(False)
+
+
 def not_a_member() -> bool:
     group = dist.new_group([0])
     FishLeg(net(), likelihood=Predictable(), process_group=group, **SETTINGS)
@@ -293,6 +314,8 @@ REFUSED = {
     precision_of_a_process: r"get_float32_matmul_precision\(\) is 'highest' on rank 0 and 'medium' on rank 1",
     state_shared_by_one: "shard_state= is True on rank 0 and False on rank 1",
     not_averaged_once: "parameters should be the same on all ranks.*no_sync",
+    spoilt_with_fully_shard: "is not finite; load a checkpoint|1 of 2 ranks failed in a pass",
+    spoilt_when_shared: "is not finite; load a checkpoint|1 of 2 ranks failed in a pass",
     on_meta: "parameter '0.weight' should have memory but is on the meta device",
 }
 
