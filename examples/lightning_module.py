@@ -56,7 +56,7 @@ class Classifier(lightning.LightningModule):
 def train(folder: Path, steps: int, resume: Path | None = None) -> Classifier:
     """Train for so many steps, with a checkpoint in the middle, or from that checkpoint on."""
     lightning.seed_everything(0, verbose=False)
-    model = Classifier(5e-2, steps)
+    model = Classifier(5e-2, steps)  # a short toy run; elsewhere start at 2e-2
     saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "middle", every_n_train_steps=steps // 2, save_top_k=1)
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,

@@ -40,7 +40,7 @@ def train(steps: int, adamw: bool = False) -> float:
     if adamw:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
     else:
-        optimizer = FishLeg(net, likelihood=likelihood, lr=5e-2)
+        optimizer = FishLeg(net, likelihood=likelihood, lr=5e-2)  # a short toy run; elsewhere start at 2e-2
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         batch = text[torch.randint(len(text), (32,))]

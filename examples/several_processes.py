@@ -42,7 +42,7 @@ def main() -> None:
     else:
         model = DistributedDataParallel(net)
     likelihood = CategoricalLikelihood(class_dim=-1)
-    optimizer = FishLeg(model, likelihood=likelihood, lr=5e-2)
+    optimizer = FishLeg(model, likelihood=likelihood, lr=5e-2)  # a short toy run; elsewhere start at 2e-2
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     torch.manual_seed(1 + dist.get_rank())  # other samples on each rank
     text = windows(LENGTH + 1).to(device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .model.block import Block
 
+_ADAM = ("exp_avg", "exp_avg_sq")  # there only where λ is or was learned by Adam
 VERSION = 2  # of the first group's "fishleg"; in version 1 it was beside the groups
 
 
@@ -49,7 +50,8 @@ def progress(state_dict: dict[str, Any]) -> dict[str, Any]:
     found = [group["fishleg"] for group in state_dict.get("param_groups", ()) if "fishleg" in group]
     if not found:
         raise ValueError(
-            "state_dict should come from FishLeg.state_dict() but has no 'fishleg' entry in a parameter group"
+            "state_dict should come from FishLeg.state_dict() but has no 'fishleg' entry in a parameter group; another "
+            "optimizer's state cannot be taken over: load the model's alone, and start FishLeg without it"
         )
     if found[0].get("version") != VERSION:
         raise ValueError(
@@ -79,6 +81,7 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
         raise ValueError(f"state_dict should be of {len(params)} parameters but is of: {len(saved_ids)}")
     id_of = {id(p): saved for p, saved in zip(params, saved_ids, strict=True)}
     pairs = []
+    adams: list[tuple[Block, dict[str, Tensor]]] = []
     for block in blocks:
         saved = _saved_state(block, [state_dict["state"].get(id_of[id(p)], {}) for p in block.model_params])
         if saved is None and not any(p.requires_grad for p in block.model_params):
@@ -87,10 +90,22 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
         live.pop("product", None)
         if "product" in saved:
             live["product"] = block.buffers()[0]
+        adam = {name: saved.pop(name) for name in list(saved) if name.split(".")[0] in _ADAM}
+        if adam:
+            like = {f"{moment}.{name}": t for moment in _ADAM for name, t in block.structure.fishleg_aux.items()}
+            _pairs(like, adam, f"the state of {block.name!r}")
+        adams.append((block, adam))
+        for moment in _ADAM:
+            live.pop(moment)
         if "moments_weight" in saved:
             saved.setdefault("unit", torch.ones((), device="cpu"))  # states of before there were units
         known = {name: value for name, value in saved.items() if name.split(".")[0] in live}
         pairs += _pairs(_leaves(live), known, f"the state of {block.name!r}")
+    for block, adam in adams:
+        if adam:  # also where λ is not learned any more: it goes on as it was saved
+            block.allocate_adam()
+        moments = _leaves({name: getattr(block, name) for name in _ADAM})
+        pairs += [(t, adam.get(name, torch.zeros_like(t))) for name, t in moments.items()]
     return pairs
 
 

@@ -67,9 +67,9 @@ class Diagnostics:
         """‖g‖ of this step."""
         self._last["grad_norm"] = norm
 
-    def note_anchor(self) -> None:
-        """Q was estimated anew."""
-        self._counts["anchors"] += 1
+    def note_estimate(self, name: str) -> None:
+        """λ followed the Fisher matrix's factors: "anchors" or "aux_steps", a natural-gradient step."""
+        self._counts[name] += 1
 
     def note_update(self, blocks: Sequence[Block], loss: Tensor, ok: Tensor) -> None:
         """An update of λ, and whether it was taken. RuntimeError where the λ of ``blocks`` had been spoilt before."""

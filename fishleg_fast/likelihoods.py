@@ -5,6 +5,7 @@ A likelihood's ``nll`` fixes the scale of everything else: the Fisher matrix is 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,6 +76,10 @@ class Likelihood(nn.Module):
         """This likelihood with the positions of a boolean mask alone: those that ``mask_of`` or ``scored`` has told."""
         raise NotImplementedError(f"{type(self).__name__} has masks: implement masked(mask)")
 
+    def doubt(self, outputs: Tensor) -> str | None:
+        """What the user should be warned of, once, where a model makes such outputs. Here: nothing."""
+        return None
+
     def forward(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """``nll``: a likelihood can stand where a loss module does, but mind the order."""
         return self.nll(targets, outputs)
@@ -91,11 +96,22 @@ def _batch(outputs: Tensor) -> int:
     return outputs.shape[0]
 
 
+def _remedy(name: str, value: Any) -> str:
+    """How to get at the logits of what a model has returned."""
+    if name != "outputs":
+        return ""
+    if isinstance(value, (tuple, list)):
+        return "; pass the logits, outputs[0] say"
+    if isinstance(value, Mapping) or hasattr(value, "logits"):
+        return "; pass the logits, outputs['logits'] or outputs.logits say"
+    return ""
+
+
 def _check_pair(kind: str, targets: Tensor, outputs: Tensor) -> None:
     """What both a swapped call and a wrong dtype break."""
     for name, t in (("targets", targets), ("outputs", outputs)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} should be a tensor but is: {type(t).__name__}")
+            raise TypeError(f"{name} should be a tensor but is: {type(t).__name__}{_remedy(name, t)}")
     if not outputs.is_floating_point():
         raise TypeError(
             f"outputs should be floating point but has dtype {outputs.dtype}; {kind}.nll takes (targets, "
@@ -163,14 +179,31 @@ class GaussianLikelihood(Likelihood):
         return [2 * outputs.numel() / _batch(outputs) * v for v in vs]
 
 
-class BernoulliLikelihood(Likelihood):
-    """Independent y ∈ {0, 1} (or a grey value between) with logits ``outputs``.
+_ROUNDING = 1e-4  # of grey values that were resized or averaged
 
-    nll sums over dimensions and means over the batch.
+
+def _looked_at(t: Tensor) -> bool:
+    """Whether its values may be: a GPU would be waited for, and a trace or a transform has none."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return t.device.type == "cpu" and not traced and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class BernoulliLikelihood(Likelihood):
+    """Independent y ∈ {0, 1} (or a grey value between) with logits ``outputs``, what a sigmoid makes probabilities of.
+
+    nll sums over dimensions and means over the batch. A model that ends in a sigmoid should return what that is given.
+    On a CPU a target outside [0, 1] raises a ValueError.
     """
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         _check_elementwise("BernoulliLikelihood", targets, outputs)
+        if _looked_at(targets):
+            least, most = map(float, targets.aminmax())
+            if least < -_ROUNDING or most > 1 + _ROUNDING:
+                raise ValueError(
+                    f"targets should be in [0, 1] but are from {least:.4g} to {most:.4g}; scale them to it (pixels / "
+                    "255, no normalization), or use GaussianLikelihood where they have no bounds"
+                )
         loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="sum")
         return loss / outputs.shape[0]
 
@@ -189,7 +222,8 @@ class CategoricalLikelihood(Likelihood):
 
     Args:
         class_dim: the outputs' dimension of the classes: 1 as in torch, (B, C) or (B, C, H, W), targets (B,) or (B, H,
-            W); -1 for language models, (B, T, V) with targets (B, T).
+            W); -1 for language models, (B, T, V) with targets (B, T). None: 1, of which FishLeg warns where outputs
+            have three dimensions, unless targets that ``nll`` was given have shown that it is right.
         ignore_index: targets that do not count. The Fisher matrix and its number of terms leave out the positions that
             ``nll`` left out when it last scored outputs that require a gradient, if these are all of the model's.
         loss_mask: function of what the model is called with, ``loss_mask(*args, **kwargs)``, that returns the positions
@@ -199,14 +233,18 @@ class CategoricalLikelihood(Likelihood):
             weighing Σ_c p_ic w_c.
     """
 
+    _class_dim_known = True  # of those that were pickled before there was this
+
     def __init__(
         self,
-        class_dim: int = 1,
+        class_dim: int | None = None,
         ignore_index: int = -100,
         weight: Tensor | None = None,
         loss_mask: Callable[..., Tensor | None] | None = None,
     ) -> None:
         super().__init__()
+        self._class_dim_known = class_dim is not None
+        class_dim = 1 if class_dim is None else class_dim
         if isinstance(class_dim, bool) or not isinstance(class_dim, int):
             raise TypeError(f"class_dim should be an integer but is: {class_dim!r}")
         if weight is not None and (weight.ndim != 1 or not (weight >= 0).all()):
@@ -216,6 +254,17 @@ class CategoricalLikelihood(Likelihood):
         self.class_dim, self.ignore_index, self.loss_mask = class_dim, ignore_index, loss_mask
         self.register_buffer("weight", weight)
         self.weight: Tensor | None
+
+    def doubt(self, outputs: Tensor) -> str | None:
+        """That dimension 1 was taken for the classes' where the last is as likely."""
+        if self._class_dim_known or outputs.ndim != 3:
+            return None
+        shape = tuple(outputs.shape)
+        return (
+            f"CategoricalLikelihood takes the model's outputs, of shape {shape}, for logits of {shape[1]} classes at "
+            f"{shape[2]} positions, as torch's cross_entropy does; where classes are last, (batch, time, classes) as "
+            "in language models, pass class_dim=-1. class_dim=1 says that it is right as it is"
+        )
 
     def _classes_last(self, outputs: Tensor) -> Tensor:
         _batch(outputs)
@@ -244,6 +293,8 @@ class CategoricalLikelihood(Likelihood):
                 f"dimension {self.class_dim} but has: {tuple(targets.shape)}; for (B, T, V) logits use "
                 f"CategoricalLikelihood(class_dim=-1)"
             )
+        if outputs.ndim == 3 and outputs.shape[1] != outputs.shape[2]:
+            self._class_dim_known = True  # these targets would not fit the other one
         if outputs.requires_grad:
             self.scored = targets.detach() != self.ignore_index
         return F.cross_entropy(
@@ -262,8 +313,18 @@ class CategoricalLikelihood(Likelihood):
         return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
 
     def mask_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """What ``loss_mask`` tells of them. TypeError where that is no boolean tensor."""
-        mask = None if self.loss_mask is None else self.loss_mask(*args, **kwargs)
+        """What ``loss_mask`` tells of them. TypeError where that is no boolean tensor, or it does not take them."""
+        if self.loss_mask is None:
+            return None
+        try:
+            mask = self.loss_mask(*args, **kwargs)
+        except TypeError as error:
+            if misfit := _misfit(self.loss_mask, args, kwargs):
+                raise TypeError(
+                    f"loss_mask should take what the model is called with, {_called_with(args, kwargs)}, but cannot: "
+                    f"{misfit}; loss_mask=lambda *args, **kwargs: … takes any call"
+                ) from error
+            raise
         if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"loss_mask should return a boolean tensor or None but returned: {kind}")
@@ -292,6 +353,23 @@ class CategoricalLikelihood(Likelihood):
             return product / self.terms(outputs)
         omega = (self._classes_last(p) * weight).sum(-1).unsqueeze(self.class_dim)
         return omega / omega.sum() * product
+
+
+def _misfit(function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+    """Why a function cannot be called like that; None where it can, or nobody knows."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # some builtin functions have no signature
+        pass
+    return None
+
+
+def _called_with(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """The types of arguments: ``(Tensor, labels=Tensor)``."""
+    named = [f"{name}={type(x).__name__}" for name, x in kwargs.items()]
+    return f"({', '.join([*(type(x).__name__ for x in args), *named])})"
 
 
 class _MaskedCategorical(Likelihood):

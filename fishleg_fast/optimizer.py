@@ -19,7 +19,7 @@ from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Traini
 from .diagnostics import Diagnostics
 from .distributed.ranks import Ranks
 from .fisher import forward_mode
-from .fisher.learning import CurvatureLearner
+from .fisher.learning import CurvatureLearner, Quality
 from .likelihoods import Likelihood
 from .model.assemble import (
     StructureChoice,
@@ -35,6 +35,7 @@ from .model.estimate import Estimate, estimate
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment, with_beta
 from .options import (
+    AUX_LR,
     DAMPING,
     Settings,
     check_count,
@@ -42,7 +43,9 @@ from .options import (
     check_membership,
     check_sources,
     chosen_parameters,
+    default_aux_update,
     default_damping_scale,
+    default_update_aux_every,
     told,
 )
 from .passes.gradient_tap import GradientTap
@@ -61,8 +64,9 @@ _CALLER = 7  # how far above ``step`` its caller is: past the decorators, of tor
 class FishLeg(Optimizer):
     """Natural-gradient descent with a learned inverse Fisher matrix Q(λ) (Garcia, Freddi et al., ICLR 2023).
 
-    Each step: m ← βm + (1−β)g, θ ← θ − lr·(c·Q m̂ + weight_decay·θ). Every ``update_aux_every`` steps, before that, one
-    Adam step of λ on 𝒜(λ) = ½ vᵀ(F+γI)v − uᵀv, with v = Q u, u = g/‖g‖ and F the Fisher matrix on a curvature batch.
+    Each step: m ← βm + (1−β)g, θ ← θ − lr·(c·Q m̂ + weight_decay·θ). Every ``anchor_every`` steps, before that, Q is
+    estimated from Kronecker factors of F, the Fisher matrix; where λ is learned, every ``update_aux_every`` steps there
+    is an Adam step of λ on 𝒜(λ) = ½ vᵀ(F+γI)v − uᵀv, with v = Q u, u = g/‖g‖ and F that on a curvature batch.
 
     What is trained, and on what:
         model: any module. Plain torch layers get a Kronecker-factored Q each, other parameters a diagonal one.
@@ -111,8 +115,14 @@ class FishLeg(Optimizer):
         curvature_batch: at most so many samples in a Fisher-vector product; "auto": 32, and of a batch trained on a
             quarter, but 4; None: the whole batch. A batch is cut along what provably runs over it, and else stays
             whole.
-        update_aux_every: steps between updates of λ; negative: that many updates a step; 0: λ is not learned.
-        aux_lr, aux_betas, aux_eps: of Adam on λ.
+        aux_update: "adam": an Adam step of λ on 𝒜, as published. "natural": a natural-gradient step of λ on 𝒜 averaged
+            over u ~ N(0, Q⁻¹), from a batch's Kronecker factors of F (``fishleg_fast.algebra.natural``); goes with
+            anchor_every=0, structure "kron" or "diagonal". None: "natural" where those are so, "adam" elsewhere.
+        update_aux_every: steps between updates of λ; negative: that many updates a step; 0: λ is not learned. None: 0
+            where anchoring gives all of Q that matters (structure "kron" or "diagonal", each block scaled by itself),
+            since learning besides it changes no loss; 10 elsewhere.
+        aux_lr, aux_betas, aux_eps: of Adam on λ; of natural-gradient steps aux_lr is the rate, at most 1, of the first
+            ones 1/k. None: 5e-4, or 0.1 of natural-gradient steps.
         u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".
         precondition_aux: multiply the auxiliary loss's gradient by Q.
         learn_scale: False: the auxiliary loss is taken at Q's best multiple, so that it teaches Q's shape alone; its
@@ -163,14 +173,15 @@ class FishLeg(Optimizer):
         *,
         params: Iterable[Any] | None = None,
         lr: float | Tensor = 1e-2,
-        aux_lr: float = 5e-4,
+        aux_lr: float | None = None,
         aux_betas: tuple[float, float] = (0.9, 0.999),
         aux_eps: float = 1e-7,
         beta: float = 0.9,
         weight_decay: float = 0.0,
         damping: float | None = None,
         damping_scale: str | None = None,
-        update_aux_every: int = 10,
+        aux_update: str | None = None,
+        update_aux_every: int | None = None,
         fisher: str | None = None,
         precondition_aux: bool = False,
         learn_scale: bool = True,
@@ -202,15 +213,20 @@ class FishLeg(Optimizer):
         if fisher == "ggn":
             forward_mode.load()
         check_sources(model, draw, nll, likelihood, aux_loader, fisher)
-        damping_scale = damping_scale or default_damping_scale(normalize, init, anchor_every)
+        if aux_update is None:
+            aux_update = default_aux_update(structure, anchor_every, update_aux_every)
+        aux_lr = AUX_LR.get(aux_update, 1.0) if aux_lr is None else aux_lr
+        if update_aux_every is None:
+            update_aux_every = default_update_aux_every(structure, normalize, anchor_every)
+        damping_scale = damping_scale or default_damping_scale(normalize, init, anchor_every, aux_update)
         damping = DAMPING.get(damping_scale, 1.0) if damping is None else damping
         on_device = capturable or any(p.device.type != "cpu" for p in model.parameters())
         self.settings = Settings(
             momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable,
             on_device=on_device,
             structure=structure, max_factor_size=max_factor_size, damping=damping, damping_scale=damping_scale,
-            fisher=fisher, curvature_batch=curvature_batch, update_aux_every=update_aux_every, aux_lr=aux_lr,
-            aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux,
+            fisher=fisher, curvature_batch=curvature_batch, aux_update=aux_update, update_aux_every=update_aux_every,
+            aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux,
             learn_scale=learn_scale,
             init=init, scale=scale, anchor_every=anchor_every, anchor_decay=anchor_decay,
             anchor_from=anchor_from,
@@ -356,7 +372,7 @@ class FishLeg(Optimizer):
         self._sharded = ShardedModel.of(sharding, self._roots, new, s.structure, s.max_factor_size)
         self.blocks = self._sharded.blocks
         for block in self.blocks:
-            block.allocate(s.on_device)
+            block.allocate(s.on_device, learned=s.learned_by_adam)
             if s.init == "sgd":
                 block.structure.start_sgd(s.scale)
         self._positions.watch(self._layouts)
@@ -377,7 +393,7 @@ class FishLeg(Optimizer):
             for block in build_blocks(root, params, s.structure, s.max_factor_size, prefix)
         ]
         for block in fresh:
-            block.allocate(s.on_device)
+            block.allocate(s.on_device, learned=s.learned_by_adam)
             if s.init == "sgd":
                 block.structure.start_sgd(s.scale)
         self.blocks += fresh
@@ -609,6 +625,7 @@ class FishLeg(Optimizer):
         learner, learned, moved = self._learner, False, False
         try:
             moved = self._anchor(self.blocks, count, self._statistics)
+            learned = moved and self.settings.curvature.natural
             for _ in range(learner.updates_due(count)):
                 used = learner.applications_in_update(blocks, gs) if moved else learner.applications_in_steps(blocks)
                 self._ops.refresh(blocks, used)
@@ -642,19 +659,24 @@ class FishLeg(Optimizer):
         due = self._learner.anchor_due(blocks, step)
         if due:
             self._learner.anchor(self.blocks, due, tap)
-            self._diagnostics.note_anchor()
+            self._diagnostics.note_estimate("aux_steps" if self.settings.curvature.natural else "anchors")
         return bool(due)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def pretrain_aux(self, steps: int) -> list[float]:
-        """``steps`` updates of λ without moving the parameters; returns the auxiliary losses.
+        """``steps`` of Adam's updates of λ without moving the parameters; returns the auxiliary losses.
 
         u is a fresh gradient on labels drawn from the model each time (or Gaussian, as ``u_sampling`` says).
+        ValueError with aux_update="natural", whose first step is of rate 1: there is nothing to make up for.
         """
         check_count("steps", steps)
+        if self.settings.curvature.natural:
+            raise ValueError("pretrain_aux goes with aux_update='adam'; natural-gradient steps need no head start")
         self._follow_parameters()
         blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
+        for block in blocks:
+            block.allocate_adam()
         losses = []
         with own_arithmetic(self.blocks, self._precision):
             self._anchor(blocks, 0)
@@ -665,19 +687,40 @@ class FishLeg(Optimizer):
         self._diagnostics.warn(4)
         return losses
 
-    def diagnostics(self) -> dict[str, Any]:
+    def diagnostics(self, quality: bool = False) -> dict[str, Any]:
         """The latest step in numbers (synchronises with the device).
 
         steps, aux_steps, anchors: how many so far; skipped_steps, skipped_aux_steps: those that were not finite;
-        aux_loss: 𝒜 at the latest update of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block, by name.
-        aux_loss and grad_norm are None until there is one. normalize: how each block's update is scaled; factors: how
-        the Kronecker factors of each block are laid out.
+        aux_loss: 𝒜 at the latest of Adam's updates of λ; grad_norm: ‖g‖ over all blocks; nat_norm: ‖Q m‖ of each block,
+        by name. aux_loss and grad_norm are None until there is one. normalize: how each block's update is scaled;
+        factors: how the Kronecker factors of each block are laid out.
+
+        With ``quality`` also how well Q inverts F+γI along one u, which takes a Fisher-vector product on a curvature
+        batch, and changes nothing in the training: a ``fisher.learning.Quality``. u is as in updates of λ, of the
+        parameters' gradients, or where there are none of gradients on drawn labels. All ranks ask together.
         """
         return {
             **self._diagnostics.report(),
             "normalize": {b.name: self._normalization(b) for b in self._layouts},
             "factors": {b.name: layout for b in self._layouts if (layout := b.structure.layout())},
+            **({"quality": self._quality()} if quality else {}),
         }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _quality(self) -> Quality:
+        before = self._passes.state()
+        try:
+            with own_arithmetic(self.blocks, self._precision):
+                blocks, gs = self._gather()
+                if not self._ranks.least(-len(blocks)):
+                    blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
+                    gs = list(self._learner.drawn_gradients(blocks))
+                return self._learner.quality(blocks, gs)
+        finally:
+            self._passes.load(before)
+            for block in self.blocks:
+                block.grads = []
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("FishLeg cannot be copied or pickled, since it is bound to its model; use state_dict()")

@@ -21,9 +21,11 @@ from .model.block import is_sharded
 from .precision import PRECISIONS
 
 NORMALIZATIONS = ("auto", "rms", "spectral")  # of each block by itself
+AUX_LR = {"adam": 5e-4, "natural": 0.1}  # the defaults
 DAMPING = {"relative": 10.0, "absolute": 0.1}  # the defaults
 _CHOICES = {
     "fisher": tuple(FISHER),
+    "aux_update": ("adam", "natural"),
     "u_sampling": ("gradient", "momentum", "gaussian"),
     "init": ("kfac", "sgd"),
     "momentum": ("before", "after"),
@@ -69,6 +71,7 @@ class Settings:
     damping_scale: str
     fisher: str
     curvature_batch: int | str | None
+    aux_update: str
     update_aux_every: int
     aux_lr: float
     aux_betas: tuple[float, float]
@@ -131,11 +134,13 @@ class Settings:
                     f"normalize should be one of {NORMALIZATIONS} with damping_scale='relative', where Q has no scale, "
                     f"but is: {self.normalize!r}"
                 )
-            if self.init != "kfac" and not self.anchor_every:
+            if self.init != "kfac" and not self.anchor_every and self.aux_update != "natural":
                 raise ValueError(
                     "damping_scale='relative' is in units of the Fisher matrix's factors, and needs them estimated: "
-                    "init='kfac', or anchor_every > 0"
+                    "init='kfac', anchor_every > 0 or aux_update='natural'"
                 )
+        if self.aux_update == "natural":
+            self._check_natural()
         if self.anchor_from == "training" and self.damping_scale != "relative":
             raise ValueError(
                 "anchor_from='training' goes with damping_scale='relative', since the scale of the loss trained on is "
@@ -146,10 +151,35 @@ class Settings:
                 f"writer should have add_scalar, as a tensorboard SummaryWriter does, but is: {self.writer!r}"
             )
 
+    def _check_natural(self) -> None:
+        if self.anchor_every:
+            raise ValueError(
+                "anchor_every should be 0 with aux_update='natural', which learns from the same factors that anchoring "
+                f"would estimate Q from, but is: {self.anchor_every}"
+            )
+        if self.update_aux_every < 1:
+            raise ValueError(
+                f"update_aux_every should be at least 1 with aux_update='natural' but is: {self.update_aux_every}"
+            )
+        if self.aux_lr > 1:
+            raise ValueError(
+                f"aux_lr should be at most 1 with aux_update='natural', of which it is the rate, but is: {self.aux_lr}"
+            )
+        if not only_products(self.structure):
+            raise ValueError(
+                "structure should be 'kron' or 'diagonal' with aux_update='natural', which learns one Kronecker product, "
+                f"but is: {self.structure!r}; use aux_update='adam'"
+            )
+
     @property
     def by_block(self) -> bool:
         """Whether each block is scaled by itself, so that its parameter group may say how."""
         return isinstance(self.normalize, Mapping) or self.normalize in NORMALIZATIONS
+
+    @property
+    def learned_by_adam(self) -> bool:
+        """Whether updates of λ keep Adam's moments."""
+        return self.aux_update == "adam" and self.update_aux_every != 0
 
     @cached_property
     def theta(self) -> ThetaOptions:
@@ -172,14 +202,40 @@ class Settings:
             update=update, update_aux_every=self.update_aux_every, fisher=self.fisher, u_sampling=self.u_sampling,
             init=self.init, anchor_every=self.anchor_every, anchor_decay=self.anchor_decay,
             curvature_batch=self.curvature_batch, relative_damping=relative,
-            anchor_from=self.anchor_from,
+            anchor_from=self.anchor_from, aux_update=self.aux_update,
         )  # fmt: skip
 
 
-def default_damping_scale(normalize: str | Mapping[str, str] | None, init: str, anchor_every: int) -> str:
+def default_damping_scale(
+    normalize: str | Mapping[str, str] | None, init: str, anchor_every: int, aux_update: str
+) -> str:
     """ "relative" where Q's own scale does not matter and the Fisher matrix's is estimated."""
-    estimated = init == "kfac" or bool(anchor_every)
+    estimated = init == "kfac" or bool(anchor_every) or aux_update == "natural"
     return "relative" if estimated and normalize not in ("trust", None) else "absolute"
+
+
+def default_update_aux_every(
+    structure: StructureChoice | Mapping[str, StructureChoice],
+    normalize: str | Mapping[str, str] | None,
+    anchor_every: int,
+) -> int:
+    """0 where anchoring gives all of Q that matters: its only Kronecker product or diagonal, up to a multiple."""
+    anchored = anchor_every and only_products(structure)
+    return 0 if anchored and normalize not in ("trust", None) else 10
+
+
+def default_aux_update(
+    structure: StructureChoice | Mapping[str, StructureChoice], anchor_every: int, update_aux_every: int | None
+) -> str:
+    """ "natural" where λ is learned from its start on, and what it learns is a Kronecker product or diagonal."""
+    once_at_most = update_aux_every is None or update_aux_every > 0
+    return "natural" if not anchor_every and once_at_most and only_products(structure) else "adam"
+
+
+def only_products(structure: StructureChoice | Mapping[str, StructureChoice]) -> bool:
+    """Whether all that is chosen is a single Kronecker product or a diagonal."""
+    choices = structure.values() if isinstance(structure, Mapping) else [structure]
+    return all(choice in ("kron", "diagonal") for choice in choices)
 
 
 def _check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, strict: bool = False) -> None:

@@ -27,6 +27,7 @@ Importing this module imports Triton; ``availability`` says first whether it is 
 """
 
 from ..backends.reference import average_moments as average_moments
+from ..backends.reference import natural_step as natural_step
 from ..backends.reference import start_kfac as start_kfac
 from .availability import available as available
 from .host.inner import inner as inner

@@ -157,6 +157,14 @@ def test_a_step_before_any_input_says_what_to_do() -> None:
         optimizer.pretrain_aux(1)
 
 
+def test_a_model_whose_layers_alone_are_called_is_told_of() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = FishLeg(net[:2], likelihood=LIKELIHOOD)
+    LIKELIHOOD.nll(torch.tensor([0, 1]), net(torch.randn(2, 3))).backward()
+    with pytest.raises(RuntimeError, match=r"FishLeg, Sequential, was not itself called .* that the loop calls"):
+        optimizer.step()
+
+
 def test_a_model_moved_after_the_optimizer_was_made() -> None:
     net = nn.Linear(3, 2)
     optimizer = FishLeg(net, likelihood=LIKELIHOOD)

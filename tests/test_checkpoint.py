@@ -124,7 +124,7 @@ def test_another_optimizers_or_structures_state_is_refused_and_changes_nothing()
     train(net, optimizer, range(2))
     before = copy.deepcopy(optimizer.state_dict())
     strangers = [
-        (torch.optim.Adam(net.parameters()).state_dict(), "no 'fishleg' entry"),
+        (torch.optim.Adam(net.parameters()).state_dict(), "no 'fishleg' entry .* start FishLeg without it"),
         (FishLeg(nn.Linear(6, 4), likelihood=LIKELIHOOD, structure="diagonal").state_dict(), "another structure"),
         (FishLeg(nn.Linear(5, 4), likelihood=LIKELIHOOD).state_dict(), "shape"),
         (FishLeg(nn.Linear(6, 4), likelihood=GaussianLikelihood(learn=True)).state_dict(), "2 parameters"),

@@ -181,8 +181,10 @@ def test_wrong_arguments(kind: str) -> None:
     y = likelihood.draw(f)
     with pytest.raises(TypeError, match="targets should be a tensor but is: list"):
         likelihood.nll(y.tolist(), f)
-    with pytest.raises(TypeError, match="outputs should be a tensor but is: tuple"):
+    with pytest.raises(TypeError, match=r"outputs should be a tensor but is: tuple; pass the logits, outputs\[0\] say"):
         likelihood.nll(y, (f,))
+    with pytest.raises(TypeError, match=r"but is: dict; pass the logits, outputs\['logits'\]"):
+        likelihood.nll(y, {"logits": f})
     with pytest.raises(ValueError, match="shape"):
         likelihood.nll(y[:-1], f)
     with pytest.raises(ValueError, match="shape"):
@@ -201,9 +203,42 @@ def test_wrong_categorical_arguments() -> None:
         CategoricalLikelihood().nll(torch.zeros(2, 3, dtype=torch.long), f)
     with pytest.raises(ValueError, match="dimension 3 for the classes"):
         CategoricalLikelihood(class_dim=3).nll(torch.zeros(2, 3, dtype=torch.long), f)
-    for bad in (1.0, True, None):
+    for bad in (1.0, True, "last"):
         with pytest.raises(TypeError, match="class_dim should be an integer"):
             CategoricalLikelihood(class_dim=bad)
     for bad in (torch.ones(2, 2), -torch.ones(2), torch.tensor([1.0, math.nan])):
         with pytest.raises(ValueError, match="weight should be"):
             CategoricalLikelihood(weight=bad)
+
+
+def test_targets_that_are_no_probabilities() -> None:
+    likelihood, f = BernoulliLikelihood(), randn(2, 3)
+    for low, high in ((-0.5, 1.0), (0.0, 255.0)):
+        y = torch.tensor([[low, 0.5, 1.0], [0.0, 0.5, high]])
+        with pytest.raises(ValueError, match=rf"in \[0, 1\] but are from {low:g} to {high:g}; scale them"):
+            likelihood.nll(y, f.float())
+    rounded = torch.full((2, 3), 1.00001)
+    assert torch.isfinite(likelihood.nll(rounded, f.float()))
+    nll = torch.func.vmap(likelihood.nll)(torch.ones(4, 2, 3), randn(4, 2, 3))  # where there are no values to look at
+    assert nll.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("class_dim", "shape", "doubted"),
+    [
+        (None, (2, 3, 5), True), (None, (2, 5), False), (None, (2, 5, 3, 3), False), (1, (2, 3, 5), False),
+        (-1, (2, 3, 5), False),
+    ],
+)  # fmt: skip
+def test_a_dimension_of_classes_that_nobody_chose(class_dim: int | None, shape: tuple[int, ...], doubted: bool) -> None:
+    told = CategoricalLikelihood(class_dim).doubt(randn(*shape))
+    assert (told is not None) == doubted
+    if told is not None:
+        assert "3 classes at 5 positions" in told and "class_dim=-1" in told
+
+
+def test_targets_can_show_the_dimension_of_classes() -> None:
+    for shape, doubted in (((2, 3, 5), False), ((2, 3, 3), True)):
+        likelihood, f = CategoricalLikelihood(), randn(*shape)
+        likelihood.nll(torch.zeros(shape[0], shape[2], dtype=torch.int64), f)
+        assert (likelihood.doubt(f) is not None) == doubted

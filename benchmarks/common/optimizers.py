@@ -94,6 +94,8 @@ def fishleg(**settings: Any) -> Make:
     return make
 
 
+LEARNED = 10  # update_aux_every of all rows in which λ is learned besides being anchored: the default until 2026-11-28
+
 # FishLeg with one default changed: what the defaults were chosen from (benchmarks.study.convergence --only ...).
 VARIATIONS = {
     "fishleg-anchor-20": fishleg(anchor_every=20, anchor_decay=0.8),
@@ -101,13 +103,13 @@ VARIATIONS = {
     "fishleg-medium": fishleg(precision="medium"),
     "fishleg-no-nesterov": fishleg(nesterov=False),
     "fishleg-after": fishleg(momentum="after"),
-    "fishleg-shape-only": fishleg(learn_scale=False),
-    "fishleg-u-momentum": fishleg(u_sampling="momentum"),
-    "fishleg-aux-lr-1e-4": fishleg(aux_lr=1e-4),
-    "fishleg-aux-lr-2e-3": fishleg(aux_lr=2e-3),
+    "fishleg-shape-only": fishleg(learn_scale=False, update_aux_every=LEARNED),
+    "fishleg-u-momentum": fishleg(u_sampling="momentum", update_aux_every=LEARNED),
+    "fishleg-aux-lr-1e-4": fishleg(aux_lr=1e-4, update_aux_every=LEARNED),
+    "fishleg-aux-lr-2e-3": fishleg(aux_lr=2e-3, update_aux_every=LEARNED),
     "fishleg-damping-5": fishleg(damping=5.0),
     "fishleg-damping-20": fishleg(damping=20.0),
-    "fishleg-absolute": fishleg(damping_scale="absolute", normalize="rms"),
+    "fishleg-absolute": fishleg(damping_scale="absolute", normalize="rms", update_aux_every=LEARNED),
     "fishleg-rms": fishleg(normalize="rms"),
     "fishleg-spectral": fishleg(normalize="spectral"),
     "fishleg-training-labels": fishleg(anchor_from="training"),
@@ -128,8 +130,9 @@ OPTIMIZERS = {
     "soap": Choice("SOAP", soap),
     "psgd": Choice("PSGD Kron", psgd),
     "fishleg": Choice("FishLeg", fishleg()),
-    "fishleg-anchored": Choice("FishLeg, λ only anchored", fishleg(update_aux_every=0)),
-    "fishleg-pure": Choice("FishLeg, pure (anchor_every=0)", fishleg(anchor_every=0)),
+    "fishleg-learned": Choice("FishLeg, λ learned between anchorings", fishleg(update_aux_every=LEARNED)),
+    "fishleg-pure": Choice("FishLeg, pure", fishleg(anchor_every=0, init="sgd")),
+    "fishleg-pure-adam": Choice("FishLeg, pure, by Adam", fishleg(anchor_every=0, init="sgd", aux_update="adam")),
     "adamw-0.95": Choice("AdamW, β₂ = 0.95", adamw((0.9, 0.95))),
     "muon-rest-x0.3": Choice("Muon, AdamW's lr x 0.3", muon(0.3)),
     "muon-rest-x3": Choice("Muon, AdamW's lr x 3", muon(3.0)),

@@ -55,7 +55,7 @@ STUDY = {
 }
 
 # FishLeg with one setting changed: these run only where --only names them.
-OTHERS = [*VARIATIONS, "fishleg-anchored", "fishleg-pure"]
+OTHERS = [*VARIATIONS, "fishleg-learned", "fishleg-pure", "fishleg-pure-adam"]
 ENTRIES = {**STUDY, **{name: Entry(name, FISHLEG_GRID) for name in OTHERS}}
 
 

@@ -1,4 +1,4 @@
-"""What a backend is: seven ops over lists of blocks, each with one signature, and whether they can run here.
+"""What a backend is: eight ops over lists of blocks, each with one signature, and whether they can run here.
 
 A ``Matrix`` is a tensor (m, n) in λ's dtype, the same as a product of low rank (``algebra.low_rank.LowRank``), or the
 gradient in ``block.grads`` (``model.gradients.GradientInPlace``).
@@ -129,6 +129,13 @@ class Ops(Protocol):
 
         ``more``: they are another part of the batch whose first part was added before.
         Returns the blocks whose average moved: not those whose statistics are empty or not finite.
+        """
+
+    def natural_step(self, blocks: Sequence[Block], damping: float, rate: float) -> None:
+        """A natural-gradient step of every block's λ on 𝒜 averaged over u ~ N(0, Q⁻¹), where ``moments`` over their
+        weight are those of one batch: of rate ``rate`` over that weight, which is 1 in the end (``algebra.natural``).
+
+        Raises torch.linalg.LinAlgError as ``start_kfac``; NotImplementedError for a structure without such a step.
         """
 
     def start_kfac(self, blocks: Sequence[Block], damping: float) -> None:

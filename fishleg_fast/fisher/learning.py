@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from ..algebra.costs import count_applications
 from ..algebra.low_rank import LowRank
 from ..algebra.maths import Applications, Aux
 from ..algebra.matrix import Matrix, dense, dot, widest
+from ..algebra.natural import rate_of
 from ..algebra.stacks import scalars
 from ..algebra.structures import stacked
 from ..backends.protocol import LambdaOptions, Ops
@@ -42,7 +44,33 @@ class CurvatureOptions:
     anchor_decay: float
     curvature_batch: int | str | None
     anchor_from: str
+    aux_update: str = "adam"
     relative_damping: bool = False  # γ is in units of F's own eigenvalues, and of the noise in a gradient
+
+    @property
+    def natural(self) -> bool:
+        """Whether λ is learned by natural-gradient steps."""
+        return self.aux_update == "natural"
+
+    @property
+    def estimate_every(self) -> int:
+        """Steps between estimates of the Fisher matrix's Kronecker factors."""
+        return self.update_aux_every if self.natural else self.anchor_every
+
+    @property
+    def decay(self) -> float:
+        """What an estimate leaves of the average of those before it."""
+        return 1 - float(self.update.lr) if self.natural else self.anchor_decay
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well Q inverts F+γI along one u of unit norm, on one curvature batch; F and γ in each block's unit."""
+
+    aux_loss: float  # 𝒜
+    best_aux_loss: float  # of the best multiple of Q u
+    best_multiple: float
+    residuals: dict[str, float]  # ‖(F+γI)Qu − u‖/‖u‖ of each block, by name; 0 where u is
 
 
 def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
@@ -140,8 +168,8 @@ class CurvatureLearner:
         return self.ranks.each(self.passes.inputs)
 
     def updates_due(self, step: int) -> int:
-        """How many updates of λ come before this step."""
-        every = self.options.update_aux_every
+        """How many of Adam's updates of λ come before this step."""
+        every = 0 if self.options.natural else self.options.update_aux_every
         return max(self.owed_updates, -every if every < 0 else int(every > 0 and step % every == 0))
 
     def anchor_due(self, blocks: Sequence[Block], step: int) -> list[Block]:
@@ -149,12 +177,12 @@ class CurvatureLearner:
         told = [b for b in blocks if b.moments and any(p.requires_grad for p in b.params)]
         if self._anchor_scheduled(step):
             return told
-        if self.options.init != "kfac":
+        if self.options.init != "kfac" and not self.options.natural:
             return []
         return [b for b, weight in zip(told, weights_of(told), strict=True) if not weight]
 
     def _anchor_scheduled(self, step: int) -> bool:
-        every = self.options.anchor_every
+        every = self.options.estimate_every
         return self.owed_anchor or (every > 0 and step > 0 and step % every == 0)
 
     def postpone(self, step: int) -> None:
@@ -178,7 +206,7 @@ class CurvatureLearner:
 
     def anchor(self, blocks: Sequence[Block], due: Sequence[Block], tap: StatisticsTap | None = None) -> None:
         """Q of the blocks that are due from the moving average of the Fisher's Kronecker factors, to which this batch's
-        are added.
+        are added; or a natural-gradient step of λ by this batch's.
 
         Factors that are not finite are left out: Q stays what it is. ``tap``: what saw them in the user's own backward
         pass, whose gradients the blocks have; None: passes with labels drawn from the model.
@@ -186,10 +214,11 @@ class CurvatureLearner:
         averaged: set[int] = set()
 
         def take(share: Share) -> None:
-            done = self.ops.average_moments(share.blocks, share.statistics, self.options.anchor_decay, share.more)
+            done = self.ops.average_moments(share.blocks, share.statistics, self.options.decay, share.more)
             averaged.update(map(id, done))
 
         inputs = self._whole_batch()
+        self._forget_batch(due)
         if tap is None:
             terms = self.ranks.each(lambda: moments(self.passes, due, inputs, take))
         else:
@@ -200,19 +229,51 @@ class CurvatureLearner:
         moved = self._averaged_over_ranks(due, averaged)
         (terms,) = self.ranks.sums([terms])
         self.terms = terms or self.terms
+        self._follow(blocks, moved)
+
+    def _forget_batch(self, due: Sequence[Block]) -> None:
+        """Moments are those of one batch in natural-gradient steps, whose averages are λ's own."""
+        if self.options.natural:
+            for t in (t for b in due for t in b.moments.values()):
+                t.zero_()
+
+    def _follow(self, blocks: Sequence[Block], moved: Sequence[Block]) -> None:
+        """λ of the blocks that ``moved`` from their moments, and their units."""
+        if not self.options.natural:
+            if self.options.relative_damping:
+                self._set_units(blocks, moved)
+            self.ops.start_kfac(moved, self.damping)
+            return
+        rate, weights = 1 - self.options.decay, weights_of(moved)
+        for block, weight in zip(moved, weights, strict=True):  # moments over their weight are the batch's
+            torch._foreach_mul_(list(block.moments.values()), weight / rate)
         if self.options.relative_damping:
-            set_units(blocks, moved)
-        self.ops.start_kfac(moved, self.damping)
+            before = [b.unit.clone() for b in moved]
+            self._set_units(blocks, moved)
+            for block, old, weight in zip(moved, before, weights, strict=True):
+                block.unit.copy_(old * (block.unit / old) ** rate_of(rate, weight))
+                aux = list(block.structure.fishleg_aux.values())
+                torch._foreach_mul_(aux, (block.unit / old) ** (0.5 / len(aux)))  # Q, of F in the unit
+        self.ops.natural_step(moved, self.damping, rate)
+
+    def _set_units(self, blocks: Sequence[Block], moved: Sequence[Block]) -> None:
+        set_units(blocks, moved)
 
     def _averaged_over_ranks(self, due: Sequence[Block], averaged: Collection[int]) -> list[Block]:
         """The blocks whose moments moved on some rank, on all of them."""
         if not self.ranks.several:
             return [b for b in due if id(b) in averaged]
-        moved = [b for b, n in zip(due, self.ranks.sums([id(b) in averaged for b in due]), strict=True) if n]
+        found = zip(due, self.ranks.sums([id(b) in averaged for b in due]), strict=True)
+        counts = {id(b): n for b, n in found if n}
+        moved = [b for b in due if id(b) in counts]
+        decay = self.options.decay
         for block in moved:
             if id(block) not in averaged:  # where a batch's were not finite the average is what it was
-                block.moments_weight.mul_(self.options.anchor_decay).add_(1 - self.options.anchor_decay)
+                block.moments_weight.mul_(decay).add_(1 - decay)
         self.ranks.mean([t for b in moved for t in b.moments.values()])
+        if self.options.natural:  # where they were not finite on some ranks there are none from those
+            for block in moved:
+                torch._foreach_mul_(list(block.moments.values()), self.ranks.size / counts[id(block)])
         return moved
 
     @property
@@ -228,7 +289,8 @@ class CurvatureLearner:
 
     def applications_in_steps(self, blocks: Sequence[Block]) -> list[Applications] | None:
         """How often P and S of each block are used in steps until λ changes; None: it does not."""
-        periods = [max(every, 1) for every in (self.options.update_aux_every, self.options.anchor_every) if every]
+        options = self.options
+        periods = [max(every, 1) for every in (options.update_aux_every, options.anchor_every) if every]
         # As if all were dense: whatever the batch, so that a resumed run decides as the first one did.
         times = min(periods, default=0)
         return [(times * n, times * m) for m, n in (b.shape for b in blocks)] if times else None
@@ -265,6 +327,29 @@ class CurvatureLearner:
 
     def update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
         """One Adam step of λ (eq. 14 of the talk). Returns (𝒜, whether the step was taken)."""
+        us, vs, fvs = self._products(blocks, gs)
+        return self.ops.lambda_step(blocks, us, vs, fvs, replace(self.options.update, damping=self.damping))
+
+    def quality(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> Quality:
+        """How well Q inverts F+γI along u, by one Fisher-vector product."""
+        us, vs, fvs = self._products(blocks, gs)
+        device = blocks[0].momentum.device if blocks else torch.device("cpu")
+        wide = widest(device)
+        rows = torch.zeros(len(blocks), 4, dtype=wide, device=device)  # vᵀ(F+γI)v, uᵀv, ‖(F+γI)v − u‖², ‖u‖²
+        for k, (u, v, fv) in enumerate(zip(us, map(dense, vs), fvs, strict=True)):
+            damped, u = dense(fv).to(wide) + self.damping * v.to(wide), dense(u).to(wide)
+            v = v.to(wide)
+            rows[k] = torch.stack([(damped * v).sum(), (u * v).sum(), (damped - u).square().sum(), u.square().sum()])
+        curvature, power = self._over_all(rows[:, :2].sum(0)).tolist()
+        multiple = power / curvature if curvature > 0 else math.inf
+        residuals = torch.where(rows[:, 3] > 0, rows[:, 2] / rows[:, 3], 0).sqrt().tolist()
+        named = dict(zip((b.name for b in blocks), residuals, strict=True))
+        return Quality(0.5 * curvature - power, -0.5 * multiple * power, multiple, named)
+
+    def _products(
+        self, blocks: Sequence[Block], gs: Sequence[Matrix]
+    ) -> tuple[list[Matrix], list[Matrix], Sequence[Matrix]]:
+        """u of the auxiliary loss, Q u, and F of that; F in each block's unit."""
         us, scales = self.directions(blocks, gs), self._scales(blocks)
         vs = self.ops.qv(blocks, us)
         if scales is None:
@@ -273,7 +358,7 @@ class CurvatureLearner:
             fvs = scaled(self._fisher_product(blocks, scaled(vs, scales)), scales)
         if self.options.anchor_from == "training":
             fvs = self._in_units_of_the_moments(blocks, vs, fvs)
-        return self.ops.lambda_step(blocks, us, vs, fvs, replace(self.options.update, damping=self.damping))
+        return us, vs, fvs
 
     def _in_units_of_the_moments(
         self, blocks: Sequence[Block], vs: Sequence[Matrix], fvs: Sequence[Matrix]

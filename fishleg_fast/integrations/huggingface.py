@@ -1,7 +1,7 @@
 """For models of transformers, which is not imported here: the likelihood whose nll their loss is, and what makes the
 optimizer for their Trainer.
 
-    Trainer(model, args, optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 1e-2}), ...)
+    Trainer(model, args, optimizer_cls_and_kwargs=(TrainerOptimizer, {"lr": 2e-2}), ...)
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Block:
     layer: nn.Module | None = None  # whose inputs and outputs tell the Kronecker factors
     momentum: Tensor = field(default_factory=_empty)  # moving average of g, or of Q g: (m, n)
     step: Tensor = field(default_factory=_empty)  # scalar float32: how often the block was stepped
-    exp_avg: dict[str, Tensor] = field(default_factory=dict)  # Adam's moments of λ
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)  # Adam's moments of λ; none where λ is not learned
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     aux_step: Tensor = field(default_factory=_empty)  # scalar float32: Adam's steps
     moments: dict[str, Tensor] = field(default_factory=dict)  # moving average of the Kronecker factors of the Fisher
@@ -175,17 +175,26 @@ class Block:
         shapes = [part.shape for part in self.parts]
         return [s.numel() // (self.shape[0] if self.axis else 1) for s in shapes], shapes
 
-    def allocate(self, on_device: bool) -> None:
-        """Zeroed state on the parameters' device; the counters stay on the CPU unless ``on_device``."""
+    def allocate(self, on_device: bool, learned: bool = True) -> None:
+        """Zeroed state on the parameters' device; the counters stay on the CPU unless ``on_device``. Adam's moments of
+        λ only where it is ``learned``.
+        """
         device = self.parts[0].param.device
         counters = device if on_device else torch.device("cpu")
         self.step, self.aux_step = (torch.zeros((), dtype=torch.float32, device=counters) for _ in range(2))
         self.momentum = torch.zeros(self.shape, dtype=self.dtype, device=device)
-        self.exp_avg = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(t) for name, t in self.structure.fishleg_aux.items()}
+        if learned:
+            self.allocate_adam()
         self.moments = self.structure.new_moments()
         self.moments_weight = _empty()
         self.unit = torch.ones((), dtype=self.dtype, device=device)
+
+    def allocate_adam(self) -> None:
+        """Zeroed moments of λ for Adam, where there are none yet: in the dicts that a checkpoint's state shows."""
+        for moments in (self.exp_avg, self.exp_avg_sq):
+            for name, t in self.structure.fishleg_aux.items():
+                if name not in moments:
+                    moments[name] = torch.zeros_like(t)
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """``product`` and scratch memory, of the momentum's shape, made at the first call."""

@@ -20,7 +20,8 @@ class BlockEstimate:
     name: str
     shape: tuple[int, int]
     layout: dict[str, str]  # of the Kronecker factors, in words
-    state_bytes: int  # momentum, λ, its Adam moments, and the factors' moving averages: what a checkpoint holds
+    state_bytes: int  # momentum, λ, and the factors' moving averages: what a checkpoint holds
+    learning_bytes: int  # more where λ is learned: its Adam moments
     cache_bytes: int  # P = RᵀR and S = LLᵀ, where it pays to form them
     step_flops: int  # Q m
     polar_flops: int  # more, where normalize is "spectral"
@@ -39,7 +40,7 @@ class Estimate:
         """The sum over blocks of one of their figures."""
         return sum(int(getattr(block, name)) for block in self.blocks)
 
-    def flops_per_step(self, anchor_every: int = 10, update_aux_every: int = 10, spectral: bool = True) -> float:
+    def flops_per_step(self, anchor_every: int = 10, update_aux_every: int = 0, spectral: bool = True) -> float:
         """On average over steps; beside the forward and backward passes, which anchoring and learning take too."""
         flops: float = self.total("step_flops") + (self.total("polar_flops") if spectral else 0)
         for name, every in (("anchor_flops", anchor_every), ("learning_flops", update_aux_every)):
@@ -49,20 +50,22 @@ class Estimate:
     def __str__(self) -> str:
         megabytes = lambda count: f"{count / 2**20:.1f}"
         giga = lambda count: f"{count / 1e9:.2f}"
-        header = ("block", "shape", "factors", "state MB", "P, S MB", "step GF", "polar GF", "anchor GF", "λ GF")
+        sizes = ("state MB", "Adam MB", "P, S MB", "step GF", "polar GF", "anchor GF", "λ GF")
+        header = ("block", "shape", "factors", *sizes)
         rows: list[tuple[str, ...]] = [
             (
                 b.name, f"{b.shape[0]} × {b.shape[1]}", "; ".join(f"{k} {v}" for k, v in b.layout.items()),
-                megabytes(b.state_bytes), megabytes(b.cache_bytes), giga(b.step_flops), giga(b.polar_flops),
-                giga(b.anchor_flops), giga(b.learning_flops),
+                megabytes(b.state_bytes), megabytes(b.learning_bytes), megabytes(b.cache_bytes), giga(b.step_flops),
+                giga(b.polar_flops), giga(b.anchor_flops), giga(b.learning_flops),
             )
             for b in self.blocks
         ]  # fmt: skip
         sums = [self.total(name) for name in ("step_flops", "polar_flops", "anchor_flops", "learning_flops")]
         rows.append(
             (
-                "all", f"{self.parameters} parameters", "", megabytes(self.total("state_bytes")),
-                megabytes(self.total("cache_bytes")), *map(giga, sums),
+                "all", f"{self.parameters} parameters", "",
+                *(megabytes(self.total(name)) for name in ("state_bytes", "learning_bytes", "cache_bytes")),
+                *map(giga, sums),
             )
         )  # fmt: skip
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -108,7 +111,8 @@ def estimate_of(block: Block) -> BlockEstimate:
     size = block.dtype.itemsize
     return BlockEstimate(
         block.name, block.shape, layout,
-        state_bytes=size * (m * n + 3 * _entries(aux.values()) + _entries(moments.values())),
+        state_bytes=size * (m * n + _entries(aux.values()) + _entries(moments.values())),
+        learning_bytes=2 * size * _entries(aux.values()),
         cache_bytes=size * sum(entries for entries, _ in widths),
         step_flops=applied,
         polar_flops=len(COEFFICIENTS) * (3 * k * k * l + k**3) if k > 1 else 0,

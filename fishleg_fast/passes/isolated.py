@@ -28,7 +28,7 @@ from .batch_rule import BatchRule, Call
 from .generators import Seeds, private_rng
 from .hooks import only_units_hooks
 from .input_tap import InputTap, Pausable
-from .inputs import EmptyBatch, Inputs, Memo, Writes, output_shapes, tree_map, version
+from .inputs import EmptyBatch, Inputs, Memo, Writes, output_shapes, shape_of, tree_map, version
 from .loader import AuxBatches
 
 Draw = Callable[[nn.Module, Any], Any]
@@ -74,6 +74,17 @@ def output_tensor(outputs: Any) -> Tensor:
             f"{type(outputs).__name__}; pass draw and nll functions of your own with fisher='hessian' and no likelihood"
         )
     return found
+
+
+def _left_out(outputs: Any, scored: Tensor) -> list[Tensor]:
+    """What a tuple has beside the tensor that is scored, and might be another head's: of as many samples, on the graph.
+
+    Where the scored one has a name it was meant.
+    """
+    if not isinstance(outputs, (tuple, list)) or hasattr(outputs, "logits"):
+        return []
+    heads = [t for t in outputs if isinstance(t, Tensor) and t is not scored and t.requires_grad]
+    return [t for t in heads if shape_of(t)[:1] == shape_of(scored)[:1] != ()]
 
 
 SMALL = 2**20  # numbers that are copied for a pass however few the model trains
@@ -245,6 +256,13 @@ class IsolatedPasses:
             inputs = Inputs.of(tree_map(lambda t: t.to(self.device, non_blocking=True), x))
         elif self.tap is not None and self.tap.last is not None:
             inputs, earlier = self.tap.last, self.tap.earlier
+        elif any(p.grad is not None for p in self.root.parameters()):
+            raise RuntimeError(
+                f"no curvature batch yet: parameters have gradients, but the module given to FishLeg, "
+                f"{type(self.model).__name__}, was not itself called with gradients enabled since the optimizer was "
+                "made: probably its layers were, another of its methods, or another module that holds them. Give "
+                "FishLeg the module that the loop calls, let its forward do what the loop does, or pass aux_loader"
+            )
         else:
             raise RuntimeError(
                 "no curvature batch yet: the model was given no input with gradients enabled since the optimizer was "
@@ -397,7 +415,22 @@ class IsolatedPasses:
 
     def outputs(self, inputs: Inputs) -> Tensor:
         """The model's outputs, as the likelihood takes them."""
-        return output_tensor(self._called(inputs))
+        returned = self._called(inputs)
+        outputs = output_tensor(returned)
+        if others := _left_out(returned, outputs):
+            kind, shapes = type(returned).__name__, ", ".join(str(shape_of(t)) for t in others)
+            self.tell_once(
+                "left out",
+                f"the model returns a {kind}, of which the likelihood is given the first tensor alone, of shape "
+                f"{shape_of(outputs)}, and not those of shape {shapes}. That is right where the loss has them in "
+                "penalties at most, as a VAE has its mean and variance. If they are outputs too, several heads say, "
+                "let the model return one tensor of them all, for a Likelihood of your own that splits it; or give "
+                "FishLeg draw= and nll= without likelihood=",
+            )
+        doubt = None if self.likelihood is None else self.likelihood.doubt(outputs)
+        if doubt is not None:
+            self.tell_once("likelihood", doubt)
+        return outputs
 
     def _apart(self, inputs: Inputs, call: Callable[[Inputs], Any]) -> Any:
         """``call(inputs)``, with copies where it writes to them: several passes are given one batch."""

@@ -52,6 +52,7 @@ class ComposedOps:
 
     average_moments: Callable[[Sequence[Block], Sequence[LayerStatistics | Aux], float, bool], list[Block]]
     start_kfac: Callable[[Sequence[Block], float], None]
+    natural_step: Callable[[Sequence[Block], float, float], None]
 
     def __init__(self, choice: Choice, backends: Mapping[str, Ops]) -> None:
         self._functions = {
@@ -59,6 +60,7 @@ class ComposedOps:
             for family, by_class in choice.items()
         }
         self.average_moments, self.start_kfac = reference.average_moments, reference.start_kfac
+        self.natural_step = reference.natural_step
 
     def _function(self, family: str, blocks: Sequence[Block]) -> Callable[..., Any]:
         by_class = self._functions[family]

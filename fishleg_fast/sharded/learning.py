@@ -50,7 +50,7 @@ class ShardedLearner(CurvatureLearner):
 
     def anchor_due(self, blocks: Sequence[Block], step: int) -> list[Block]:
         """All blocks of the model, where it is time: on every rank alike."""
-        first = self.options.init == "kfac" and not self._started
+        first = (self.options.init == "kfac" or self.options.natural) and not self._started
         if not (first or self._anchor_scheduled(step)):
             return []
         return [b for b in self._model.layouts if b.structure.moments and any(p.requires_grad for p in b.params)]
@@ -62,7 +62,7 @@ class ShardedLearner(CurvatureLearner):
     def load(self, saved: Mapping[str, Any], blocks: Sequence[Block]) -> None:
         """As the base's."""
         super().load(saved, self._model.layouts)
-        self._started = saved.get("anchors", 0) > 0
+        self._started = saved.get("aux_steps" if self.options.natural else "anchors", 0) > 0
 
     def anchor(self, blocks: Sequence[Block], due: Sequence[Block], tap: StatisticsTap | None = None) -> None:
         """As the base's; ``due``: blocks of the model."""
@@ -70,17 +70,16 @@ class ShardedLearner(CurvatureLearner):
 
         def take(number: int, found: Aux) -> None:
             mine = [self._model.mine[number]]
-            moved.extend(self.ops.average_moments(mine, [found], self.options.anchor_decay))
+            moved.extend(self.ops.average_moments(mine, [found], self.options.decay))
 
+        self._forget_batch(blocks)
         shared = _SharedMoments(self._model, due, take)
         terms = self.ranks.each(lambda: self._moments(due, inputs, shared))
         shared.finish()
         (terms,) = self.ranks.sums([terms])
         self.terms = terms or self.terms
         self._started = True
-        if self.options.relative_damping:
-            self._set_units(blocks, moved)
-        self.ops.start_kfac(moved, self.damping)
+        self._follow(blocks, moved)
 
     def _set_units(self, blocks: Sequence[Block], moved: Sequence[Block]) -> None:
         device = self._model.device
@@ -155,12 +154,7 @@ class ShardedLearner(CurvatureLearner):
 
     def update(self, blocks: Sequence[Block], gs: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
         """As the base's: 𝒜, α and whether the step is taken are of all blocks together."""
-        us = self.directions(blocks, gs)
-        scales = self._scales(blocks) if blocks else None
-        vs: list[Matrix] = self.ops.qv(blocks, us) if blocks else []
-        given = vs if scales is None else scaled(vs, scales)
-        products = self._sharded_product(blocks, given)
-        fvs = products if scales is None else [dense(f) for f in scaled(products, scales)]
+        us, vs, fvs = self._products(blocks, gs)
         here = [[dot(v, f), dot(v, v), dot(u, v)] for u, v, f in zip(us, vs, fvs, strict=True)]
         device = self._model.device
         sums = torch.zeros(3, dtype=widest(device), device=device)
@@ -181,6 +175,17 @@ class ShardedLearner(CurvatureLearner):
         if blocks:
             _, ok = self.ops.lambda_step(blocks, us, vs, fvs, replace(options, damping=damping, learn_scale=True))
         return loss, self._model.everywhere(ok)
+
+    def _products(
+        self, blocks: Sequence[Block], gs: Sequence[Matrix]
+    ) -> tuple[list[Matrix], list[Matrix], list[Tensor]]:
+        """As the base's; F v over all ranks' batches."""
+        us = self.directions(blocks, gs)
+        scales = self._scales(blocks) if blocks else None
+        vs: list[Matrix] = self.ops.qv(blocks, us) if blocks else []
+        given = vs if scales is None else scaled(vs, scales)
+        products = self._sharded_product(blocks, given)
+        return us, vs, products if scales is None else [dense(f) for f in scaled(products, scales)]
 
     def _sharded_product(self, blocks: Sequence[Block], vs: Sequence[Matrix]) -> list[Tensor]:
         """F v of the blocks of this rank, over all ranks' batches."""

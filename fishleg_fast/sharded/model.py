@@ -201,7 +201,7 @@ def check_settings(settings: Any) -> None:
         "fisher": (
             settings.fisher,
             "'ggn', with a likelihood, or update_aux_every=0",
-            settings.fisher != "ggn" and bool(settings.update_aux_every),
+            settings.fisher != "ggn" and settings.learned_by_adam,
         ),
     }
     for name, (value, right, bad) in wrong.items():

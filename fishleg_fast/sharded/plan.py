@@ -68,7 +68,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, ranks: int, update_aux_every: int = 10, anchor_every: int = 10) -> Plan:
+def plan(model: nn.Module, ranks: int, update_aux_every: int = 0, anchor_every: int = 10) -> Plan:
     """The routes for a model, which may be on the "meta" device, with those of ``FishLeg``'s arguments.
 
     ValueError where ``ranks`` is less than 1.
@@ -88,7 +88,7 @@ def routes_of(blocks: Sequence[Block], ranks: int, update_aux_every: int, anchor
     moments = float(sum(t.nbytes for b in blocks for t in b.structure.new_moments().values()))
     learning, anchoring = abs(update_aux_every), anchor_every
     found = [estimate_of(b) for b in blocks]
-    held = [e.state_bytes + e.cache_bytes for e in found]
+    held = [e.state_bytes + e.cache_bytes + (e.learning_bytes if learning else 0) for e in found]
     owners = assign_owners(blocks, ranks)
     stand_ins = [b.shape[0] * b.shape[1] * b.dtype.itemsize for b in blocks]
     loads = [0] * ranks

@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "preconditioned": {"model": "mlp", "precondition_aux": True},
     "ascent": {"model": "mlp", "maximize": True, "lr": 1e-3},
     "pure": {"model": "mlp", "init": "sgd", "anchor_every": 0},
+    "pure, by Adam": {"model": "mlp", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
+    "learned and anchored": {"model": "mlp", "update_aux_every": 3},
     "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
     "float32": {"model": "mlp", "dtype": torch.float32},
 }

@@ -45,7 +45,6 @@ def last_place(number: str) -> float:
     ("page", "heading", "number", "column"),
     [
         ("index.md", "Results", 0, "mean"),
-        ("index.md", "Results", 1, "CPU ms/step"),
         ("settings.md", "lr", 0, "lr"),
     ],
 )
@@ -65,13 +64,30 @@ def test_figures_are_those_of_the_results(page: str, heading: str, number: int, 
     assert compared >= 12
 
 
-def test_processors_are_those_of_the_results() -> None:
-    head, rows = table("index.md", "Results", 1)
-    for name in head[1:]:
-        problem, processor = name.rstrip(")").split(" (")
-        for row in rows:
-            if row[head.index(name)]:
-                assert found(PROBLEMS[problem])[row[0]]["CPU"].startswith(processor)
+def test_seconds_a_step_are_those_of_the_results() -> None:
+    results = ROOT / "benchmarks/results"
+    section = (DOCS / "settings.md").read_text(encoding="utf-8").partition("\n### Seconds a step\n")[2]
+    rows = [cells(line) for line in re.search(r"(^\|.*\n)+", section, re.MULTILINE)[0].splitlines()[2:]]  # type: ignore[index]
+    assert len(rows) == 8
+    file = heading = ""
+    for problem, *figures, source in rows:
+        file = source.split("`")[1] if "`" in source else file
+        heading = heading if problem.startswith("the same") else PROBLEMS.get(problem, problem)
+        precision = "medium" if "medium" in problem else "highest"
+        section = (results / file).read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+        found = [cells(line) for line in section.splitlines() if line.startswith("|")]
+        measured = []
+        for name, said in zip(("AdamW", "FishLeg"), figures, strict=False):
+            row = next(
+                row
+                for row in found
+                if re.fullmatch(rf'{name}(, \d+ steps, lr [\d.]+|, fused|, precision="{precision}")?', row[0])
+            )
+            column = {"wallclock.md": -1, "step_time.md": 1}.get(file, 6)
+            assert float(said) == float(row[column]), (problem, name)
+            measured.append(float(said))
+        times = float(row[2].partition("×")[0]) if column == 1 else measured[1] / measured[0]
+        assert float(figures[2]) == pytest.approx(times, abs=0.051), problem
 
 
 def test_multiples_of_the_best_lr_are_those_of_the_results() -> None:

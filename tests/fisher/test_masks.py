@@ -212,3 +212,15 @@ def test_wrong_masks_are_refused_by_name(name: str) -> None:
 def test_loss_mask_should_be_a_function() -> None:
     with pytest.raises(TypeError, match="loss_mask should be a function"):
         CategoricalLikelihood(loss_mask=torch.ones(3))  # type: ignore[arg-type]
+
+
+def test_a_loss_mask_is_called_as_the_model_is() -> None:
+    words, targets = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
+    likelihood = CategoricalLikelihood(-1, loss_mask=lambda outputs: outputs > 0)
+    with pytest.raises(
+        TypeError, match=r"called with, \(Tensor, labels=Tensor\), but cannot: got .*'labels'; .*lambda"
+    ):
+        likelihood.mask_of((words,), {"labels": targets})
+    with pytest.raises(TypeError, match=r"^can't multiply") as raised:  # its own
+        CategoricalLikelihood(-1, loss_mask=lambda words: [words] * "a").mask_of((words,), {})
+    assert raised.value.__cause__ is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg_fast import CategoricalLikelihood, FishLeg
+from fishleg_fast import CategoricalLikelihood, FishLeg, Likelihood
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "alone": lambda logits, loss: logits,
@@ -66,3 +67,59 @@ def test_without_any_it_is_refused() -> None:
             train("nothing")
     finally:
         del WAYS["nothing"]
+
+
+class Heads(nn.Module):
+    """What two linear layers return, as ``way`` has it."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor], Any], width: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.way = nn.Linear(5, width), nn.Linear(5, 1), way
+
+    def forward(self, x: Tensor) -> Any:
+        return self.way(self.first(x), self.second(x))
+
+
+def told(net: nn.Module, likelihood: Likelihood, x: Tensor, steps: int = 3) -> list[str]:
+    """The warnings of some steps on a loss of all that the model returns."""
+    optimizer = FishLeg(net, likelihood=likelihood, anchor_every=2, lr=0.01)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            tensors = torch.utils._pytree.tree_leaves(net(x))
+            sum(t.square().mean() for t in tensors if t.requires_grad).backward()
+            optimizer.step()
+    return [str(w.message) for w in found]
+
+
+def test_heads_that_are_left_out_are_told_of_once() -> None:
+    for way, taken, other in (
+        (lambda a, b: (a, b), "(24, 3)", "(24, 1)"), (lambda a, b: [b, a], "(24, 1)", "(24, 3)")
+    ):  # fmt: skip
+        (message,) = told(Heads(way), CategoricalLikelihood(), torch.randn(24, 5))
+        assert f"the first tensor alone, of shape {taken}, and not those of shape {other}" in message
+        assert "return one tensor of them all" in message
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda a, b: (a, b.mean()),
+        lambda a, b: (b.mean(), a),
+        lambda a, b: (a, b.detach()),
+        lambda a, b: (a, (b, b)),  # past keys and values, hidden states
+        lambda a, b: (a, b[:7]),
+        lambda a, b: {"logits": a, "value": b},
+    ],
+)
+def test_what_is_no_head_is_not_told_of(way: Callable[[Tensor, Tensor], Any]) -> None:
+    assert told(Heads(way), CategoricalLikelihood(), torch.randn(24, 5)) == []
+
+
+def test_a_dimension_of_classes_that_nobody_chose_is_told_of_once() -> None:
+    x = torch.randn(8, 4, 5)
+    (message,) = told(Heads(lambda a, b: a), CategoricalLikelihood(), x)
+    assert "of shape (8, 4, 3)" in message and "class_dim=-1" in message
+    assert told(Heads(lambda a, b: a), CategoricalLikelihood(class_dim=1), x) == []

@@ -285,6 +285,39 @@ class Structure:
         """
         return None
 
+    @property
+    def has_natural_update(self) -> bool:
+        """Whether there is a ``natural_update``."""
+        return False
+
+    def natural_update(
+        self, aux: Aux, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0
+    ) -> tuple[Aux, Tensor]:
+        """λ after a natural-gradient step on the auxiliary loss of one batch's ``moments``, averaged over u; and whether
+        that is right, a boolean tensor. ``aux``: λ before it. ``rate``: η in (0, 1], a scalar tensor; 1 forgets it.
+
+        All may have a dimension in front, as those of ``kfac_start``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no natural_update")
+
+    @torch.no_grad()
+    def step_naturally(self, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0) -> None:
+        """λ by ``natural_update``; of float64 where rounding spoils a Cholesky factorisation.
+
+        Raises torch.linalg.LinAlgError as ``start_kfac`` does; λ is then unchanged.
+        """
+        found, right = self.natural_update(self.fishleg_aux, moments, damping, rate, weight)
+        if not right and finite(moments):
+            aux, doubled = ({name: _doubled(t) for name, t in given.items()} for given in (self.fishleg_aux, moments))
+            wide = _doubled(weight) if isinstance(weight, Tensor) else weight
+            found, right = self.natural_update(aux, doubled, damping, _doubled(rate), wide)
+        if not right:
+            raise torch.linalg.LinAlgError(
+                f"moments should be finite and positive semi-definite but are not: {sorted(moments)}"
+            )
+        for name, value in found.items():
+            self.fishleg_aux[name].copy_(value)
+
     @torch.no_grad()
     def start_kfac(self, moments: Aux, damping: float, weight: Tensor | float = 1.0) -> None:
         """Q₀ by ``kfac_start``; of float64 where rounding spoils a Cholesky factorisation.

@@ -77,6 +77,20 @@ class Diagonal(Structure):
         """diag F ∘ v."""
         return moments["diagonal"] * dense(v) / weight
 
+    @property
+    def has_natural_update(self) -> bool:
+        """As above."""
+        return True
+
+    def natural_update(
+        self, aux: Aux, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0
+    ) -> tuple[Aux, Tensor]:
+        """1/d² ← (1−rate)/d² + rate·(diag F + γ)."""
+        d, found = aux["d"], moments["diagonal"]
+        mean = found / spread(weight, found) if isinstance(weight, Tensor) else found / weight
+        inverse = torch.lerp(d.square().reciprocal(), mean + damping, spread(rate, d))
+        return {"d": inverse.rsqrt()}, torch.isfinite(inverse).flatten(rate.ndim).all(-1)
+
     @torch.no_grad()
     def kfac_start(
         self, moments: Aux, damping: float, weight: Tensor | float = 1.0, floor: float = 0.0

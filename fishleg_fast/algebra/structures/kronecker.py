@@ -154,12 +154,16 @@ class Kronecker(Structure):
         pi = mean_a.sqrt() / mean_g.sqrt()  # the quotient may overflow
         R, right = inverse_root(G, damping**0.5 / pi + floor * mean_g, weight)
         L, left = inverse_root(A, damping**0.5 * pi + floor * mean_a, weight)
-        # Q is the same for cR and L/c. Adam's steps on λ are absolute, so both get one size: where G vanishes, below a
-        # layer that starts at zero, π puts twenty orders of magnitude between them.
+        R, L = self._balanced(R, transpose(L, batch), batch)
+        return self._with_factors(R, L), right & left & torch.isfinite(means[0] + means[1])
+
+    def _balanced(self, R: Tensor, L: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """cR and L/c, of which Q is the same. Adam's steps on λ are absolute, so both get one size: where G vanishes,
+        below a layer that starts at zero, π puts twenty orders of magnitude between them.
+        """
         sizes = [
             torch.linalg.vector_norm(diagonal(F, k, batch), dim=-1, dtype=widest(F.device)) / k**0.5
-            for F, k in ((R, m), (L, n))
+            for F, k in zip((R, L), self.shape, strict=True)
         ]
         c = (sizes[1] / sizes[0]).sqrt().to(R.dtype)
-        aux = self._with_factors(R * spread(c, R), transpose(L, batch) / spread(c, L))
-        return aux, right & left & torch.isfinite(means[0] + means[1])
+        return R * spread(c, R), L / spread(c, L)

@@ -123,13 +123,29 @@ def mean_eigenvalues(structures: Sequence[Structure], moments: Sequence[Aux], we
 
 
 @torch.no_grad()
+def step_naturally(
+    structures: Sequence[Structure], moments: Sequence[Aux], damping: float, rates: Tensor, weights: Tensor
+) -> Tensor:
+    """λ as by each structure's ``natural_update``, where that is right; whether it is: (count,)."""
+    aux = joined([s.fishleg_aux for s in structures])
+    found, right = structures[0].natural_update(aux, joined(moments), damping, rates, weights)
+    _write(structures, found, right)
+    return right
+
+
+def _write(structures: Sequence[Structure], found: Aux, right: Tensor) -> None:
+    """Each structure's share of λ, where it is right."""
+    for name, values in found.items():
+        olds = [s.fishleg_aux[name] for s in structures]
+        torch._foreach_copy_(olds, list(torch.where(spread(right, values), values, together(olds)).unbind()))
+
+
+@torch.no_grad()
 def start_kfac(structures: Sequence[Structure], moments: Sequence[Aux], damping: float, weights: Tensor) -> Tensor:
     """Q₀ as by each structure's ``kfac_start``, where that is right; whether it is: (count,)."""
     start = structures[0].kfac_start(joined(moments), damping, weights)
     if start is None:
         return torch.ones(len(structures), dtype=torch.bool, device=weights.device)
     found, right = start
-    for name, values in found.items():
-        olds = [s.fishleg_aux[name] for s in structures]
-        torch._foreach_copy_(olds, list(torch.where(spread(right, values), values, together(olds)).unbind()))
+    _write(structures, found, right)
     return right

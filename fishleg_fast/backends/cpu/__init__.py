@@ -13,6 +13,7 @@ import torch
 
 from ... import native
 from ..protocol import Availability
+from ..reference import natural_step as natural_step
 from .anchoring import average_moments as average_moments
 from .anchoring import start_kfac as start_kfac
 from .lambda_update import lambda_step as lambda_step

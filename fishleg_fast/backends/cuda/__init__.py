@@ -19,6 +19,7 @@ import torch
 from ... import native
 from ..protocol import Availability
 from ..reference import average_moments as average_moments
+from ..reference import natural_step as natural_step
 from ..reference import start_kfac as start_kfac
 from .coverage import TYPES
 from .lambda_update import lambda_step as lambda_step

@@ -9,6 +9,7 @@ import torch
 
 from ..protocol import Availability
 from .anchoring import average_moments as average_moments
+from .anchoring import natural_step as natural_step
 from .anchoring import start_kfac as start_kfac
 from .lambda_update import lambda_step as lambda_step
 from .products import inner as inner

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from ...algebra.maths import Aux
+from ...algebra.natural import rate_of
 from ...algebra.stacks import alike, together
 from ...algebra.structures import stacked
 from ...algebra.structures.base import LayerStatistics, Structure, finite
@@ -70,20 +72,48 @@ def _new_moments(blocks: Sequence[Block], news: Sequence[LayerStatistics | Aux])
 
 def start_kfac(blocks: Sequence[Block], damping: float) -> None:
     """Q from the moving averages as they are: see ``protocol.Ops``."""
+
+    def together_(mine: Sequence[Block], divisors: Tensor, weight: float) -> Tensor:
+        return stacked.start_kfac([b.structure for b in mine], [b.moments for b in mine], damping, divisors)
+
+    for block, _ in _one_by_one(blocks, together_):
+        block.structure.start_kfac(block.moments, damping, block.moments_divisor)
+
+
+def natural_step(blocks: Sequence[Block], damping: float, rate: float) -> None:
+    """A natural-gradient step of λ: see ``protocol.Ops``."""
+
+    def together_(mine: Sequence[Block], divisors: Tensor, weight: float) -> Tensor:
+        rates = divisors.new_full(divisors.shape, rate_of(rate, weight))
+        return stacked.step_naturally(
+            [b.structure for b in mine], [b.moments for b in mine], damping, rates, divisors
+        )  # fmt: skip
+
+    for block, weight in _one_by_one(blocks, together_):
+        one = block.unit.new_tensor(rate_of(rate, weight))
+        block.structure.step_naturally(block.moments, damping, one, block.moments_divisor)
+
+
+def _one_by_one(
+    blocks: Sequence[Block], together_: Callable[[Sequence[Block], Tensor, float], Tensor]
+) -> Iterator[tuple[Block, float]]:
+    """The blocks that are not done by ``together_``, which is given equal ones, the divisors of their moments and the
+    weight of their averages, and returns for which it was right; with those weights.
+    """
     weights = weights_of(blocks)
     stacks = stacks_of(blocks, more=weights)
     equal = [stack for stack in stacks if len(stack.blocks) > 1 and _plain(stack)]
-    rest = [block for stack in stacks if stack not in equal for block in stack.blocks]
+    rest = [k for stack in stacks if stack not in equal for k in stack.numbers]
     with precision_scope("highest"):  # of a triangular inverse that λ starts from
         right = []
         for stack in equal:
-            mine = stack.blocks
-            divisors = moments_divisor(mine[0], together([b.unit for b in mine]), weights[stack.numbers[0]])
-            right.append(stacked.start_kfac(stack.structures, [b.moments for b in mine], damping, divisors))
+            mine, weight = stack.blocks, weights[stack.numbers[0]]
+            divisors = moments_divisor(mine[0], together([b.unit for b in mine]), weight)
+            right.append(together_(mine, divisors, weight))
         flags = torch.cat([flag.cpu() for flag in right]).tolist() if right else []
-        tried = [block for stack in equal for block in stack.blocks]
-        for block in (*rest, *(b for b, done in zip(tried, flags, strict=True) if not done)):
-            block.structure.start_kfac(block.moments, damping, block.moments_divisor)
+        tried = [k for stack in equal for k in stack.numbers]
+        for k in (*rest, *(k for k, done in zip(tried, flags, strict=True) if not done)):
+            yield blocks[k], weights[k]
 
 
 def _plain(stack: Stack) -> bool:
