@@ -34,6 +34,7 @@ from .model.block import Block, is_sharded
 from .model.estimate import Estimate, estimate
 from .model.gradients import GradientInPlace
 from .model.groups import GroupAssignment, with_beta
+from .model.modules import own_structures
 from .options import (
     AUX_LR,
     DAMPING,
@@ -46,6 +47,7 @@ from .options import (
     default_aux_update,
     default_damping_scale,
     default_update_aux_every,
+    only_products,
     told,
 )
 from .passes.gradient_tap import GradientTap
@@ -213,21 +215,23 @@ class FishLeg(Optimizer):
         if fisher == "ggn":
             forward_mode.load()
         check_sources(model, draw, nll, likelihood, aux_loader, fisher)
+        products = only_products(structure, own_structures(model))
         if aux_update is None:
-            aux_update = default_aux_update(structure, anchor_every, update_aux_every)
+            aux_update = default_aux_update(products, anchor_every, update_aux_every)
         aux_lr = AUX_LR.get(aux_update, 1.0) if aux_lr is None else aux_lr
         if update_aux_every is None:
-            update_aux_every = default_update_aux_every(structure, normalize, anchor_every)
+            update_aux_every = default_update_aux_every(products, normalize, anchor_every)
         damping_scale = damping_scale or default_damping_scale(normalize, init, anchor_every, aux_update)
         damping = DAMPING.get(damping_scale, 1.0) if damping is None else damping
         on_device = capturable or any(p.device.type != "cpu" for p in model.parameters())
         self.settings = Settings(
             momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable,
             on_device=on_device,
-            structure=structure, max_factor_size=max_factor_size, damping=damping, damping_scale=damping_scale,
+            structure=structure, products=products, max_factor_size=max_factor_size,
+            damping=damping, damping_scale=damping_scale,
             fisher=fisher, curvature_batch=curvature_batch, aux_update=aux_update, update_aux_every=update_aux_every,
-            aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling, precondition_aux=precondition_aux,
-            learn_scale=learn_scale,
+            aux_lr=aux_lr, aux_betas=aux_betas, aux_eps=aux_eps, u_sampling=u_sampling,
+            precondition_aux=precondition_aux, learn_scale=learn_scale,
             init=init, scale=scale, anchor_every=anchor_every, anchor_decay=anchor_decay,
             anchor_from=anchor_from,
             precision=precision, writer=writer, seed=seed,

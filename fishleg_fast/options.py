@@ -66,6 +66,7 @@ class Settings:
     on_device: bool  # whether steps are decided on the device, as capturable asks and where waiting for one costs time
     # λ and its learning
     structure: StructureChoice | Mapping[str, StructureChoice]
+    products: bool  # whether every Q is a single Kronecker product or a diagonal
     max_factor_size: int | str | None
     damping: float
     damping_scale: str
@@ -165,10 +166,10 @@ class Settings:
             raise ValueError(
                 f"aux_lr should be at most 1 with aux_update='natural', of which it is the rate, but is: {self.aux_lr}"
             )
-        if not only_products(self.structure):
+        if not self.products:
             raise ValueError(
-                "structure should be 'kron' or 'diagonal' with aux_update='natural', which learns one Kronecker product, "
-                f"but is: {self.structure!r}; use aux_update='adam'"
+                "structure should be 'kron' or 'diagonal', of all layers, with aux_update='natural', but is: "
+                f"{self.structure!r} or a layer's own; use aux_update='adam'"
             )
 
     @property
@@ -214,28 +215,21 @@ def default_damping_scale(
     return "relative" if estimated and normalize not in ("trust", None) else "absolute"
 
 
-def default_update_aux_every(
-    structure: StructureChoice | Mapping[str, StructureChoice],
-    normalize: str | Mapping[str, str] | None,
-    anchor_every: int,
-) -> int:
+def default_update_aux_every(products: bool, normalize: str | Mapping[str, str] | None, anchor_every: int) -> int:
     """0 where anchoring gives all of Q that matters: its only Kronecker product or diagonal, up to a multiple."""
-    anchored = anchor_every and only_products(structure)
-    return 0 if anchored and normalize not in ("trust", None) else 10
+    return 0 if products and anchor_every and normalize not in ("trust", None) else 10
 
 
-def default_aux_update(
-    structure: StructureChoice | Mapping[str, StructureChoice], anchor_every: int, update_aux_every: int | None
-) -> str:
+def default_aux_update(products: bool, anchor_every: int, update_aux_every: int | None) -> str:
     """ "natural" where λ is learned from its start on, and what it learns is a Kronecker product or diagonal."""
     once_at_most = update_aux_every is None or update_aux_every > 0
-    return "natural" if not anchor_every and once_at_most and only_products(structure) else "adam"
+    return "natural" if products and not anchor_every and once_at_most else "adam"
 
 
-def only_products(structure: StructureChoice | Mapping[str, StructureChoice]) -> bool:
-    """Whether all that is chosen is a single Kronecker product or a diagonal."""
+def only_products(structure: StructureChoice | Mapping[str, StructureChoice], own: Iterable[Any] = ()) -> bool:
+    """Whether all that is chosen, and what layers choose for themselves, is a single Kronecker product or diagonal."""
     choices = structure.values() if isinstance(structure, Mapping) else [structure]
-    return all(choice in ("kron", "diagonal") for choice in choices)
+    return all(choice in ("kron", "diagonal") for choice in (*choices, *own))
 
 
 def _check_number(name: str, value: object, least: float = 0.0, below: float = math.inf, strict: bool = False) -> None:

@@ -94,7 +94,7 @@ CASES: dict[str, dict] = {
     "capturable": {"capturable": True},
     "momentum=after": {"momentum": "after"},
     "precondition_aux": {"precondition_aux": True, "learn_scale": False},
-    "init=sgd": {"init": "sgd", "anchor_every": 0},
+    "init=sgd": {"init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "anchor_from=training": {"anchor_from": "training"},
     "aux_loader": {"aux_loader": True},
     "max_factor_size": {"max_factor_size": 4},

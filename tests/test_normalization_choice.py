@@ -147,7 +147,9 @@ def test_a_groups_own_choice_comes_first_then_patterns() -> None:
 
 def test_damping_is_absolute_where_q_keeps_its_scale_or_nothing_is_estimated() -> None:
     cases = [({}, "relative", 10.0), ({"normalize": None}, "absolute", 0.1), ({"normalize": "trust"}, "absolute", 0.1)]
-    cases += [({"init": "sgd", "anchor_every": 0}, "absolute", 0.1), ({"init": "sgd"}, "relative", 10.0)]
+    pure = {"init": "sgd", "anchor_every": 0}
+    cases += [(pure, "relative", 10.0), ({**pure, "aux_update": "adam"}, "absolute", 0.1)]
+    cases += [({**pure, "update_aux_every": 0}, "absolute", 0.1), ({"init": "sgd"}, "relative", 10.0)]
     cases += [({"damping_scale": "absolute"}, "absolute", 0.1), ({"damping": 3.0}, "relative", 3.0)]
     for given, scale, damping in cases:
         settings = FishLeg(mlp(), likelihood=LIKELIHOOD, **given).settings

@@ -49,11 +49,12 @@ def test_an_empty_batch_teaches_no_curvature(fisher: str, first: bool) -> None:
 def test_an_empty_batch_of_the_loader_too_and_in_pretraining_it_is_told() -> None:
     net, _ = make()
     batches = [(torch.randn(8, 6),), (EMPTY,), (torch.randn(8, 6),)]
-    optimizer = FishLeg(net, likelihood=LIKELIHOOD, aux_loader=batches, update_aux_every=1, anchor_every=0, init="sgd")
+    pure = {"anchor_every": 0, "init": "sgd", "aux_update": "adam"}
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD, aux_loader=batches, update_aux_every=1, **pure)
     train(net, optimizer, 6)
     assert optimizer.diagnostics()["steps"] == 6 and optimizer.diagnostics()["aux_steps"] == 4
     with pytest.raises(ValueError, match="a curvature batch should have samples but has none"):
-        FishLeg(net, likelihood=LIKELIHOOD, aux_loader=[(EMPTY,)], init="sgd", anchor_every=0).pretrain_aux(1)
+        FishLeg(net, likelihood=LIKELIHOOD, aux_loader=[(EMPTY,)], **pure).pretrain_aux(1)
 
 
 def test_an_empty_batch_leaves_the_moments_of_training_alone() -> None:
@@ -90,7 +91,8 @@ def test_what_falls_on_an_empty_batch_is_due_at_the_next(
     updates: int, anchors: int, pattern: list[int], anchor_from: str
 ) -> None:
     """Once, however often it fell there; also in a run that is resumed meanwhile."""
-    settings = dict(update_aux_every=updates, anchor_every=anchors, anchor_from=anchor_from)
+    settings = dict(update_aux_every=updates, anchor_every=anchors, anchor_from=anchor_from, aux_update="adam")
+    settings["damping_scale"] = "relative"
     expected, told, owed_update, owed_anchor, started = [], [0, 0], 0, False, False
     for k in range(24):
         owed_update = max(owed_update, -updates if updates < 0 else int(updates > 0 and k % updates == 0))

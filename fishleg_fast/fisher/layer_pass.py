@@ -100,16 +100,20 @@ class LayerPass:
 
     def _backward(self, loss: Tensor, calls: Sequence[tuple[Block, Call]], params: dict[int, Tensor]) -> None:
         ends = _ends([call.edge.node for _, call in calls])
-        last = []  # autograd has to be asked for these, and so comes by all others
+        last, hooks = [], []  # autograd has to be asked for the former, and so comes by all others
         for block, call in calls:
             if call.edge.node in ends and call.x is not None:
                 last.append((block, call))
                 continue
-            call.edge.node.register_prehook(partial(self._on_gradients, block, call))
+            hooks.append(call.edge.node.register_prehook(partial(self._on_gradients, block, call)))
             if call.edge.node in ends:  # whose own backward step is what has the module run again
                 params |= {id(p): p for p in self._leaves(block) if p.requires_grad}
         wanted: list[Any] = [*(call.edge for _, call in last), *params.values()]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        try:
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        finally:  # a node and the call that its hook holds would keep each other
+            for hook in hooks:
+                hook.remove()
         self.gradients = dict(zip(params, found[len(last) :], strict=True))
         for (block, call), e in zip(last, found, strict=False):
             self._on_gradient(block, call, e)

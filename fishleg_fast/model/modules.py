@@ -145,6 +145,15 @@ class FishMultiheadAttention(_FishLayer, nn.MultiheadAttention):
     """
 
 
+def own_structures(root: nn.Module) -> list[Any]:
+    """The structures that layers choose for themselves, beside the optimizer's: a FishModule with λ of its own is its
+    class.
+    """
+    layers = [m for m in root.modules() if isinstance(m, FishModule)]
+    chosen = [m.structure if isinstance(m, _FishLayer) else type(m) for m in layers]
+    return [structure for structure in chosen if structure is not None]
+
+
 class ModuleStructure(Structure):
     """The structure of a user's FishModule: Q is the module's ``Qv``, the λ-gradients come from autograd through it.
 

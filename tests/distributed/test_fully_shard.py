@@ -19,11 +19,11 @@ CASES: dict[str, dict[str, Any]] = {
     "resnet": {"model": "resnet", "steps": 30, "lr": 1e-3},
     "attention": {"model": "attention"},
     "learned noise": {"model": "mlp", "noise": True},
-    "learned noise, pure": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0},
+    "learned noise, pure": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "checkpointed": {"model": "checkpointed"},
     "scaled": {"model": "scaled"},
     "opaque": {"model": "opaque"},
-    "recurrent": {"model": "recurrent", "init": "sgd", "anchor_every": 0},
+    "recurrent": {"model": "recurrent", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
     "spectral": {"model": "mlp", "normalize": "spectral", "weight_decay": 0.1},
     "as computed": {"model": "mlp", "normalize": None, "lr": 1e-3},
@@ -44,13 +44,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CASES |= {  # what needs care beside layers of their own
     "frozen": {"model": "frozen", "units": "root"},
-    "padded": {"model": "padded", "units": "root", "init": "sgd", "anchor_every": 0},
+    "padded": {"model": "padded", "units": "root", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "hook": {"model": "hook"},
     "hook of a root": {"model": "hook", "units": "root"},
-    "old weight norm": {"model": "old weight norm", "init": "sgd", "anchor_every": 0},
+    "old weight norm": {"model": "old weight norm", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "one layer alone": {"model": "mlp", "units": "one"},
-    "own parameter": {"model": "own parameter", "units": "one", "init": "sgd", "anchor_every": 0},
-    "sparse, ddp": {"model": "sparse", "copies": 0, "shard_state": True, "init": "sgd", "anchor_every": 0},
+    "own parameter": {"model": "own parameter", "units": "one", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
+    "sparse, ddp": {"model": "sparse", "copies": 0, "shard_state": True, "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
 }
 OWNED = (
     *("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "trust"),

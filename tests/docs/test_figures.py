@@ -68,7 +68,7 @@ def test_seconds_a_step_are_those_of_the_results() -> None:
     results = ROOT / "benchmarks/results"
     section = (DOCS / "settings.md").read_text(encoding="utf-8").partition("\n### Seconds a step\n")[2]
     rows = [cells(line) for line in re.search(r"(^\|.*\n)+", section, re.MULTILINE)[0].splitlines()[2:]]  # type: ignore[index]
-    assert len(rows) == 8
+    assert len(rows) == 7
     file = heading = ""
     for problem, *figures, source in rows:
         file = source.split("`")[1] if "`" in source else file
@@ -83,7 +83,7 @@ def test_seconds_a_step_are_those_of_the_results() -> None:
                 for row in found
                 if re.fullmatch(rf'{name}(, \d+ steps, lr [\d.]+|, fused|, precision="{precision}")?', row[0])
             )
-            column = {"wallclock.md": -1, "step_time.md": 1}.get(file, 6)
+            column = {"wallclock.md": -1, "step_time.md": 1}[file]
             assert float(said) == float(row[column]), (problem, name)
             measured.append(float(said))
         times = float(row[2].partition("×")[0]) if column == 1 else measured[1] / measured[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -267,3 +268,17 @@ def test_a_layer_shared_by_checkpointed_parts_has_its_gradient_taken() -> None:
     kinds = {b.name: type(s) for share in shares for b, s in zip(share.blocks, share.statistics, strict=True)}
     assert kinds == {"a": dict, "head": layer_pass.LayerStatistics}
     assert all(b.moments_weight > 0 for b in blocks)
+
+
+@pytest.mark.parametrize("model", ["shared", "branches"])
+def test_nothing_of_a_pass_outlives_it(model: str) -> None:
+    """Autograd's nodes hold their hooks where the garbage collector does not see it."""
+    net = {"shared": Shared, "branches": Branches}[model]()
+    optimizer = FishLeg(net, likelihood=CategoricalLikelihood(), anchor_every=1)
+    x, y = torch.randn(12, 2, 9, 8), torch.arange(12) % 3
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.likelihood.nll(y, net(x)).backward()
+        optimizer.step()
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, (layer_pass.LayerPass, layer_pass.Call))]

@@ -36,7 +36,8 @@ class Study:
             x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / len(x))).T
         else:
             x = x * torch.linspace(0.3, 2, sizes[0]).double()
-        defaults = {"init": "sgd", "anchor_every": 0, "aux_update": "adam", "aux_lr": 1e-2, "aux_eps": 1e-12, "learn_scale": True}
+        defaults = {"init": "sgd", "anchor_every": 0, "aux_update": "adam"}
+        defaults |= {"aux_lr": 1e-2, "aux_eps": 1e-12, "learn_scale": True}
         options = defaults | {"damping": DAMPING, "damping_scale": "absolute"} | options
         self.optimizer = FishLeg(
             self.net, likelihood=GaussianLikelihood(), aux_loader=[x], curvature_batch=None, **options

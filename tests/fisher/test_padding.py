@@ -36,6 +36,7 @@ def test_fisher_vector_product(tied: bool, monkeypatch: pytest.MonkeyPatch) -> N
     net, likelihood = Net(tied).double(), CategoricalLikelihood()
     optimizer = FishLeg(
         net, likelihood=likelihood, u_sampling="gaussian", update_aux_every=1, curvature_batch=None, anchor_every=0,
+        aux_update="adam",
         init="sgd", structure="diagonal", backend="reference",
     )  # fmt: skip
     seen: list[tuple[Any, Any]] = []

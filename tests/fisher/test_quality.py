@@ -1,4 +1,4 @@
-"""How well Q inverts the damped Fisher matrix along u, as ``diagnostics(quality=True)`` has it, against dense matrices."""
+"""How well Q inverts the damped Fisher matrix along u: ``diagnostics(quality=True)`` against dense matrices."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_it_is_that_of_dense_matrices(name: str) -> None:
     damped = F + optimizer._learner.damping * torch.eye(len(F)).double()
     g = torch.cat([p.grad.reshape(-1) for p in net.parameters()])
     if SETTINGS[name].get("u_sampling") == "momentum":
-        g = torch.cat([torch.lerp(b.momentum, p.grad, 0.1).reshape(-1) for b, p in zip(blocks, net.parameters(), strict=True)])
+        pairs = zip(blocks, net.parameters(), strict=True)
+        g = torch.cat([torch.lerp(b.momentum, p.grad, 0.1).reshape(-1) for b, p in pairs])
     u = g * root / (g * root).norm()
     v = torch.block_diag(*[dense_q(b.structure, b.structure.fishleg_aux) for b in blocks]) @ u
     residual = damped @ v - u

@@ -107,6 +107,8 @@ def test_the_auxiliary_loss_is_that_of_a_damping_for_each_block() -> None:
     likelihood.nll(torch.arange(20) % 3, net(x)).backward()
     optimizer.step()  # starts Q
     blocks = optimizer.blocks
+    for block in blocks:
+        block.allocate_adam()
     F = explicit_fisher(net, x, "categorical")
     scales = torch.cat([b.unit.expand(b.momentum.numel()) for b in blocks])
     Q = torch.block_diag(*[dense_q(b.structure, b.structure.fishleg_aux) for b in blocks]) / scales  # of the model's F
@@ -143,7 +145,7 @@ def test_blocks_whose_fisher_matrix_is_zero_stay_finite() -> None:
     [
         ({"normalize": None}, "normalize should be one of"),
         ({"normalize": "trust"}, "but is: 'trust'"),
-        ({"init": "sgd", "anchor_every": 0}, "init='kfac', or anchor_every > 0"),
+        ({"init": "sgd", "anchor_every": 0, "aux_update": "adam"}, "init='kfac', anchor_every > 0 or aux_update"),
         ({"damping_scale": "mean"}, "damping_scale should be one of"),
     ],
 )

@@ -130,10 +130,10 @@ def test_an_operation_without_any_derivative_of_the_gradient_is_told_of() -> Non
             return self.b(Opaque.apply(self.a(x)))
 
     net = Net()
-    optimizer = FishLeg(net, likelihood=LIKELIHOOD)
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD, update_aux_every=10)
     with pytest.warns(UserWarning, match="takes differences of the model's outputs"):
         step(net, optimizer, torch.randn(12, 5))
-    optimizer = FishLeg(net, likelihood=LIKELIHOOD, fisher="rank1")
+    optimizer = FishLeg(net, likelihood=LIKELIHOOD, fisher="rank1", update_aux_every=10)
     step(net, optimizer, torch.randn(12, 5))
 
 
@@ -150,7 +150,7 @@ def test_inputs_that_cannot_be_cut_are_taken_whole() -> None:
     net, likelihood = Bag(), LIKELIHOOD
     text, offsets = torch.randint(50, (60,)), torch.arange(0, 60, 5)
     with pytest.warns(UserWarning, match="takes differences of the model's outputs"):
-        step(net, FishLeg(net, likelihood=likelihood, curvature_batch=4), text, offsets)
+        step(net, FishLeg(net, likelihood=likelihood, curvature_batch=4, update_aux_every=10), text, offsets)
     optimizer = FishLeg(net, likelihood=likelihood, fisher="rank1", update_aux_every=1, curvature_batch=4)
     for _ in range(3):
         step(net, optimizer, text, offsets)

@@ -298,8 +298,9 @@ def test_none_never_cuts(fisher: str, loader: bool) -> None:
         seen = Unseen()
         model, likelihood = Watched(seen.append), GaussianLikelihood()
         optimizer = FishLeg(
-            model, likelihood=likelihood, fisher=fisher, curvature_batch=size, aux_loader=[x()] if loader else None
-        )
+            model, likelihood=likelihood, fisher=fisher, curvature_batch=size, aux_loader=[x()] if loader else None,
+            update_aux_every=10,
+        )  # fmt: skip
         for _ in range(2):
             likelihood.nll(torch.zeros(B, 3), model(x())).backward()
             optimizer.step()

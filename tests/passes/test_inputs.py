@@ -110,7 +110,7 @@ def test_a_forward_that_works_without_the_optimizer_works_with_it(name: str, by:
     net, likelihood = Net(take), GaussianLikelihood()
     net.load_state_dict(plain.state_dict())
     loader = [((given,), 0)] if by == "loader" else None
-    optimizer = FishLeg(net, likelihood=likelihood, aux_loader=loader)
+    optimizer = FishLeg(net, likelihood=likelihood, aux_loader=loader, update_aux_every=10)
     for _ in range(2):
         got = net(given)
         likelihood.nll(torch.zeros_like(got), got).backward()
@@ -145,7 +145,7 @@ def test_an_array_that_the_model_writes_to_stays_the_user_s() -> None:
 
     net, likelihood, array = Writing(GIVEN["array"][1]), GaussianLikelihood(), X.numpy().copy()
     net.writing = False
-    optimizer = FishLeg(net, likelihood=likelihood)
+    optimizer = FishLeg(net, likelihood=likelihood, update_aux_every=10)
     likelihood.nll(torch.zeros(40, 3), net(array)).backward()
     net.writing = True
     optimizer.step()

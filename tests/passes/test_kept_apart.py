@@ -404,7 +404,8 @@ def test_what_cannot_be_undone_is_told_once(what: str) -> None:
 def test_long_words_of_the_loader_are_not_shortened(kind: type) -> None:
     net, likelihood = Words(kind), GaussianLikelihood()
     before = net.e.weight.detach().clone()
-    optimizer = FishLeg(net, likelihood=likelihood, lr=0, aux_loader=[torch.full((40, 6), 2.0)])
+    long = [torch.full((40, 6), 2.0)]
+    optimizer = FishLeg(net, likelihood=likelihood, lr=0, aux_loader=long, update_aux_every=10)
     likelihood.nll(torch.zeros(40, 3), net(torch.zeros(40, 6))).backward()  # word 0 alone
     optimizer.step()
     assert torch.equal(net.e.weight[1:], before[1:]) and net.e.max_norm == 0.5

@@ -293,8 +293,8 @@ class Structure:
     def natural_update(
         self, aux: Aux, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0
     ) -> tuple[Aux, Tensor]:
-        """λ after a natural-gradient step on the auxiliary loss of one batch's ``moments``, averaged over u; and whether
-        that is right, a boolean tensor. ``aux``: λ before it. ``rate``: η in (0, 1], a scalar tensor; 1 forgets it.
+        """λ after a natural-gradient step on the auxiliary loss of a batch's ``moments``, averaged over u, and whether
+        it is right, a boolean tensor. ``aux``: λ before it. ``rate``: η in (0, 1], a scalar tensor; 1 forgets it.
 
         All may have a dimension in front, as those of ``kfac_start``.
         """
@@ -304,13 +304,15 @@ class Structure:
     def step_naturally(self, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0) -> None:
         """λ by ``natural_update``; of float64 where rounding spoils a Cholesky factorisation.
 
-        Raises torch.linalg.LinAlgError as ``start_kfac`` does; λ is then unchanged.
+        Raises torch.linalg.LinAlgError as ``start_kfac`` does; λ is then unchanged, as it is where it is not finite.
         """
         found, right = self.natural_update(self.fishleg_aux, moments, damping, rate, weight)
         if not right and finite(moments):
             aux, doubled = ({name: _doubled(t) for name, t in given.items()} for given in (self.fishleg_aux, moments))
             wide = _doubled(weight) if isinstance(weight, Tensor) else weight
             found, right = self.natural_update(aux, doubled, damping, _doubled(rate), wide)
+        if not right and not all(bool(torch.isfinite(t).all()) for t in self.fishleg_aux.values()):
+            return  # λ was spoilt before, which the step that uses it tells
         if not right:
             raise torch.linalg.LinAlgError(
                 f"moments should be finite and positive semi-definite but are not: {sorted(moments)}"

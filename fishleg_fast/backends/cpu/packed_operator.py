@@ -51,6 +51,11 @@ class PackedOperator(PackedScratch):
         batch.multiply(self.factor(batch, "L", LEFT), self.factor(batch, "L'", RIGHT), self.S, symmetric=True)
         self._promise(batch, "PS")
 
+    def forget_factors(self) -> None:
+        """Free the packed R and L, once P and S are made of them: as much as λ itself."""
+        self._scratch = {key: held for key, held in self._scratch.items() if key[0][0] not in ("R", "L")}
+        self._versions = {key: version for key, version in self._versions.items() if key == "PS"}
+
     def forget(self) -> None:
         """Free what the λ-gradients of a dense u alone take: several times the block's size."""
         self._scratch = {key: held for key, held in self._scratch.items() if "dense" not in key[0]}

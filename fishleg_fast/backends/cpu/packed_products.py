@@ -41,12 +41,15 @@ def scratch_address(block: Block) -> int:
 
 def form(blocks: Sequence[Block]) -> None:
     """Make P = RᵀR and S = LLᵀ of today's λ where they are of another."""
-    stale = [p for p in map(packed_operator, blocks) if p.stale]
+    stale = [(block, p) for block in blocks if (p := packed_operator(block)).stale]
     if stale:
-        batch = ProductBatch(stale[0].engine)
-        for p in stale:
+        batch = ProductBatch(stale[0][1].engine)
+        for _, p in stale:
             p.form(batch)
         batch.run()
+        for block, p in stale:
+            if not block.exp_avg:  # where λ is learned its gradients take them
+                p.forget_factors()
 
 
 def row_major_like(x: Tensor) -> Tensor:
