@@ -23,6 +23,7 @@ class BlockEstimate:
     state_bytes: int  # momentum, λ, and the factors' moving averages: what a checkpoint holds
     learning_bytes: int  # more where λ is learned: its Adam moments
     cache_bytes: int  # P = RᵀR and S = LLᵀ, where it pays to form them
+    buffer_bytes: int  # what the C++ backend makes products in, about; other backends keep less
     step_flops: int  # Q m
     polar_flops: int  # more, where normalize is "spectral"
     anchor_flops: int  # roots of the factors, and P and S of them; without the passes that the factors are of
@@ -35,6 +36,7 @@ class Estimate:
 
     blocks: tuple[BlockEstimate, ...]
     parameters: int
+    parameter_bytes: int
 
     def total(self, name: str) -> int:
         """The sum over blocks of one of their figures."""
@@ -50,31 +52,38 @@ class Estimate:
     def __str__(self) -> str:
         megabytes = lambda count: f"{count / 2**20:.1f}"
         giga = lambda count: f"{count / 1e9:.2f}"
-        sizes = ("state MB", "Adam MB", "P, S MB", "step GF", "polar GF", "anchor GF", "λ GF")
-        header = ("block", "shape", "factors", *sizes)
+        columns = ("state MB", "Adam MB", "P, S MB", "buffers MB", "step GF", "polar GF", "anchor GF", "λ GF")
+        header = ("block", "shape", "factors", *columns)
         rows: list[tuple[str, ...]] = [
             (
                 b.name, f"{b.shape[0]} × {b.shape[1]}", "; ".join(f"{k} {v}" for k, v in b.layout.items()),
-                megabytes(b.state_bytes), megabytes(b.learning_bytes), megabytes(b.cache_bytes), giga(b.step_flops),
-                giga(b.polar_flops), giga(b.anchor_flops), giga(b.learning_flops),
+                megabytes(b.state_bytes), megabytes(b.learning_bytes), megabytes(b.cache_bytes),
+                megabytes(b.buffer_bytes),
+                giga(b.step_flops), giga(b.polar_flops), giga(b.anchor_flops), giga(b.learning_flops),
             )
             for b in self.blocks
         ]  # fmt: skip
+        sizes = [self.total(name) for name in ("state_bytes", "learning_bytes", "cache_bytes", "buffer_bytes")]
         sums = [self.total(name) for name in ("step_flops", "polar_flops", "anchor_flops", "learning_flops")]
         rows.append(
-            (
-                "all", f"{self.parameters} parameters", "",
-                *(megabytes(self.total(name)) for name in ("state_bytes", "learning_bytes", "cache_bytes")),
-                *map(giga, sums),
-            )
-        )  # fmt: skip
+            ("all", f"{self.parameters} parameters", "", *map(megabytes, sizes), *map(giga, sums))
+        )
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         aligned = [str.ljust] * 3 + [str.rjust] * (len(header) - 3)
         lines = [
             "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
             for row in (header, *rows)
         ]
+        lines.append(
+            f"about {self.kept / 2**20:.0f} MB between steps, {self.kept / max(self.parameter_bytes, 1):.1f} times the "
+            "parameters' bytes; where λ is learned, Adam's besides"
+        )
         return "\n".join(line.rstrip() for line in lines)
+
+    @property
+    def kept(self) -> int:
+        """Bytes between steps, about, beside parameters and gradients, of the C++ backend; without Adam's moments."""
+        return sum(self.total(name) for name in ("state_bytes", "cache_bytes", "buffer_bytes"))
 
 
 def estimate(
@@ -93,7 +102,8 @@ def estimate(
     refuse_uninitialized(model)
     params = [p for p in model.parameters() if p.requires_grad]
     blocks = build_blocks(model, params, structure, max_factor_size, device=torch.device("meta"))
-    return Estimate(tuple(map(estimate_of, blocks)), sum(p.numel() for p in params))
+    size = sum(p.numel() * p.element_size() for p in params)
+    return Estimate(tuple(map(estimate_of, blocks)), sum(p.numel() for p in params), size)
 
 
 def estimate_of(block: Block) -> BlockEstimate:
@@ -114,6 +124,7 @@ def estimate_of(block: Block) -> BlockEstimate:
         state_bytes=size * (m * n + _entries(aux.values()) + _entries(moments.values())),
         learning_bytes=2 * size * _entries(aux.values()),
         cache_bytes=size * sum(entries for entries, _ in widths),
+        buffer_bytes=5 * size * m * n,
         step_flops=applied,
         polar_flops=len(COEFFICIENTS) * (3 * k * k * l + k**3) if k > 1 else 0,
         anchor_flops=sum(2 * entries * width // 3 for entries, width in widths) + forming,  # Cholesky's root, inverted

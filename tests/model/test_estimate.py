@@ -83,7 +83,7 @@ def test_nothing_is_allocated() -> None:
     found = FishLeg.estimate(model)
     assert found.total("state_bytes") > 2**30 and found.parameters == sum(p.numel() for p in model.parameters())
     text = str(found)
-    assert text.count("\n") == 4 and "L dense 4097 × 4097" in text and "all" in text
+    assert text.count("\n") == 5 and "L dense 4097 × 4097" in text and "all" in text
 
 
 def test_a_vocabulary_is_diagonal_and_a_long_side_in_parts() -> None:
@@ -169,3 +169,16 @@ def test_command_line_tells_of_what_is_no_model(
 def test_wrong_arguments_are_named(arguments: dict, error: type[Exception], told: str) -> None:
     with pytest.raises(error, match=told):
         FishLeg.estimate(**{"model": nn.Linear(3, 2), **arguments})
+
+
+@pytest.mark.parametrize("problem", ["resnet", "mlp"])
+def test_no_more_is_kept_than_it_says(problem: str) -> None:
+    """In a process of its own: what lives between steps, whatever keeps it."""
+    code = (
+        "from benchmarks.study.state_memory import state_bytes; from benchmarks.study.problems import PROBLEMS\n"
+        "from fishleg_fast import FishLeg\n"
+        f"kept = FishLeg.estimate(PROBLEMS[{problem!r}].make().make_model()).kept\n"
+        f"print(state_bytes({problem!r}, 'fishleg', steps=2)['bytes'] / kept)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 0.3 < float(found) < 1.1
