@@ -266,7 +266,11 @@ def check_sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: 
         if function is not None and not callable(function):
             raise TypeError(f"{name} should be callable but is: {function!r}")
     if likelihood is not None and not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood should be a fishleg_fast.Likelihood but is: {type(likelihood).__name__}")
+        given = likelihood.__name__ if isinstance(likelihood, type) else type(likelihood).__name__
+        raise TypeError(
+            f"likelihood should be a fishleg_fast.Likelihood but is: {given}; CategoricalLikelihood() for cross entropy, "
+            "GaussianLikelihood() for squared error, BernoulliLikelihood() for binary cross entropy"
+        )
     if (draw is None) != (nll is None):
         raise ValueError(f"draw and nll go together, but {'draw' if draw is None else 'nll'} is missing")
     if likelihood is None and nll is None:

@@ -108,9 +108,10 @@ def _first_that_works(
     for other in failed:
         passes.attempts(fisher, other).failed()
     if failed:
+        exact = ". Nothing need be done: the product is the same, and takes longer" if "twice" in name else ""
         passes.tell_once(
             f"{fisher} {name}",
-            f"fisher={fisher!r} {name} from here on, since {_joined(failed)}",
+            f"fisher={fisher!r} {name} from here on, since {_joined(failed)}{exact}",
         )
     return product
 
