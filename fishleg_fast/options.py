@@ -268,7 +268,7 @@ def check_sources(model: Any, draw: Any, nll: Any, likelihood: Any, aux_loader: 
     if likelihood is not None and not isinstance(likelihood, Likelihood):
         given = likelihood.__name__ if isinstance(likelihood, type) else type(likelihood).__name__
         raise TypeError(
-            f"likelihood should be a fishleg_fast.Likelihood but is: {given}; CategoricalLikelihood() for cross entropy, "
+            f"likelihood should be a fishleg_fast.Likelihood but is: {given}; CategoricalLikelihood() for classes, "
             "GaussianLikelihood() for squared error, BernoulliLikelihood() for binary cross entropy"
         )
     if (draw is None) != (nll is None):

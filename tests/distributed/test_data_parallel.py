@@ -26,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "gaussian": {"model": "mlp", "u_sampling": "gaussian"},
     "unused": {"model": "unused", "ddp": {"find_unused_parameters": True}},
     "static graph": {"model": "mlp", "ddp": {"static_graph": True}},
+    "pure": {"model": "mlp", "init": "sgd", "anchor_every": 0},
+    "pure, convolutions": {"model": "convolutions", "init": "sgd", "anchor_every": 0},
+    "pure, by Adam": {"model": "mlp", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "bfloat16": {"model": "mlp", "dtype": torch.bfloat16, "steps": 4},
     "float32": {"model": "mlp", "dtype": torch.float32},
 }

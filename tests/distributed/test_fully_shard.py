@@ -50,7 +50,8 @@ CASES |= {  # what needs care beside layers of their own
     "old weight norm": {"model": "old weight norm", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "one layer alone": {"model": "mlp", "units": "one"},
     "own parameter": {"model": "own parameter", "units": "one", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
-    "sparse, ddp": {"model": "sparse", "copies": 0, "shard_state": True, "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
+    "sparse, ddp": {"model": "sparse", "copies": 0, "shard_state": True, "init": "sgd", "anchor_every": 0,
+                    "aux_update": "adam"},
 }
 OWNED = (
     *("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "trust"),

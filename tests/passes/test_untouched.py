@@ -205,7 +205,8 @@ def test_fused_attention_is_given_up_for_second_derivatives_alone(fisher: str, t
     optimizer.step()  # anchors
     assert len(anchoring) >= 2 and all(anchoring)
     net = nn.Sequential(Attends(learning))
-    optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, init="sgd", anchor_every=0, update_aux_every=1, aux_update="adam")
+    pure = {"init": "sgd", "anchor_every": 0, "aux_update": "adam"}
+    optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, update_aux_every=1, **pure)
     likelihood.nll(torch.zeros(8, 3), net(torch.ones(8, 4))).backward()
     optimizer.step()  # learns
     kernels = list(learning)

@@ -41,6 +41,7 @@ def test_each_family_of_composed_ops_is_its_own_backends() -> None:
         b = [(name, op) for name, op in calls if name == "b"]
         assert b == [("b", op)] and len(calls) == len(FAMILIES)
     assert ops.start_kfac is reference.start_kfac and ops.average_moments is reference.average_moments
+    assert ops.natural_step is reference.natural_step
 
 
 def test_a_shape_class_is_that_of_the_largest_products() -> None:

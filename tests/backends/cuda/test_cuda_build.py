@@ -20,7 +20,7 @@ from fishleg_fast import native
 from fishleg_fast.backends import cuda, reference, registry
 from support.cuda_emulation import KERNELS, ROOT, build, fingerprint, only_one
 
-OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "average_moments", "start_kfac")
+OPS = ("refresh", "qv", "inner", "theta_step", "lambda_step", "average_moments", "natural_step", "start_kfac")
 DEVICE_KERNELS = [path for path in KERNELS if "__global__" in path.read_text(encoding="utf-8")]
 ARCHITECTURES = (80, 90, 100)  # those that the extension is built for; the last from nvcc 12.8 on
 

@@ -22,7 +22,7 @@ from fishleg_fast.kernels import backend
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "average_moments", "start_kfac"]
+OPS = ["refresh", "qv", "inner", "theta_step", "lambda_step", "average_moments", "natural_step", "start_kfac"]
 
 
 @pytest.mark.parametrize("name", [*OPS, "available"])
