@@ -7,6 +7,7 @@ parameter, counters in the first group's "fishleg".
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -70,7 +71,15 @@ def _saved_state(block: Block, states: Sequence[dict[str, Any]]) -> dict[str, An
     return None
 
 
-def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Match:
+    """What a saved state has for blocks."""
+
+    pairs: list[tuple[Tensor, Tensor]]  # (live tensor, saved tensor)
+    adams: list[tuple[Block, dict[str, Tensor]]]  # Adam's moments of λ, by dotted path; none where it was not learned
+
+
+def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, Any]) -> Match:
     """Every live tensor of the blocks with its saved one; those of frozen blocks may be missing.
 
     ValueError where the state is another optimizer's or model's.
@@ -101,12 +110,7 @@ def match(blocks: list[Block], param_groups: list[dict], state_dict: dict[str, A
             saved.setdefault("unit", torch.ones((), device="cpu"))  # states of before there were units
         known = {name: value for name, value in saved.items() if name.split(".")[0] in live}
         pairs += _pairs(_leaves(live), known, f"the state of {block.name!r}")
-    for block, adam in adams:
-        if adam:  # also where λ is not learned any more: it goes on as it was saved
-            block.allocate_adam()
-        moments = _leaves({name: getattr(block, name) for name in _ADAM})
-        pairs += [(t, adam.get(name, torch.zeros_like(t))) for name, t in moments.items()]
-    return pairs
+    return Match(pairs, adams)
 
 
 def saved_counters(param_groups: list[dict], state_dict: dict[str, Any]) -> dict[int, Tensor]:
@@ -117,11 +121,16 @@ def saved_counters(param_groups: list[dict], state_dict: dict[str, Any]) -> dict
     return {p: step for p, step in found.items() if isinstance(step, Tensor)}
 
 
-def restore(blocks: list[Block], pairs: list[tuple[Tensor, Tensor]]) -> None:
+def restore(blocks: list[Block], found: Match) -> None:
     """Copy every saved tensor into its live one."""
-    for live, saved in pairs:
+    for live, saved in found.pairs:
         live.copy_(saved)
-    restored = {id(live) for live, _ in pairs}
+    for block, adam in found.adams:
+        if adam:  # also where λ is not learned any more: it goes on as it was saved
+            block.allocate_adam()
+        for name, t in _leaves({moment: getattr(block, moment) for moment in _ADAM}).items():
+            t.copy_(adam[name]) if adam else t.zero_()
+    restored = {id(live) for live, _ in found.pairs}
     for block in blocks:
         block.product_version = block.structure.version if id(block.product) in restored else None
 

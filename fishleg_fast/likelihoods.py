@@ -183,7 +183,9 @@ _ROUNDING = 1e-4  # of grey values that were resized or averaged
 
 
 def _looked_at(t: Tensor) -> bool:
-    """Whether its values may be: a GPU would be waited for, and a trace or a transform has none."""
+    """Whether its values may be: a GPU would be waited for, and a trace, a transform or a fake tensor has none."""
+    if type(t) not in (Tensor, nn.Parameter):
+        return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return t.device.type == "cpu" and not traced and torch._C._functorch.peek_interpreter_stack() is None
 

@@ -713,16 +713,14 @@ class FishLeg(Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _quality(self) -> Quality:
-        before = self._passes.state()
         try:
-            with own_arithmetic(self.blocks, self._precision):
+            with self._passes.unnoticed(), own_arithmetic(self.blocks, self._precision):
                 blocks, gs = self._gather()
                 if not self._ranks.least(-len(blocks)):
                     blocks = [b for b in self.blocks if any(part.param.requires_grad for part in b.parts)]
                     gs = list(self._learner.drawn_gradients(blocks))
                 return self._learner.quality(blocks, gs)
         finally:
-            self._passes.load(before)
             for block in self.blocks:
                 block.grads = []
 

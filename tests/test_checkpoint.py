@@ -282,3 +282,34 @@ def test_a_checkpoint_on_disk_by_torch_distributed(tmp_path: Path) -> None:
     train(other, resumed, range(5, 8))
     for (name, p), q in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_moments_of_adam_come_and_go_with_learning() -> None:
+    """Where λ was learned it goes on as it was saved; where it was not, Adam begins anew."""
+
+    def make(**settings: int) -> tuple[nn.Module, FishLeg]:
+        torch.manual_seed(0)
+        net = nn.Linear(6, 4)
+        return net, FishLeg(net, likelihood=LIKELIHOOD, **settings)
+
+    (net, learned), (other, plain) = make(update_aux_every=2), make()
+    train(net, learned, range(5)), train(other, plain, range(5))
+    assert not plain.blocks[0].exp_avg and learned.blocks[0].exp_avg["R"].any()
+    plain.load_state_dict(saved(learned.state_dict()))
+    assert torch.equal(plain.blocks[0].exp_avg["R"], learned.blocks[0].exp_avg["R"])
+    _, fresh = make()
+    fresh.load_state_dict(saved(make()[1].state_dict()))
+    assert not fresh.blocks[0].exp_avg
+    learned.load_state_dict(saved(make()[1].state_dict()))
+    assert not any(t.any() for t in learned.blocks[0].exp_avg.values())
+
+
+def test_a_load_that_torch_refuses_allocates_nothing() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    learned = FishLeg(net, likelihood=LIKELIHOOD, update_aux_every=1)
+    train(net, learned, range(2))
+    groups = [{"params": list(net[0].parameters())}, {"params": list(net[1].parameters())}]
+    plain = FishLeg(net, likelihood=LIKELIHOOD, params=groups)
+    with pytest.raises(ValueError, match="parameter groups"):
+        plain.load_state_dict(learned.state_dict())
+    assert not any(b.exp_avg for b in plain.blocks)

@@ -59,8 +59,8 @@ class CurvatureOptions:
 
     @property
     def decay(self) -> float:
-        """What an estimate leaves of the average of those before it."""
-        return 1 - float(self.update.lr) if self.natural else self.anchor_decay
+        """What an estimate leaves of the average of those before it; in natural-gradient steps λ is the average."""
+        return 0.0 if self.natural else self.anchor_decay
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,9 @@ class CurvatureLearner:
 
     def updates_due(self, step: int) -> int:
         """How many of Adam's updates of λ come before this step."""
-        every = 0 if self.options.natural else self.options.update_aux_every
+        every = self.options.update_aux_every
+        if self.options.natural or not every:  # whatever a checkpoint says was owed
+            return 0
         return max(self.owed_updates, -every if every < 0 else int(every > 0 and step % every == 0))
 
     def anchor_due(self, blocks: Sequence[Block], step: int) -> list[Block]:
@@ -217,8 +219,7 @@ class CurvatureLearner:
             done = self.ops.average_moments(share.blocks, share.statistics, self.options.decay, share.more)
             averaged.update(map(id, done))
 
-        inputs = self._whole_batch()
-        self._forget_batch(due)
+        inputs, weights = self._whole_batch(), self._weights(due)
         if tap is None:
             terms = self.ranks.each(lambda: moments(self.passes, due, inputs, take))
         else:
@@ -229,31 +230,34 @@ class CurvatureLearner:
         moved = self._averaged_over_ranks(due, averaged)
         (terms,) = self.ranks.sums([terms])
         self.terms = terms or self.terms
-        self._follow(blocks, moved)
+        self._follow(blocks, moved, weights)
 
-    def _forget_batch(self, due: Sequence[Block]) -> None:
-        """Moments are those of one batch in natural-gradient steps, whose averages are λ's own."""
-        if self.options.natural:
-            for t in (t for b in due for t in b.moments.values()):
-                t.zero_()
+    def _weights(self, blocks: Sequence[Block]) -> dict[int, float]:
+        """Of the averages so far, by id of the block."""
+        return dict(zip(map(id, blocks), weights_of(blocks), strict=True))
 
-    def _follow(self, blocks: Sequence[Block], moved: Sequence[Block]) -> None:
-        """λ of the blocks that ``moved`` from their moments, and their units."""
+    def _follow(self, blocks: Sequence[Block], moved: Sequence[Block], weights: Mapping[int, float]) -> None:
+        """λ of the blocks that ``moved`` from their moments, and their units. ``weights``: before they moved."""
+        before = [b.unit.clone() for b in moved] if self.options.natural else []
+        rate = float(self.options.update.lr)
+        if self.options.natural:  # moments over their weight are the batch's
+            for block in moved:
+                weight = (1 - rate) * weights[id(block)] + rate
+                block.moments_weight.fill_(weight)
+                torch._foreach_mul_(list(block.moments.values()), weight)
+        if self.options.relative_damping:
+            self._set_units(blocks, moved)
+        else:
+            for block in moved:  # a checkpoint may have been of relative damping
+                block.unit.fill_(1)
         if not self.options.natural:
-            if self.options.relative_damping:
-                self._set_units(blocks, moved)
             self.ops.start_kfac(moved, self.damping)
             return
-        rate, weights = 1 - self.options.decay, weights_of(moved)
-        for block, weight in zip(moved, weights, strict=True):  # moments over their weight are the batch's
-            torch._foreach_mul_(list(block.moments.values()), weight / rate)
-        if self.options.relative_damping:
-            before = [b.unit.clone() for b in moved]
-            self._set_units(blocks, moved)
-            for block, old, weight in zip(moved, before, weights, strict=True):
+        for block, old, weight in zip(moved, before, weights_of(moved), strict=True):
+            if self.options.relative_damping:
                 block.unit.copy_(old * (block.unit / old) ** rate_of(rate, weight))
-                aux = list(block.structure.fishleg_aux.values())
-                torch._foreach_mul_(aux, (block.unit / old) ** (0.5 / len(aux)))  # Q, of F in the unit
+            aux = list(block.structure.fishleg_aux.values())
+            torch._foreach_mul_(aux, (block.unit / old) ** (0.5 / len(aux)))  # Q, of F in the unit
         self.ops.natural_step(moved, self.damping, rate)
 
     def _set_units(self, blocks: Sequence[Block], moved: Sequence[Block]) -> None:
@@ -270,6 +274,8 @@ class CurvatureLearner:
         for block in moved:
             if id(block) not in averaged:  # where a batch's were not finite the average is what it was
                 block.moments_weight.mul_(decay).add_(1 - decay)
+                if self.options.natural:  # it has none of this batch
+                    torch._foreach_zero_(list(block.moments.values()))
         self.ranks.mean([t for b in moved for t in b.moments.values()])
         if self.options.natural:  # where they were not finite on some ranks there are none from those
             for block in moved:

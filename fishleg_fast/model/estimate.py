@@ -110,8 +110,8 @@ def estimate_of(block: Block) -> BlockEstimate:
     """One block's, which may be on the "meta" device."""
     aux, moments, (m, n) = block.structure.fishleg_aux, block.structure.new_moments(), block.shape
     layout = block.structure.layout()
-    factors = [(t, n if name.startswith("R") else m) for name, t in aux.items() if name in layout]  # and their vectors
-    others = _entries(t for name, t in aux.items() if name not in layout)
+    factors = [(t, n if name.startswith("R") else m) for name, t in aux.items() if name[0] in "RL"]  # and their vectors
+    others = _entries(t for name, t in aux.items() if name[0] not in "RL")
     widths = [(t.numel(), t.shape[-1]) for t, _ in factors if t.ndim > 1]
     forming = sum(entries * width for entries, width in widths)  # P and S: half of a symmetric product's
     applied = 2 * sum(t.numel() * vectors for t, vectors in factors) + 2 * others

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -223,6 +223,16 @@ class IsolatedPasses:
             self._attempts = {(fisher, way): Attempts().load(known) for fisher, way, known in attempts}
             if self.tap is not None and calls is not None:
                 self.tap.load(calls)
+
+    @contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """Passes inside leave seeds, batches and what is known of the model as they were."""
+        before = {name: value for name, value in self.state().items() if not name.startswith("loader_")}
+        with nullcontext() if self.loader is None else self.loader.looking_ahead():
+            try:
+                yield
+            finally:
+                self.load(before)
 
     def inputs(self, size: int | str | None = None) -> Inputs:
         """The next batch, of at most ``size`` samples; "auto": 32, and of a batch trained on a quarter, but 4.

@@ -72,14 +72,14 @@ class ShardedLearner(CurvatureLearner):
             mine = [self._model.mine[number]]
             moved.extend(self.ops.average_moments(mine, [found], self.options.decay))
 
-        self._forget_batch(blocks)
+        weights = self._weights(blocks)
         shared = _SharedMoments(self._model, due, take)
         terms = self.ranks.each(lambda: self._moments(due, inputs, shared))
         shared.finish()
         (terms,) = self.ranks.sums([terms])
         self.terms = terms or self.terms
         self._started = True
-        self._follow(blocks, moved)
+        self._follow(blocks, moved, weights)
 
     def _set_units(self, blocks: Sequence[Block], moved: Sequence[Block]) -> None:
         device = self._model.device

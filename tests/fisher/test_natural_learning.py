@@ -154,3 +154,62 @@ def test_what_does_not_go_with_it_is_refused(name: str) -> None:
 def test_it_needs_no_pretraining() -> None:
     with pytest.raises(ValueError, match="aux_update='adam'"):
         FishLeg(net_of(), likelihood=LIKELIHOOD, **PURE).pretrain_aux(3)
+
+
+def test_an_update_that_a_checkpoint_owes_is_none_of_adam_s() -> None:
+    for settings in (PURE, {}):
+        net = net_of()
+        optimizer = FishLeg(net, likelihood=LIKELIHOOD, **settings)
+        train(net, optimizer, range(2))
+        state = optimizer.state_dict()
+        state["param_groups"][0]["fishleg"]["owed_updates"] = 1
+        optimizer.load_state_dict(state)
+        before = [t.clone() for b in optimizer.blocks for t in b.structure.fishleg_aux.values()]
+        train(net, optimizer, range(2, 3))
+        now = [t for b in optimizer.blocks for t in b.structure.fishleg_aux.values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+def test_units_are_one_again_where_damping_is_absolute() -> None:
+    """After a checkpoint of relative damping."""
+    for settings in (PURE, {"anchor_every": 2}):
+        net = net_of()
+        optimizer = FishLeg(net, likelihood=LIKELIHOOD, **settings)
+        train(net, optimizer, range(3))
+        assert all(float(b.unit) != 1 for b in optimizer.blocks)
+        other = FishLeg(net, likelihood=LIKELIHOOD, **settings, damping_scale="absolute", damping=0.1)
+        other.load_state_dict(optimizer.state_dict())
+        train(net, other, range(3, 24))
+        assert all(float(b.unit) == 1 for b in other.blocks)
+
+
+def test_a_layer_without_finite_moments_leaves_the_others_units_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.spoil = nn.Linear(5, 6), nn.Linear(6, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            if self.spoil and h.requires_grad:
+                h.register_hook(lambda g: g * torch.nan)
+            return self.b(torch.tanh(h))
+
+    def unit(spoil: bool) -> float:
+        net = Net().double()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(randn(*p.shape))
+        optimizer = FishLeg(net, likelihood=LIKELIHOOD, **PURE, update_aux_every=1, lr=1e-9)
+        train(net, optimizer, range(3))
+        optimizer.model.spoil = spoil
+        for step in range(3, 13):
+            optimizer.zero_grad()
+            x = randn(30, 5, seed=step)
+            LIKELIHOOD.nll(x[:, :3].argmax(1), net(x)).backward()
+            for p in net.a.parameters():
+                p.grad.nan_to_num_()
+            optimizer.step()
+        return float(optimizer.blocks[1].unit)
+
+    assert unit(True) == pytest.approx(unit(False), rel=0.1)

@@ -77,6 +77,36 @@ def test_blocks_without_a_gradient_are_zero_or_left_out() -> None:
     assert optimizer.diagnostics(quality=True)["quality"].residuals["0"] == 0
 
 
+def test_batches_that_were_looked_at_come_again() -> None:
+    """Whatever random numbers the loader is of, and without its pass being replayed."""
+
+    def run(ask: bool) -> tuple[list[Tensor], int, dict]:
+        pulled = [0]
+
+        class Counted(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return 30
+
+            def __getitem__(self, k: int) -> Tensor:
+                pulled[0] += 1
+                return randn(5, seed=k)
+
+        own = torch.Generator().manual_seed(7)
+        loader = torch.utils.data.DataLoader(Counted(), batch_size=10, shuffle=True, generator=own)
+        net, optimizer, x = trained(steps=2, update_aux_every=1, aux_loader=loader)
+        for _ in range(9):
+            optimizer.zero_grad()
+            LIKELIHOOD.nll(torch.arange(20) % 3, net(x)).backward()
+            for _ in range(2 if ask else 0):
+                optimizer.diagnostics(quality=True)
+            optimizer.step()
+        return [p.detach() for p in net.parameters()], pulled[0], optimizer.state_dict()["param_groups"][0]["fishleg"]
+
+    (asked, count, state), (want, expected, unasked) = run(True), run(False)
+    assert all(torch.equal(a, b) for a, b in zip(asked, want, strict=True))
+    assert count == expected and state == unasked
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("loaded", [False, True])
 def test_asking_changes_nothing_in_the_training(name: str, loaded: bool) -> None:

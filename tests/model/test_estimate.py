@@ -77,6 +77,13 @@ def test_operations_of_a_step() -> None:
     assert found.flops_per_step(0, -2, False) == found.total("step_flops") + 2 * found.total("learning_flops")
 
 
+def test_sums_of_products_are_counted_too() -> None:
+    layer = nn.Linear(60, 50)
+    one, two = FishLeg.estimate(layer), FishLeg.estimate(layer, structure="sumkron")
+    for name in ("step_flops", "anchor_flops", "cache_bytes"):
+        assert 1.9 * one.total(name) < two.total(name) < 2.1 * one.total(name), name
+
+
 def test_nothing_is_allocated() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(50_000, 4096), nn.Linear(4096, 11008), nn.Linear(11008, 50_000))
