@@ -62,10 +62,10 @@ def run(data: Path, optimizer: str, lr: float, epochs: int, seed: int, threads: 
 
 def report(records: Sequence[dict[str, Any]]) -> str:
     """The page."""
-    rows = [[label, "", epochs, "", number(loss), "", "", ""] for label, epochs, loss in PUBLISHED]
+    rows = [[label, "", str(epochs), "", number(loss), "", "", ""] for label, epochs, loss in PUBLISHED]
     for r in sorted(records, key=lambda r: (r["optimizer"], r["steps"], r["lr"], r["seed"])):
         rows.append([
-            OPTIMIZERS[r["optimizer"]].label, f"{r['lr']:g}", r["steps"] // STEPS_AN_EPOCH, r["seed"],
+            OPTIMIZERS[r["optimizer"]].label, f"{r['lr']:g}", str(r["steps"] // STEPS_AN_EPOCH), str(r["seed"]),
             "diverged" if r["train nll"] is None else number(r["train nll"]), number(r["test nll"]),
             f"{1000 * r['cpu seconds'] / r['steps done']:.0f}", f"{r['cpu']}, {r['threads']} thread(s)",
         ])  # fmt: skip
