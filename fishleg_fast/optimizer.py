@@ -109,8 +109,8 @@ class FishLeg(Optimizer):
             the block's Fisher matrix, F̄ that over all blocks, T how many terms the loss of a batch is the mean of. The
             loss's scale does not matter then, and γ follows the noise in a gradient, whose variance is f/T on average.
             "absolute": γ itself, in units of the Fisher matrix. None: 10, or 0.1 where it is absolute.
-        damping_scale: None: "relative", but "absolute" where the Fisher matrix is not estimated (init="sgd" and
-            anchor_every=0) or Q's own scale counts (normalize "trust" or None).
+        damping_scale: None: "relative", but "absolute" where the Fisher matrix is not estimated (init="sgd",
+            anchor_every=0 and aux_update="adam") or Q's own scale counts (normalize "trust" or None).
         fisher: "ggn", exact, needs a likelihood; "hessian", "antithetic" and "rank1" use labels drawn from the model.
             None: "ggn" with a likelihood, "hessian" without. Where an operation of the model lacks a derivative, both
             go on by differences, with a warning.

@@ -69,7 +69,8 @@ class Case:
         torch.manual_seed(0)
         self.net = nn.Linear(inputs, outputs)
         likelihood = CategoricalLikelihood()
-        self.optimizer = FishLeg(self.net, likelihood=likelihood, backend=backend, thin_gradients=False, lr=1e-6)
+        settings = dict(backend=backend, thin_gradients=False, lr=1e-6, update_aux_every=10)
+        self.optimizer = FishLeg(self.net, likelihood=likelihood, **settings)
         x, y = torch.randn(64, inputs), torch.randint(outputs, (64,))
         for step in range(3):
             self.optimizer.zero_grad()

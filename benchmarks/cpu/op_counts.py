@@ -82,7 +82,7 @@ def trained(layers: int, width: int, bias: bool, **settings: Any) -> FishLeg:
         for p in net.parameters():
             p.copy_(torch.eye(width) + 0.01 * torch.randn(width, width) if p.ndim == 2 else torch.zeros(width))
     likelihood, x, y = GaussianLikelihood(), torch.randn(8, width), torch.randn(8, width)
-    settings = {"backend": "reference", "capturable": True, **settings}
+    settings = {"backend": "reference", "capturable": True, "update_aux_every": 10, **settings}
     optimizer = FishLeg(net, likelihood=likelihood, lr=1e-3, **settings)
 
     def backward() -> None:

@@ -96,7 +96,8 @@ def seconds(call: Callable[[], Any]) -> float:
 def passes(rounds: int, precision: str) -> dict[str, Any]:
     """ms of the elementwise part of a θ step and of an Adam step of λ, and their ratios, of a round each."""
     inputs = torch.rand(100, models.MNIST_WIDTHS[0])
-    optimizer = trained(models.autoencoder(models.MNIST_WIDTHS), inputs, inputs, precision=precision)
+    net = models.autoencoder(models.MNIST_WIDTHS)
+    optimizer = trained(net, inputs, inputs, precision=precision, update_aux_every=10)
     with torch.no_grad(), own_arithmetic(optimizer.blocks, precision):
         blocks, gs = optimizer._gather()
         us = optimizer._learner.directions(blocks, gs)

@@ -41,7 +41,7 @@ def test_what_is_sent_is_what_is_counted(ranks: int) -> None:
 @pytest.mark.parametrize("copies", [2, 3, 4, 7])
 def test_state_that_is_counted_is_what_is_held(copies: int) -> None:
     net = Gpt()
-    optimizer = FishLeg(net, likelihood=GaussianLikelihood(), normalize="rms")
+    optimizer = FishLeg(net, likelihood=GaussianLikelihood(), normalize="rms", update_aux_every=10)
     for b in optimizer.blocks:
         b.structure.refresh(None)
     alone = state_bytes(optimizer)

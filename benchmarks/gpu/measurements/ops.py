@@ -42,6 +42,7 @@ def isolated(settings: dict[str, Any]) -> dict[str, Any]:
 def filled(opt: FishLeg) -> FishLeg:
     """Random gradients, and a random λ near the identity: zeros cost a device less than other numbers."""
     for block in opt.blocks:
+        block.allocate_adam()
         for t in block.structure.fishleg_aux.values():
             t.add_(torch.randn_like(t), alpha=0.3 * max(t.shape[-1], 1) ** -0.5)
         for part in block.parts:
