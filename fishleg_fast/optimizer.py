@@ -123,8 +123,8 @@ class FishLeg(Optimizer):
         update_aux_every: steps between updates of λ; negative: that many updates a step; 0: λ is not learned. None: 0
             where anchoring gives all of Q that matters (structure "kron" or "diagonal", each block scaled by itself),
             since learning besides it changes no loss; 10 elsewhere.
-        aux_lr, aux_betas, aux_eps: of Adam on λ; of natural-gradient steps aux_lr is the rate, at most 1, of the first
-            ones 1/k. None: 5e-4, or 0.1 of natural-gradient steps.
+        aux_lr, aux_betas, aux_eps: of Adam on λ; of natural-gradient steps aux_lr is the rate η, at most 1, at the k-th
+            η/(1−(1−η)ᵏ), so that the first forgets the start. None: 5e-4, or 0.1 of natural-gradient steps.
         u_sampling: u is the "gradient", the "momentum" (the moving average of g) or "gaussian".
         precondition_aux: multiply the auxiliary loss's gradient by Q.
         learn_scale: False: the auxiliary loss is taken at Q's best multiple, so that it teaches Q's shape alone; its

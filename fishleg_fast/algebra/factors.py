@@ -95,11 +95,10 @@ def inverse_root(factor: Factor, shift: Tensor, weight: Tensor | float = 1.0) ->
 
     ``shift``: a scalar, or a vector for factors with a dimension in front; ``weight`` likewise.
     """
-    weight = spread(weight, factor) if isinstance(weight, Tensor) else weight
     if factor.ndim - shift.ndim == 1:
-        root = (factor.clamp_min(0) / weight + spread(shift, factor)).rsqrt()
+        root = (divided(factor.clamp_min(0), weight) + spread(shift, factor)).rsqrt()
         return root, torch.isfinite(root).all(-1)
-    root, shifted = torch.zeros_like(factor), factor / weight
+    root, shifted = torch.zeros_like(factor), divided(factor, weight)
     shifted.diagonal(dim1=-2, dim2=-1).add_(spread(shift, factor)[..., 0])
     info = _inverse_cholesky(shifted, root)
     return root, (info == 0).reshape(*shift.shape, -1).all(-1)
@@ -108,6 +107,11 @@ def inverse_root(factor: Factor, shift: Tensor, weight: Tensor | float = 1.0) ->
 def spread(c: Tensor, x: Tensor) -> Tensor:
     """c with as many dimensions as x, whose first are c's."""
     return c.reshape(*c.shape, *[1] * (x.ndim - c.ndim))
+
+
+def divided(x: Tensor, weight: Tensor | float) -> Tensor:
+    """x over a number, or over one for each of many tensors that have a dimension in front."""
+    return x / (spread(weight, x) if isinstance(weight, Tensor) else weight)
 
 
 def _inverse_cholesky(a: Tensor, out: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ class CurvatureLearner:
             v = v.to(wide)
             rows[k] = torch.stack([(damped * v).sum(), (u * v).sum(), (damped - u).square().sum(), u.square().sum()])
         curvature, power = self._over_all(rows[:, :2].sum(0)).tolist()
-        multiple = power / curvature if curvature > 0 else math.inf
+        multiple = power / curvature if curvature > 0 else math.inf if power else 0.0
         residuals = torch.where(rows[:, 3] > 0, rows[:, 2] / rows[:, 3], 0).sqrt().tolist()
         named = dict(zip((b.name for b in blocks), residuals, strict=True))
         return Quality(0.5 * curvature - power, -0.5 * multiple * power, multiple, named)

@@ -75,6 +75,9 @@ def test_blocks_without_a_gradient_are_zero_or_left_out() -> None:
     assert list(optimizer.diagnostics(quality=True)["quality"].residuals) == ["2"]
     net[0].weight.grad = torch.zeros_like(net[0].weight)
     assert optimizer.diagnostics(quality=True)["quality"].residuals["0"] == 0
+    net[2].weight.grad = torch.zeros_like(net[2].weight)
+    found = optimizer.diagnostics(quality=True)["quality"]
+    assert (found.aux_loss, found.best_aux_loss, found.best_multiple) == (0, 0, 0)
 
 
 def test_batches_that_were_looked_at_come_again() -> None:

@@ -285,11 +285,6 @@ class Structure:
         """
         return None
 
-    @property
-    def has_natural_update(self) -> bool:
-        """Whether there is a ``natural_update``."""
-        return False
-
     def natural_update(
         self, aux: Aux, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0
     ) -> tuple[Aux, Tensor]:

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..factors import spread
+from ..factors import divided, spread
 from ..maths import Aux, Maths, no_cache
 from ..matrix import Matrix, dense
 from .base import Structure, finite, float_dtype
@@ -77,17 +77,11 @@ class Diagonal(Structure):
         """diag F ∘ v."""
         return moments["diagonal"] * dense(v) / weight
 
-    @property
-    def has_natural_update(self) -> bool:
-        """As above."""
-        return True
-
     def natural_update(
         self, aux: Aux, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0
     ) -> tuple[Aux, Tensor]:
         """1/d² ← (1−rate)/d² + rate·(diag F + γ)."""
-        d, found = aux["d"], moments["diagonal"]
-        mean = found / spread(weight, found) if isinstance(weight, Tensor) else found / weight
+        d, mean = aux["d"], divided(moments["diagonal"], weight)
         inverse = torch.lerp(d.square().reciprocal(), mean + damping, spread(rate, d))
         return {"d": inverse.rsqrt()}, torch.isfinite(inverse).flatten(rate.ndim).all(-1)
 
@@ -97,5 +91,5 @@ class Diagonal(Structure):
     ) -> tuple[Aux, Tensor] | None:
         """d² = 1/(diag F + γ); ``moments``: "diagonal", of the block's shape."""
         found = moments["diagonal"]
-        mean = found / spread(weight, found) if isinstance(weight, Tensor) else found / weight
-        return {"d": (mean + damping).rsqrt()}, finite(moments, found.ndim - self.fishleg_aux["d"].ndim)
+        batch = found.ndim - self.fishleg_aux["d"].ndim
+        return {"d": (divided(found, weight) + damping).rsqrt()}, finite(moments, batch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..costs import forming_pays, outer_products_pay
-from ..factors import compose, cross, diagonal, mul, rmul, spread, transpose, twice_symmetric
+from ..factors import compose, cross, diagonal, divided, mul, rmul, transpose, twice_symmetric
 from ..low_rank import DenseAndLowRank, LowRank, LowRankProduct
 from ..maths import Applications, Aux, Maths
 from ..natural import natural_step
@@ -125,19 +125,16 @@ class Kron(Kronecker):
             self.fishleg_aux["A"] = torch.ones(m, n, **self._options)
         self.start_sgd()
 
-    @property
-    def has_natural_update(self) -> bool:
-        """As above; not with A, of which the auxiliary loss's average has no such form."""
-        return "A" not in self.fishleg_aux
-
     def natural_update(
         self, aux: Aux, moments: Aux, damping: float, rate: Tensor, weight: Tensor | float = 1.0
     ) -> tuple[Aux, Tensor]:
-        """R, and then L with that (``algebra.natural``)."""
+        """R, and then L with that (``algebra.natural``); not with A, of which the average has no such form."""
+        if "A" in aux:
+            return super().natural_update(aux, moments, damping, rate, weight)
         batch, (m, n) = rate.ndim, self.shape
         if m == 0 or n == 0:
             return aux, torch.ones(rate.shape, dtype=torch.bool, device=rate.device)
-        G, A = (t / (spread(weight, t) if isinstance(weight, Tensor) else weight) for t in moments.values())
+        G, A = (divided(t, weight) for t in moments.values())
         R, right = natural_step(aux["R"], G, transpose(aux["L"], batch), A, (m, n), damping, rate)
         L, left = natural_step(transpose(aux["L"], batch), A, R, G, (n, m), damping, rate)
         R, L = self._balanced(R, transpose(L, batch), batch)
