@@ -22,10 +22,22 @@ class Likelihood(nn.Module):
     """
 
     scored: Tensor | None = None  # the mask of what ``nll`` last scored in training, where it leaves positions out
+    targets: Tensor | None = None  # that ``nll`` was last given in training,
+    scored_shape: tuple[int, ...] = ()  # and the shape of the outputs with them
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """Mean negative log-likelihood of ``targets`` under the model's ``outputs``: a scalar."""
         raise NotImplementedError(f"{type(self).__name__} should implement nll(targets, outputs)")
+
+    def note(self, targets: Tensor, outputs: Tensor) -> None:
+        """Remember the targets of outputs that require a gradient. ``nll`` calls it: where the training's loss is that
+        of this likelihood, FishLeg knows how far a step may go (``step_limit``).
+        """
+        if outputs.requires_grad and torch.is_grad_enabled() and not _transformed():
+            self.targets, self.scored_shape = targets.detach(), tuple(outputs.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "targets": None}  # which nobody wants copied, or in a file
 
     def draw(self, outputs: Tensor) -> Tensor:
         """Targets sampled from the distribution that ``outputs`` stand for, from torch's global generator."""
@@ -68,6 +80,10 @@ class Likelihood(nn.Module):
         """
         return None
 
+    def targets_in(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The targets among what the model was called with, batch first; None: there are none. Here: None."""
+        return None
+
     def positions(self, outputs: Sequence[int]) -> Sequence[int]:
         """The shape of a mask for outputs of a shape. Here: theirs."""
         return torch.Size(outputs)
@@ -83,6 +99,11 @@ class Likelihood(nn.Module):
     def forward(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """``nll``: a likelihood can stand where a loss module does, but mind the order."""
         return self.nll(targets, outputs)
+
+
+def _transformed() -> bool:
+    """Whether this runs inside a transform of torch.func, whose tensors must not leave it."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _batch(outputs: Tensor) -> int:
@@ -157,6 +178,7 @@ class GaussianLikelihood(Likelihood):
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         _check_elementwise("GaussianLikelihood", targets, outputs)
+        self.note(targets, outputs)
         log_sigma: Tensor | float = math.log(self._fixed)
         precision: Tensor | float = self._fixed**-2
         if self.log_sigma is not None:
@@ -206,6 +228,7 @@ class BernoulliLikelihood(Likelihood):
                     f"targets should be in [0, 1] but are from {least:.4g} to {most:.4g}; scale them to it (pixels / "
                     "255, no normalization), or use GaussianLikelihood where they have no bounds"
                 )
+        self.note(targets, outputs)
         loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="sum")
         return loss / outputs.shape[0]
 
@@ -299,6 +322,7 @@ class CategoricalLikelihood(Likelihood):
             self._class_dim_known = True  # these targets would not fit the other one
         if outputs.requires_grad:
             self.scored = targets.detach() != self.ignore_index
+        self.note(targets, outputs)
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             targets.reshape(-1).long(),

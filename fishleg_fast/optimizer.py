@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from .algebra.low_rank import LowRank
 from .algebra.matrix import Matrix, norm_of, widest
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
+from .backends.protocol import ThetaOptions
 from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
 from .distributed.ranks import Ranks
 from .fisher import forward_mode
-from .fisher.learning import CurvatureLearner, Quality
+from .fisher.learning import CurvatureLearner, Quality, trained
+from .fisher.step_limit import StepLimit
 from .likelihoods import Likelihood
 from .model.assemble import (
     StructureChoice,
@@ -96,6 +99,10 @@ class FishLeg(Optimizer):
             A parameter group may have a "normalize" of its own, which comes before; diagnostics() tells what is used.
             "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
+        step_limit: no step goes beyond so many times the minimum of the loss's quadratic model along it, which a
+            forward pass over ``curvature_batch`` samples measures, at every step where that is near, at every tenth
+            where it is far. That needs the targets, which are known where the loss is ``likelihood.nll``: elsewhere,
+            and with aux_loader, draw and nll, or capturable, steps are as lr says. None: they always are.
         maximize: ascend.
 
     λ and its learning:
@@ -198,6 +205,7 @@ class FishLeg(Optimizer):
         nesterov: bool = True,
         normalize: str | Mapping[str, str] | None = "auto",
         kappa: float = 1e-3,
+        step_limit: float | None = 1.0,
         curvature_batch: int | str | None = "auto",
         max_factor_size: int | str | None = "auto",
         thin_gradients: bool = True,
@@ -225,8 +233,8 @@ class FishLeg(Optimizer):
         damping = DAMPING.get(damping_scale, 1.0) if damping is None else damping
         on_device = capturable or any(p.device.type != "cpu" for p in model.parameters())
         self.settings = Settings(
-            momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, capturable=capturable,
-            on_device=on_device,
+            momentum=momentum, nesterov=nesterov, normalize=normalize, kappa=kappa, step_limit=step_limit,
+            capturable=capturable, on_device=on_device,
             structure=structure, products=products, max_factor_size=max_factor_size,
             damping=damping, damping_scale=damping_scale,
             fisher=fisher, curvature_batch=curvature_batch, aux_update=aux_update, update_aux_every=update_aux_every,
@@ -281,6 +289,9 @@ class FishLeg(Optimizer):
         self._learner: CurvatureLearner = (
             CurvatureLearner(*self._given) if self._sharded is None else ShardedLearner(*self._given, self._sharded)
         )
+        self._limit: StepLimit | None = None
+        if step_limit is not None and likelihood is not None and not capturable:
+            self._limit = StepLimit(self._passes, self._ranks, step_limit, curvature_batch)
         if self._ranks.several:
             self._ranks.check_equal(self._facts())
         self._diagnostics = Diagnostics(on_device, writer, self._ranks.each)
@@ -608,13 +619,21 @@ class FishLeg(Optimizer):
         theta = self.settings.theta
         if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
             theta = replace(theta, normalize="rms")
-        if self._sharded is None:
-            norms, ok = self._ops.theta_step(blocks, gs, theta)
-        else:
-            norms, ok = self._sharded.step(self._ops, blocks, gs, theta)
+        norms, ok = self._move(blocks, gs, theta, count)
         self._diagnostics.note_step(self.blocks, blocks, norms, ok)
         if learned:
             self._diagnostics.write()
+
+    def _move(self, blocks: list[Block], gs: list[Matrix], theta: ThetaOptions, count: int) -> tuple[Tensor, Tensor]:
+        """The θ step, no farther than ``step_limit``; ‖Q m̂‖ of each block, and whether it was taken."""
+        limit, move = self._limit, partial(self._ops.theta_step, blocks, gs, theta)
+        if isinstance(self._learner, ShardedLearner) and self._sharded is not None:
+            measured = None
+            if limit is not None and limit.due(count):
+                line = self._learner.line
+                measured = lambda moves: limit.factor(count, partial(line, moves))
+            return self._sharded.step(self._ops, blocks, gs, theta, measured)
+        return move() if limit is None else limit.around(count, [*trained(blocks).values()], move)
 
     def _teaches(self, norm: Tensor) -> bool:
         """Whether a step with a gradient of this norm tells of the curvature: with anchor_from="training" it is where
@@ -705,6 +724,7 @@ class FishLeg(Optimizer):
         """
         return {
             **self._diagnostics.report(),
+            **({} if self._limit is None else self._limit.report()),
             "normalize": {b.name: self._normalization(b) for b in self._layouts},
             "factors": {b.name: layout for b in self._layouts if (layout := b.structure.layout())},
             **({"quality": self._quality()} if quality else {}),
@@ -740,7 +760,7 @@ class FishLeg(Optimizer):
         """Counters, and where generators and loaders are, in the first group."""
         now = {
             "version": checkpoint.VERSION, **self._diagnostics.counts(), **self._learner.state(self.blocks),
-            **self._passes.state(),
+            **self._passes.state(), **({} if self._limit is None else self._limit.state()),
         }  # fmt: skip
         for number, group in enumerate(self.param_groups):
             group.pop("fishleg", None)
@@ -763,5 +783,7 @@ class FishLeg(Optimizer):
         self._diagnostics.load(progress)
         self._passes.load(progress)
         self._learner.load(progress, self.blocks)
+        if self._limit is not None:
+            self._limit.load(progress)
         self._publish_progress()
         self._look_ahead()

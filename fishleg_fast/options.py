@@ -62,6 +62,7 @@ class Settings:
     nesterov: bool
     normalize: str | Mapping[str, str] | None
     kappa: float
+    step_limit: float | None
     capturable: bool
     on_device: bool  # whether steps are decided on the device, as capturable asks and where waiting for one costs time
     # λ and its learning
@@ -112,6 +113,8 @@ class Settings:
             raise ValueError(f"aux_betas should be a pair of numbers but is: {self.aux_betas!r}")
         for i, beta in enumerate(self.aux_betas):
             _check_number(f"aux_betas[{i}]", beta, below=1)
+        if self.step_limit is not None:
+            _check_number("step_limit", self.step_limit, strict=True)
         _check_number("anchor_decay", self.anchor_decay, below=1)
         check_count("update_aux_every", self.update_aux_every, least=-1_000_000)
         check_count("anchor_every", self.anchor_every)

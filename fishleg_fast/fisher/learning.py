@@ -73,7 +73,7 @@ class Quality:
     residuals: dict[str, float]  # ‖(F+γI)Qu − u‖/‖u‖ of each block, by name; 0 where u is
 
 
-def _params(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
+def trained(blocks: Sequence[Block]) -> dict[int, nn.Parameter]:
     """The trainable parameters of the blocks, by id."""
     return {id(part.param): part.param for b in blocks for part in b.parts if part.param.requires_grad}
 
@@ -402,7 +402,7 @@ class CurvatureLearner:
     ) -> list[Matrix] | None:
         rest = sorted(set(range(len(blocks))).difference(low_rank))
         others = [blocks[k] for k in rest]
-        params = _params(others)
+        params = trained(others)
         tangents = _tensors(others, [dense(vs[k]) for k in rest])
         found = low_rank_ggn(
             self.passes,
@@ -424,7 +424,7 @@ class CurvatureLearner:
 
     def _dense_fisher_product(self, blocks: Sequence[Block], vs: Sequence[Matrix], inputs: Inputs) -> list[Tensor]:
         """F v, from blocks to the model's parameters and back."""
-        params = _params(blocks)
+        params = trained(blocks)
         tangents = _tensors(blocks, [_expanded(b, v) for b, v in zip(blocks, vs, strict=True)])
         estimate = FISHER[self.options.fisher]
         order = list(params)
@@ -433,7 +433,7 @@ class CurvatureLearner:
 
     def drawn_gradients(self, blocks: Sequence[Block]) -> list[Tensor]:
         """The gradient on labels drawn from the model, (m, n) of each block."""
-        params = _params(blocks)
+        params = trained(blocks)
         inputs = self._curvature_batch()
         grads = self.ranks.each(lambda: drawn_gradient(self.passes, list(params.values()), inputs))
         self.ranks.mean(grads)

@@ -44,13 +44,15 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     )
 
 
-def ggn(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+def ggn(
+    passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int | None = None
+) -> list[Tensor]:
     """Jᵀ H_out J v: the Fisher matrix itself, by one forward pass that carries the tangent and one backward pass.
 
     Where that fails J v comes from differentiating Jᵀw by w instead, as exact; and where the model has no second
     derivatives either, from differences of its outputs, up to O(ε²).
     """
-    seed, mode = passes.seed(), passes.mode()
+    seed, mode = passes.seed() if seed is None else seed, passes.mode()
 
     def exactly(way: str, linearize: Linearize) -> Callable[[], list[Tensor]]:
         def product() -> list[Tensor]:
@@ -128,7 +130,7 @@ def _by_differences(
     passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int
 ) -> list[Tensor]:
     """Jᵀ H_out times (f(θ+εv̂) − f(θ−εv̂)) ‖v‖/2ε: of first derivatives alone."""
-    mine = _of_model(passes, params, vs)
+    mine = of_model(passes, params, vs)
     if not mine:
         return passes.run(inputs, seed, lambda: linearized_ggn(passes, params, vs, inputs, _no_tangent)[0])
     step = _step([p for p, _ in mine], [v for _, v in mine])
@@ -160,7 +162,7 @@ def _no_tangent(
     return then(passes.outputs(inputs), None)
 
 
-def _of_model(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def of_model(passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Without the likelihood's own parameters; v in the parameter's dtype."""
     assert passes.likelihood is not None
     noise = {id(p) for p in passes.likelihood.parameters()}
@@ -212,7 +214,7 @@ def linearized_ggn(
     check: TangentCheck | None = None,
 ) -> Found:
     """F v of the parameters, and Jᵀ H_out J v at the edges."""
-    mine = _of_model(passes, params, vs)
+    mine = of_model(passes, params, vs)
     return linearize(passes, mine, inputs, partial(_pulled_back, passes, params, vs, inputs, mine, edges, check))
 
 
@@ -255,8 +257,8 @@ def forward_mode_product(
     passes: IsolatedPasses,
     mine: Sequence[tuple[Tensor, Tensor]],
     inputs: Inputs,
-    then: Callable[[Tensor, Tensor | None], Found],
-) -> Found:
+    then: Callable[[Tensor, Tensor | None], Result],
+) -> Result:
     """By tangents that the forward pass carries. Where checkpointed modules run once more during the backward pass that
     follows, these have to carry them too, and all of that pass does; elsewhere it goes without, at half the cost.
     """

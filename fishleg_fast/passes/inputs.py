@@ -187,7 +187,8 @@ class Inputs:
     ``autocast`` is the dtype of autocast, if that was on. ``tapped``: seen at the model's forward, past its hooks, and
     ``outputs`` are the shapes of what that returned. ``samples``: how many the batch has, where that is known, and
     ``over_batch`` what of it runs over them, if it may be cut (``passes/batch_rule.py`` finds out); ``part``: it was.
-    ``mask``: the positions of the outputs that count in the loss, batch first, where not all do.
+    ``mask``: the positions of the outputs that count in the loss, batch first, where not all do. ``targets``: what was
+    trained on, where that is known.
     """
 
     args: tuple
@@ -200,6 +201,7 @@ class Inputs:
     over_batch: tuple[Any, ...] = ()
     part: bool = False
     mask: Tensor | None = None
+    targets: Tensor | None = None
 
     @classmethod
     def of(cls, x: Any) -> Inputs:
@@ -239,11 +241,9 @@ class Inputs:
             return self
         memo: Memo = {id(x): (x, _rows_of(x, start, stop)) for x in self.over_batch}
         cut = self.map(lambda t: t, memo)
-        mask = self.mask
-        if mask is not None:  # of outputs whose samples may be several in their first dimension
-            each = mask.shape[0] // self.samples
-            mask = mask[start * each : stop * each]
-        return replace(cut, samples=min(stop, self.samples) - start, part=True, outputs=None, mask=mask)
+        mask, targets = (_positions_of(t, self.samples, start, stop) for t in (self.mask, self.targets))
+        size = min(stop, self.samples) - start
+        return replace(cut, samples=size, part=True, outputs=None, mask=mask, targets=targets)
 
     def map(self, fn: Callable[[Tensor], Any], memo: Memo | None = None) -> Inputs:
         """The same batch with ``fn`` of each tensor."""
@@ -251,12 +251,20 @@ class Inputs:
         args, kwargs, x = (tree_map(fn, tree, memo) for tree in (self.args, self.kwargs, self.x))
         over_batch = tuple(memo[id(leaf)][1] if id(leaf) in memo else leaf for leaf in self.over_batch)
         known = self.autocast, self.tapped, self.outputs, self.samples
-        return Inputs(args, kwargs, x, *known, over_batch, self.part, self.mask)
+        return Inputs(args, kwargs, x, *known, over_batch, self.part, self.mask, self.targets)
 
     def copied(self) -> Inputs:
         """Apart from the graph and the memory of the user's tensors: a model may write to its inputs."""
         memo: Memo = {id(x): (x, x.copy()) for x in self.leaves() if is_array(x)}
         return self.map(own_leaf, memo)
+
+
+def _positions_of(t: Tensor | None, samples: int, start: int, stop: int) -> Tensor | None:
+    """Of what goes with outputs, whose samples may be several in their first dimension."""
+    if t is None:
+        return None
+    each = t.shape[0] // samples
+    return t[start * each : stop * each]
 
 
 def _rows_of(leaf: Any, start: int, stop: int) -> Any:

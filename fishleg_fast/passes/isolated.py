@@ -249,7 +249,7 @@ class IsolatedPasses:
         if size == "auto":
             size = MOST if self.loader is not None else min(MOST, max(LEAST, inputs.size() // 4))
         assert not isinstance(size, str)
-        inputs = replace(inputs, mask=self._mask(inputs))
+        inputs = replace(inputs, mask=self._mask(inputs), targets=self._targets(inputs))
         inputs = (inputs if size is None else inputs.rows(0, size)).copied()
         if inputs.mask is not None and not inputs.mask.any():
             raise EmptyBatch("a curvature batch should have positions that count in the loss but has none")
@@ -286,6 +286,21 @@ class IsolatedPasses:
         """Whether not all positions count in the loss of the batch that was last trained on."""
         seen = None if self.tap is None else self.tap.last
         return seen is not None and self._mask(seen) is not None
+
+    def labelled(self) -> bool:
+        """Whether the targets of the batch that was last trained on are known."""
+        seen = None if self.tap is None else self.tap.last
+        return seen is not None and self._targets(seen) is not None
+
+    def _targets(self, inputs: Inputs) -> Tensor | None:
+        """What a whole batch was trained on: what the model was given, or the likelihood's nll with all its outputs."""
+        likelihood = self.likelihood
+        if likelihood is None or self.loader is not None or self._own is not None:
+            return None
+        given = likelihood.targets_in(inputs.args, inputs.kwargs)
+        if given is not None:
+            return given
+        return likelihood.targets if likelihood.scored_shape in (inputs.outputs or ()) else None
 
     def _mask(self, inputs: Inputs) -> Tensor | None:
         """The positions of the outputs that count in the loss of a whole batch; None where all do."""
@@ -356,7 +371,8 @@ class IsolatedPasses:
             for tap in self.taps:
                 stack.enter_context(tap.pause())
             if self.likelihood is not None:
-                stack.callback(setattr, self.likelihood, "scored", self.likelihood.scored)
+                for name in ("scored", "targets", "scored_shape"):
+                    stack.callback(setattr, self.likelihood, name, getattr(self.likelihood, name))
             copies = _copies(params, buffers)
             if foreign:
                 known = {id(t): (t, copies.get(id(t), t)) for t in (*params, *buffers)}
@@ -505,6 +521,15 @@ class IsolatedPasses:
         if callable(terms):
             return int(terms(self.model, inputs.x, labels))
         return next((shape[0] for shape in output_shapes(labels) if shape), inputs.samples or 1)
+
+    def training_targets(self, inputs: Inputs) -> Tensor:
+        """What the batch was trained on, for ``scoring(inputs)``."""
+        assert inputs.targets is not None
+        return inputs.targets if inputs.mask is None else inputs.targets[inputs.mask]
+
+    def training_loss(self, inputs: Inputs) -> Tensor:
+        """The nll on that."""
+        return self.scoring(inputs).nll(self.training_targets(inputs), self.outputs(inputs))
 
     def likelihood_loss(self, inputs: Inputs) -> tuple[Tensor, int]:
         """``drawn_loss`` by the likelihood where there is one: one forward pass, and the exact number of terms."""

@@ -26,6 +26,7 @@ from ..fisher.layer_pass import LayerPass, Share
 from ..fisher.learning import CurvatureLearner, CurvatureOptions, set_units
 from ..fisher.moments import chunks_of
 from ..fisher.products import WrongDerivative
+from ..fisher.step_limit import Line, quadratic_model
 from ..model.block import Block
 from ..model.stack import scaled
 from ..passes.inputs import Inputs
@@ -219,7 +220,7 @@ class ShardedLearner(CurvatureLearner):
                 hand_on(slot, product)
             return torch.sum(cotangent.to(widest(model.device)) * tangent.to(widest(model.device)))
 
-        direction = self._directional_derivative(mine, inputs, seed)
+        _, direction = self._directional_derivative(mine, inputs, seed)
         there = self.ranks.each(lambda: passes.run(inputs, seed, partial(back, direction)))
         reduction.finish(model.device)
         size = self.ranks.size
@@ -229,17 +230,29 @@ class ShardedLearner(CurvatureLearner):
             self._check(there, found, mine)
         return matrices
 
-    def _directional_derivative(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> Tensor:
-        """J v of this rank's outputs, by tangents that a forward pass carries, or where that fails, which is told of
-        once, by differences of outputs. Without a graph, for which units' own hooks would need forward derivatives.
+    def line(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> Line:
+        """The quadratic model of the loss along v, as ``fisher.step_limit.line``; ``mine``: v of this rank's blocks."""
+        model, passes = self._model, self.passes
+        outputs, tangent = self._directional_derivative(mine, inputs, seed)
+        noise = model.noise_slots()
+        given = dict(model.exchange.whole([slot for slot, _ in noise], mine.get))
+        params, vs = [p for _, p in noise], [given[slot].to(p.dtype) for slot, p in noise]
+        return passes.run(inputs, seed, lambda: quadratic_model(passes, params, vs, inputs, outputs, tangent))
+
+    def _directional_derivative(
+        self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's outputs and J v of them, by tangents that a forward pass carries, or where that fails, which is
+        told of once, by differences of outputs. Without a graph, as units' own hooks have no forward derivatives.
         """
         passes, views = self.passes, self._model.views
         attempts = passes.attempts("ggn", "forward mode")
 
-        def tangent() -> Tensor:
+        def tangent() -> tuple[Tensor, Tensor]:
             with torch.no_grad(), forward_ad.dual_level(), views.with_directions(mine, forward_ad.make_dual):
                 outputs, found = forward_ad.unpack_dual(passes.outputs(inputs))
-                return torch.zeros_like(outputs) if found is None else found.detach().clone()
+                kept = outputs.detach().clone()
+                return kept, torch.zeros_like(kept) if found is None else found.detach().clone()
 
         if attempts.due(passes.mode()):
             try:
@@ -259,7 +272,7 @@ class ShardedLearner(CurvatureLearner):
         return self.ranks.each(lambda: self._by_differences(mine, inputs, seed))
 
     @precision_scope("highest")  # whose small differences TF32 would drown
-    def _by_differences(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> Tensor:
+    def _by_differences(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
         passes, model = self.passes, self._model
         params = [model.sharding.local(part, part.param) for b in model.layouts for part in b.parts]
         sizes = torch.zeros(2, dtype=widest(model.device), device=model.device)
@@ -277,7 +290,7 @@ class ShardedLearner(CurvatureLearner):
                 return passes.outputs(inputs).detach().clone()
 
         plus, minus = (passes.run(inputs, seed, partial(side, sign)) for sign in (1, -1))
-        return (plus - minus) / (2 * step).to(plus)
+        return (plus + minus) / 2, (plus - minus) / (2 * step).to(plus)
 
     def _check(self, there: Tensor, found: Mapping[Slot, Tensor], mine: Mapping[Slot, Tensor]) -> None:
         """⟨w, J v⟩ = ⟨Jᵀw, v⟩, both over all ranks. WrongDerivative where that does not hold: a parameter is used

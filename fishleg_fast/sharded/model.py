@@ -153,9 +153,17 @@ class ShardedModel:
         return list({id(p): p for b in self.layouts for p in b.params if not is_sharded(p)}.values())
 
     def step(
-        self, ops: Ops, blocks: Sequence[Block], gs: Sequence[Matrix], theta: ThetaOptions
+        self,
+        ops: Ops,
+        blocks: Sequence[Block],
+        gs: Sequence[Matrix],
+        theta: ThetaOptions,
+        factor: Callable[[Mapping[Slot, Tensor]], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``ops`` step the stand-ins of ``blocks``, and all ranks the parameters by that, where it can everywhere."""
+        """``ops`` step the stand-ins of ``blocks``, and all ranks the parameters by that, where it can everywhere.
+
+        ``factor``: of how far that moves this rank's own, what to multiply it by.
+        """
         norms, ok = torch.zeros(0, device=self.device), torch.ones((), dtype=torch.bool, device=self.device)
         trust = self._trust(blocks, gs, theta) if theta.normalize == "trust" else None
         if blocks:
@@ -163,6 +171,10 @@ class ShardedModel:
         if trust is not None and blocks:
             torch._foreach_mul_([part.param.detach() for b in blocks for part in b.parts], trust)
         ok = self.everywhere(ok)
+        if factor is not None and bool(ok):
+            own = [(number, k) for number, b in self.mine.items() for k in range(len(b.parts))]
+            moves = {(number, k): self.mine[number].parts[k].param.detach() for number, k in own}
+            torch._foreach_mul_([*moves.values()], factor(moves).to(self.device)) if moves else factor(moves)
         self._apply(bool(ok))
         return norms, ok
 

@@ -1,0 +1,169 @@
+"""Shortening the steps that would go beyond the minimum of the loss's quadratic model along them.
+
+Each block's Q knows nothing of the others', whose effects on the outputs add up: along a whole step Δ the curvature
+ΔᵀFΔ may be many times what Q was made for. One forward pass that carries Δ tells it, and with the targets that were
+trained on the slope too, in the same units: gᵀΔ + ½ΔᵀFΔ (Martens & Grosse 2015, section 6.4) has its minimum at
+−gᵀΔ/ΔᵀFΔ steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.matrix import widest
+from ..distributed.ranks import Ranks
+from ..passes.inputs import EmptyBatch, Inputs
+from ..passes.isolated import IsolatedPasses
+from .products import forward_mode_product, ggn, gradients, of_model
+
+REST = 10  # steps at most between two measurements
+NEAR = 1 / 3  # of the limit: from there on every step is measured
+
+Line = tuple[Tensor, Tensor, Tensor]  # −gᵀΔ, its standard error over the samples, ΔᵀFΔ: scalars
+
+
+class StepLimit:
+    """Measures steps, and shortens those beyond ``limit`` times the quadratic model's minimum along them.
+
+    A slope that is smaller than its own standard error counts as that. Where a step is well within the limit the next
+    ones are measured more rarely, up to every tenth; nothing is told, and no step shortened, where the targets are not
+    known (``Likelihood.note``).
+    """
+
+    def __init__(self, passes: IsolatedPasses, ranks: Ranks, limit: float, samples: int | str | None) -> None:
+        self._passes, self._ranks, self._limit, self._samples = passes, ranks, limit, samples
+        self._next, self._gap = 0, 1
+        self._measured: tuple[int, Tensor] | None = None  # the latest step and its length in those of the limit
+        self._shortened = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        self._read()
+        return {"limit_next": self._next, "limit_gap": self._gap, "shortened_steps": self._shortened}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take up what ``state`` gave; checkpoints of before have none."""
+        self._measured = None
+        self._next, self._gap = saved.get("limit_next", 0), saved.get("limit_gap", 1)
+        self._shortened = saved.get("shortened_steps", 0)
+
+    def report(self) -> dict[str, Any]:
+        """shortened_steps: how many; step_scale: the factor of the latest step that was measured, None without one."""
+        scale = None if self._measured is None else min(1.0, 1 / max(float(self._measured[1]), 1e-30))
+        self._read()
+        return {"shortened_steps": self._shortened, "step_scale": scale}
+
+    def _read(self) -> None:
+        """When to measure next. Not at once, where the host would wait for the device."""
+        if self._measured is None or self._measured[0] < self._next:
+            return
+        step, length = self._measured[0], float(self._measured[1])
+        self._shortened += length > 1
+        self._gap = 1 if length > NEAR else min(2 * self._gap, REST)
+        self._next = step + self._gap
+
+    def due(self, step: int) -> bool:
+        """Whether to measure this step: on all ranks alike."""
+        self._read()
+        return step >= self._next and self._ranks.agreed([self._passes.labelled()])[0]
+
+    def factor(self, step: int, measured: Callable[[Inputs, int], Line]) -> Tensor:
+        """What to multiply this step by, at most 1: a scalar. ``measured``: of this rank's part of a batch, and a seed
+        that leaves those of drawn labels as they are.
+        """
+        self._measured = step, torch.zeros((), device="cpu")
+        try:
+            lines = self._ranks.each(lambda: torch.stack(measured(self._passes.inputs(self._samples), step)))
+        except EmptyBatch:
+            return self._measured[1] + 1
+        if self._ranks.several:
+            lines[1] = lines[1].square() / self._ranks.size
+            self._ranks.mean([lines])
+            lines[1] = lines[1].sqrt()
+        slope, error, curvature = lines.unbind()
+        length = curvature / (self._limit * torch.maximum(slope, error))
+        length = torch.where((curvature > 0) & torch.isfinite(length), length, 0)
+        self._measured = step, length
+        return 1 / length.clamp_min(1)
+
+    def around(self, step: int, params: Sequence[Tensor], move: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+        """``move()``, which moves ``params``, and what it returns; the parameters then are no farther than allowed."""
+        if not self.due(step):
+            return move()
+        params, before = list(params), [p.detach().clone() for p in params]
+        found = move()
+        after = [p.detach().clone() for p in params]
+        torch._foreach_copy_(params, before)
+        factor, deltas = torch.ones((), device="cpu"), torch._foreach_sub(after, before)
+        del before
+        try:
+            factor = self.factor(step, partial(line, self._passes, params, deltas))
+        finally:
+            for p, there in zip(params, after, strict=True):
+                p.copy_(torch.lerp(p, there, factor.to(p)))
+        return found
+
+
+def line(
+    passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int = 0
+) -> Line:
+    """The quadratic model of the loss along v, on a batch whose targets are known: −gᵀv, the standard error of that
+    over the samples, vᵀFv, scalars. By one forward pass that carries v; where that fails by F v and a gradient.
+    """
+    attempts, mode = passes.attempts("ggn", "forward mode"), passes.mode()
+    if attempts.check_due(mode):
+        ggn(passes, params, vs, inputs, seed)  # which checks that forward mode tells the truth
+    if attempts.due(mode):
+        mine, then = of_model(passes, params, vs), partial(quadratic_model, passes, params, vs, inputs)
+        try:
+            found = passes.run(
+                inputs, seed, lambda: forward_mode_product(passes, mine, inputs, then), twice=True
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            attempts.failed()
+        else:
+            attempts.worked()
+            return found
+    products = ggn(passes, params, vs, inputs, seed)
+    slopes = passes.run(inputs, seed, lambda: gradients(passes.training_loss(inputs), list(params)))
+    wide = widest(vs[0].device)
+    slope, curvature = (
+        -sign * torch.stack([torch.sum(x.to(wide) * v.to(wide)) for x, v in zip(xs, vs, strict=True)]).sum()
+        for sign, xs in ((1, slopes), (-1, products))
+    )
+    return slope, torch.zeros_like(slope), curvature
+
+
+def quadratic_model(
+    passes: IsolatedPasses,
+    params: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    inputs: Inputs,
+    output: Tensor,
+    tangent: Tensor | None,
+) -> Line:
+    """``line`` from the outputs and J v on; of ``params`` the likelihood's own count besides."""
+    likelihood, scoring = passes.likelihood, passes.scoring(inputs)
+    assert likelihood is not None
+    own = {id(p): v for p, v in zip(params, vs, strict=True)}
+    noise = [p for p in likelihood.parameters() if id(p) in own]
+    wide = widest(output.device)
+    leaf = output.detach().requires_grad_()
+    pull, *pulls = gradients(scoring.nll(passes.training_targets(inputs), leaf), [leaf, *noise])
+    tangent = torch.zeros_like(leaf) if tangent is None else tangent.detach().to(leaf.dtype)
+    each = -(pull.to(wide) * tangent.to(wide)).flatten(1).sum(1) if leaf.ndim > 1 else -pull.to(wide) * tangent.to(wide)
+    curvature = torch.sum(tangent.to(wide) * scoring.fisher_product(leaf.detach(), tangent).to(wide))
+    slope, count = each.sum(), len(each)
+    error = each.std() * count**0.5 if count > 1 else torch.zeros_like(slope)
+    turned = likelihood.own_fisher_product(leaf.detach(), [own[id(p)] for p in noise]) if noise else []
+    for p, g, f in zip(noise, pulls, turned, strict=True):
+        slope = slope - torch.sum(g.to(wide) * own[id(p)].to(wide))
+        curvature = curvature + torch.sum(f.to(wide) * own[id(p)].to(wide))
+    return slope.detach(), error.detach(), curvature.detach()
