@@ -55,7 +55,10 @@ STUDY = {
 }
 
 # FishLeg with one setting changed: these run only where --only names them.
-OTHERS = [*VARIATIONS, "fishleg-learned", "fishleg-pure", "fishleg-pure-adam"]
+OTHERS = [
+    *VARIATIONS,
+    *("fishleg-unlimited", "fishleg-learned", "fishleg-pure", "fishleg-pure-unlimited", "fishleg-pure-adam"),
+]
 ENTRIES = {**STUDY, **{name: Entry(name, FISHLEG_GRID) for name in OTHERS}}
 
 

@@ -258,17 +258,21 @@ def forward_mode_product(
     mine: Sequence[tuple[Tensor, Tensor]],
     inputs: Inputs,
     then: Callable[[Tensor, Tensor | None], Result],
+    at: Sequence[Tensor] | None = None,
 ) -> Result:
     """By tangents that the forward pass carries. Where checkpointed modules run once more during the backward pass that
     follows, these have to carry them too, and all of that pass does; elsewhere it goes without, at half the cost.
+
+    ``at``: other values of the parameters.
     """
 
     def outputs() -> tuple[Tensor, Tensor | None]:
         return forward_ad.unpack_dual(passes.outputs(inputs))
 
     with forward_ad.dual_level():
-        duals = {id(p): forward_ad.make_dual(p, v) for p, v in mine}
-        places = _without_padding(passes, mine)
+        values = [p for p, _ in mine] if at is None else at
+        duals = {id(p): forward_ad.make_dual(value, v) for value, (p, v) in zip(values, mine, strict=True)}
+        places = _without_padding(passes, mine, values)
         if passes.checkpointed:
             return passes.replaced(duals, lambda: then(*outputs()), places)
         found = passes.replaced(duals, outputs, places)
@@ -276,16 +280,17 @@ def forward_mode_product(
 
 
 def _without_padding(
-    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]]
+    passes: IsolatedPasses, mine: Sequence[tuple[Tensor, Tensor]], values: Sequence[Tensor]
 ) -> dict[tuple[int, str], Tensor]:
     """Duals for embeddings of padding, which their backward pass takes as a constant and a tangent would not."""
-    vs, found = {id(p): v for p, v in mine}, {}
+    known, found = {id(p): (value, v) for value, (p, v) in zip(values, mine, strict=True)}, {}
     for module in passes.root.modules():
         row = constant_row(module, "weight")
-        if row is not None and (p := module._parameters.get("weight")) is not None and id(p) in vs:
-            v = vs[id(p)].clone()
+        if row is not None and (p := module._parameters.get("weight")) is not None and id(p) in known:
+            value, v = known[id(p)]
+            v = v.clone()
             v[row] = 0
-            found[id(module), "weight"] = forward_ad.make_dual(p, v)
+            found[id(module), "weight"] = forward_ad.make_dual(value, v)
     return found
 
 

@@ -8,7 +8,8 @@ trained on the slope too, in the same units: gᵀΔ + ½ΔᵀFΔ (Martens & Gros
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,8 @@ from .products import forward_mode_product, ggn, gradients, of_model
 REST = 10  # steps at most between two measurements
 NEAR = 1 / 3  # of the limit: from there on every step is measured
 
-Line = tuple[Tensor, Tensor, Tensor]  # −gᵀΔ, its standard error over the samples, ΔᵀFΔ: scalars
+# −gᵀΔ, a mean over samples, that of their squares, ΔᵀFΔ, the number of samples: scalars
+Line = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class StepLimit:
@@ -81,11 +83,10 @@ class StepLimit:
             lines = self._ranks.each(lambda: torch.stack(measured(self._passes.inputs(self._samples), step)))
         except EmptyBatch:
             return self._measured[1] + 1
-        if self._ranks.several:
-            lines[1] = lines[1].square() / self._ranks.size
-            self._ranks.mean([lines])
-            lines[1] = lines[1].sqrt()
-        slope, error, curvature = lines.unbind()
+        count = lines[3].clone() * self._ranks.size
+        self._ranks.mean([lines])
+        slope, square, curvature, _ = lines.unbind()
+        error = ((square - slope.square()).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
         length = curvature / (self._limit * torch.maximum(slope, error))
         length = torch.where((curvature > 0) & torch.isfinite(length), length, 0)
         self._measured = step, length
@@ -95,35 +96,38 @@ class StepLimit:
         """``move()``, which moves ``params``, and what it returns; the parameters then are no farther than allowed."""
         if not self.due(step):
             return move()
-        params, before = list(params), [p.detach().clone() for p in params]
+        before = [p.detach().clone() for p in params]
         found = move()
-        after = [p.detach().clone() for p in params]
-        torch._foreach_copy_(params, before)
-        factor, deltas = torch.ones((), device="cpu"), torch._foreach_sub(after, before)
-        del before
-        try:
-            factor = self.factor(step, partial(line, self._passes, params, deltas))
-        finally:
-            for p, there in zip(params, after, strict=True):
-                p.copy_(torch.lerp(p, there, factor.to(p)))
+        deltas = torch._foreach_sub([p.detach() for p in params], before)
+        factor = self.factor(step, partial(line, self._passes, params, before, deltas))
+        if factor.device.type != "cpu" or factor < 1:
+            for p, start in zip(params, before, strict=True):
+                p.copy_(torch.lerp(start, p.detach(), factor.to(p)))
         return found
 
 
 def line(
-    passes: IsolatedPasses, params: Sequence[Tensor], vs: Sequence[Tensor], inputs: Inputs, seed: int = 0
+    passes: IsolatedPasses,
+    params: Sequence[Tensor],
+    values: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    inputs: Inputs,
+    seed: int = 0,
 ) -> Line:
-    """The quadratic model of the loss along v, on a batch whose targets are known: −gᵀv, the standard error of that
-    over the samples, vᵀFv, scalars. By one forward pass that carries v; where that fails by F v and a gradient.
+    """The quadratic model of the loss along v from the parameters' ``values`` on, on a batch whose targets are known:
+    −gᵀv, which is a mean over samples, the mean of their squares, vᵀFv, their number, scalars. By one forward pass that carries v; where that
+    fails by F v and a gradient.
     """
     attempts, mode = passes.attempts("ggn", "forward mode"), passes.mode()
     if attempts.check_due(mode):
         ggn(passes, params, vs, inputs, seed)  # which checks that forward mode tells the truth
     if attempts.due(mode):
-        mine, then = of_model(passes, params, vs), partial(quadratic_model, passes, params, vs, inputs)
+        assert passes.likelihood is not None
+        own = set(map(id, passes.likelihood.parameters()))
+        noise = [(p, value) for p, value in zip(params, values, strict=True) if id(p) in own]
         try:
-            found = passes.run(
-                inputs, seed, lambda: forward_mode_product(passes, mine, inputs, then), twice=True
-            )
+            with _moved_to(noise):
+                found = passes.run(inputs, seed, partial(_carried, passes, params, values, vs, inputs), twice=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -131,14 +135,43 @@ def line(
         else:
             attempts.worked()
             return found
-    products = ggn(passes, params, vs, inputs, seed)
-    slopes = passes.run(inputs, seed, lambda: gradients(passes.training_loss(inputs), list(params)))
-    wide = widest(vs[0].device)
-    slope, curvature = (
-        -sign * torch.stack([torch.sum(x.to(wide) * v.to(wide)) for x, v in zip(xs, vs, strict=True)]).sum()
-        for sign, xs in ((1, slopes), (-1, products))
-    )
-    return slope, torch.zeros_like(slope), curvature
+    with _moved_to([*zip(params, values, strict=True)]):
+        products = ggn(passes, params, vs, inputs, seed)
+        slopes = passes.run(inputs, seed, lambda: gradients(passes.training_loss(inputs), list(params)))
+    slope, curvature = -_dot(slopes, vs), _dot(products, vs)
+    return slope, slope.square(), curvature, torch.ones_like(slope)
+
+
+@contextmanager
+def _moved_to(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Parameters have other values inside."""
+    there = [p.detach().clone() for p, _ in pairs]
+    try:
+        for p, value in pairs:
+            p.detach().copy_(value)
+        yield
+    finally:
+        for (p, _), value in zip(pairs, there, strict=True):
+            p.detach().copy_(value)
+
+
+def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    wide = widest(xs[0].device)
+    return torch.stack([torch.sum(x.to(wide) * y.to(wide)) for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def _carried(
+    passes: IsolatedPasses,
+    params: Sequence[Tensor],
+    values: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    inputs: Inputs,
+) -> Line:
+    """By a forward pass that carries v."""
+    mine = of_model(passes, params, vs)
+    known = {id(p): value for p, value in zip(params, values, strict=True)}
+    then = partial(quadratic_model, passes, params, vs, inputs)
+    return forward_mode_product(passes, mine, inputs, then, [known[id(p)] for p, _ in mine])
 
 
 def quadratic_model(
@@ -160,10 +193,11 @@ def quadratic_model(
     tangent = torch.zeros_like(leaf) if tangent is None else tangent.detach().to(leaf.dtype)
     each = -(pull.to(wide) * tangent.to(wide)).flatten(1).sum(1) if leaf.ndim > 1 else -pull.to(wide) * tangent.to(wide)
     curvature = torch.sum(tangent.to(wide) * scoring.fisher_product(leaf.detach(), tangent).to(wide))
-    slope, count = each.sum(), len(each)
-    error = each.std() * count**0.5 if count > 1 else torch.zeros_like(slope)
+    each = each * len(each)
     turned = likelihood.own_fisher_product(leaf.detach(), [own[id(p)] for p in noise]) if noise else []
     for p, g, f in zip(noise, pulls, turned, strict=True):
-        slope = slope - torch.sum(g.to(wide) * own[id(p)].to(wide))
+        each = each - torch.sum(g.to(wide) * own[id(p)].to(wide))
         curvature = curvature + torch.sum(f.to(wide) * own[id(p)].to(wide))
-    return slope.detach(), error.detach(), curvature.detach()
+    found = torch.stack([each.mean(), each.square().mean(), curvature, curvature.new_tensor(float(len(each)))])
+    slope, square, curvature, count = found.detach().unbind()
+    return slope, square, curvature, count

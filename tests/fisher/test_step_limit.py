@@ -67,7 +67,7 @@ def dense_line(
     vs: dict[str, Tensor],
     hessian: Callable[[Tensor], Tensor],
 ) -> tuple[float, float, float]:
-    """−gᵀv, its standard error and vᵀFv from each sample's own Jacobian and gradient."""
+    """−gᵀv, the mean of its squares and vᵀFv from each sample's own Jacobian and gradient."""
     params = {name: p.detach() for name, p in net.named_parameters()}
     slopes, curvature = [], 0.0
     for xi, yi in zip(x, y, strict=True):
@@ -78,7 +78,7 @@ def dense_line(
         slopes.append(-float(e @ Jv))
         curvature += float(Jv @ hessian(output[0]) @ Jv)
     each = torch.tensor(slopes, dtype=torch.float64)
-    return float(each.mean()), float(each.std() / len(each) ** 0.5), curvature / len(each)
+    return float(each.mean()), float(each.square().mean()), curvature / len(each)
 
 
 def bernoulli(o: Tensor) -> Tensor:
@@ -112,10 +112,11 @@ def test_line_is_that_of_dense_matrices(name: str, opaque: bool) -> None:
     want = dense_line(net, likelihood, x, y, vs, hessian)
     passes, sine.opaque = optimizer._passes, opaque
     likelihood.nll(y, net(x))
-    found = line(passes, [*named.values()], [*vs.values()], passes.inputs())
+    found = line(passes, [*named.values()], [*named.values()], [*vs.values()], passes.inputs())
     assert float(found[0]) == pytest.approx(want[0], rel=1e-6)
     assert float(found[2]) == pytest.approx(want[2], rel=1e-6)
-    assert float(found[1]) == (0 if opaque else pytest.approx(want[1], rel=1e-9))
+    assert float(found[1]) == pytest.approx(want[0] ** 2 if opaque else want[1], rel=1e-6)
+    assert float(found[3]) == (1 if opaque else 9)
 
 
 def test_a_learned_sigma_counts() -> None:
@@ -126,8 +127,8 @@ def test_a_learned_sigma_counts() -> None:
     vs = [randn(*p.shape) for p in params]
     slope = -sum(float((g * v).sum()) for g, v in zip(torch.autograd.grad(loss, params), vs, strict=True))
     passes = optimizer._passes
-    found = line(passes, params, vs, passes.inputs())
-    rest = line(passes, params[:-1], vs[:-1], passes.inputs())
+    found = line(passes, params, params, vs, passes.inputs())
+    rest = line(passes, params[:-1], params[:-1], vs[:-1], passes.inputs())
     assert float(found[0]) == pytest.approx(slope, rel=1e-9)
     assert float(found[2] - rest[2]) == pytest.approx(2 * 3 * float(vs[-1]) ** 2, rel=1e-9)
 
@@ -220,6 +221,25 @@ def test_the_likelihoods_scale_does_not_matter(structure: str) -> None:
         assert relative(a, b) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("slope", "square", "curvature", "factor"),
+    [
+        (1.0, 1.0, 4.0, 0.25),
+        (1.0, 1.0, 0.5, 1.0),
+        (-1.0, 17.0, 4.0, 0.5),  # a standard error of 2, over five samples
+        (0.0, 0.0, 4.0, 1.0),
+        (1.0, 1.0, float("inf"), 1.0),
+        (float("nan"), 1.0, 4.0, 1.0),
+    ],
+)
+def test_the_factor(slope: float, square: float, curvature: float, factor: float) -> None:
+    net, optimizer, likelihood, x, y = linear()
+    likelihood.nll(y, net(x))
+    assert optimizer._limit is not None
+    told = tuple(torch.tensor(v, dtype=torch.float64) for v in (slope, square, curvature, 5.0))
+    assert float(optimizer._limit.factor(0, lambda inputs, seed: told)) == pytest.approx(factor)
+
+
 def measured_at(lr: float, steps: int = 30) -> list[int]:
     net, optimizer, likelihood, x, y = linear(lr=lr)
     found: list[int] = []
@@ -291,7 +311,7 @@ def test_ignored_positions_do_not_count() -> None:
         likelihood.nll(y, net(x))
         inputs = optimizer._passes.inputs()
         vs = [randn(*p.shape) for p in net.parameters()]
-        found += line(optimizer._passes, [*net.parameters()], vs, inputs)
+        found += line(optimizer._passes, [*net.parameters()], [*net.parameters()], vs, inputs)
         want = torch.autograd.grad(likelihood.nll(y, net(x)), [*net.parameters()])
         assert float(found[0]) == pytest.approx(
             -sum(float((g * v).sum()) for g, v in zip(want, vs, strict=True)), rel=1e-9

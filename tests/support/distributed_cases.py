@@ -338,7 +338,7 @@ def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 7, wrappe
     net, outer, optimizer = make(model, dtype, wrapped, **given)
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(outer, batch(step, dtype)).backward()
+        loss_of(outer, batch(step, dtype), optimizer.likelihood).backward()
         if not wrapped and dist.is_initialized():
             for p in net.parameters():
                 dist.all_reduce(p.grad)
@@ -347,7 +347,7 @@ def train(model: str, dtype: torch.dtype = torch.float64, steps: int = 7, wrappe
     told = optimizer.diagnostics()
     return {
         "tensors": tensors(net, optimizer),
-        "told": {k: told[k] for k in ("steps", "aux_steps", "anchors", "skipped_steps")},
+        "told": {k: told[k] for k in ("steps", "aux_steps", "anchors", "skipped_steps", "shortened_steps")},
     }
 
 

@@ -41,7 +41,7 @@ def state_bytes(optimizer: FishLeg) -> int:
 
 
 def told(optimizer: FishLeg) -> dict[str, Any]:
-    names = ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps")
+    names = ("steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps", "shortened_steps")
     report = optimizer.diagnostics()
     found = {name: report[name] for name in names}
     for name in ("normalize", "factors"):
