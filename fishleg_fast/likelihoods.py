@@ -22,8 +22,8 @@ class Likelihood(nn.Module):
     """
 
     scored: Tensor | None = None  # the mask of what ``nll`` last scored in training, where it leaves positions out
-    targets: Tensor | None = None  # that ``nll`` was last given in training,
-    scored_shape: tuple[int, ...] = ()  # and the shape of the outputs with them
+    noted: tuple[Tensor, torch.Size] | None = None  # the targets that ``nll`` was last given in training, and the
+    # shape of the outputs that they were for
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """Mean negative log-likelihood of ``targets`` under the model's ``outputs``: a scalar."""
@@ -34,10 +34,10 @@ class Likelihood(nn.Module):
         of this likelihood, FishLeg knows how far a step may go (``step_limit``).
         """
         if outputs.requires_grad and torch.is_grad_enabled() and not _transformed():
-            self.targets, self.scored_shape = targets.detach(), tuple(outputs.shape)
+            self.noted = targets.detach(), outputs.shape
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "targets": None}  # which nobody wants copied, or in a file
+        return {**self.__dict__, "noted": None}  # which nobody wants copied, or in a file
 
     def draw(self, outputs: Tensor) -> Tensor:
         """Targets sampled from the distribution that ``outputs`` stand for, from torch's global generator."""
@@ -80,8 +80,10 @@ class Likelihood(nn.Module):
         """
         return None
 
-    def targets_in(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The targets among what the model was called with, batch first; None: there are none. Here: None."""
+    def targets_behind(self, outputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The targets, and whether it is so, a boolean scalar, of a loss whose ``gradient`` with respect to ``outputs``
+        is this likelihood's up to a factor; None where a gradient does not tell them. Here: None.
+        """
         return None
 
     def positions(self, outputs: Sequence[int]) -> Sequence[int]:
@@ -242,6 +244,9 @@ class BernoulliLikelihood(Likelihood):
         return p * (1 - p) * v / _batch(outputs)
 
 
+LOOKED_AT = 256  # positions, to see what a gradient is of
+
+
 class CategoricalLikelihood(Likelihood):
     """Integer targets with logits ``outputs``; nll is ``torch.nn.functional.cross_entropy``'s mean.
 
@@ -337,6 +342,21 @@ class CategoricalLikelihood(Likelihood):
         p = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         # The first of C exponential clocks of rates p. torch.multinomial would stop at outputs that are not finite.
         return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
+
+    def targets_behind(self, outputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cross entropy's gradient p − 1[class] is negative at the target alone, and zero where a position does not
+        count. Whether that is so: of some positions, the cosine between p − 1[class] and the gradient is over 0.9.
+        """
+        rows = self._classes_last(gradient)
+        least, targets = rows.min(-1)
+        targets = torch.where(least < 0, targets, self.ignore_index)
+        some = targets.numel() // LOOKED_AT + 1
+        g, classes = rows.flatten(0, -2)[::some].float(), targets.flatten()[::some]
+        expected = torch.softmax(self._classes_last(outputs).flatten(0, -2)[::some].float(), -1)
+        counts = classes != self.ignore_index
+        expected = (expected - F.one_hot(classes * counts, expected.shape[-1])) * counts[:, None]
+        product, sizes = (g * expected).sum(), g.square().sum() * expected.square().sum()
+        return targets, product > 0.9 * sizes.sqrt()
 
     def mask_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What ``loss_mask`` tells of them. TypeError where that is no boolean tensor, or it does not take them."""

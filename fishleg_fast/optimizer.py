@@ -16,7 +16,6 @@ from .algebra.low_rank import LowRank
 from .algebra.matrix import Matrix, norm_of, widest
 from .backends import registry
 from .backends.arithmetic import own_arithmetic
-from .backends.protocol import ThetaOptions
 from .capture import WARMUP, WARMUP_OF_SEVERAL, CapturedStep, CudaGraphs, Training, memory_facts
 from .diagnostics import Diagnostics
 from .distributed.ranks import Ranks
@@ -53,11 +52,11 @@ from .options import (
     only_products,
     told,
 )
-from .passes.gradient_tap import GradientTap
 from .passes.inputs import EmptyBatch
 from .passes.isolated import Draw, IsolatedPasses, Nll, unwrapped
-from .passes.position_tap import PositionTap
-from .passes.statistics_tap import StatisticsTap
+from .passes.taps.gradients import GradientTap
+from .passes.taps.positions import PositionTap
+from .passes.taps.statistics import StatisticsTap
 from .precision import own_precision
 from .sharded.learning import ShardedLearner
 from .sharded.model import ShardedModel, check_settings
@@ -101,8 +100,9 @@ class FishLeg(Optimizer):
         kappa: of "trust".
         step_limit: no step goes beyond so many times the minimum of the loss's quadratic model along it, which a
             forward pass over ``curvature_batch`` samples measures, at every step where that is near, at every tenth
-            where it is far. That needs the targets, which are known where the loss is ``likelihood.nll``: elsewhere,
-            and with aux_loader, draw and nll, or capturable, steps are as lr says. None: they always are.
+            where it is far. That needs the targets, which are known where the loss is ``likelihood.nll``, and of
+            classes by the gradient of any cross entropy. Elsewhere, with aux_loader, draw and nll, maximize or
+            capturable, steps are as lr says. None: they always are.
         maximize: ascend.
 
     λ and its learning:
@@ -334,6 +334,8 @@ class FishLeg(Optimizer):
         """See what the next step will need of the user's passes."""
         if self._statistics is not None:
             self._statistics.open = bool(self._learner.anchor_due(self.blocks, self._diagnostics.steps))
+        if self._limit is not None:
+            self._limit.look_ahead(self._diagnostics.steps)
 
     def _follow_parameters(self, settled: bool = True) -> None:
         """Have blocks for the groups' parameters: new ones for those that came, none for those that left. Groups that
@@ -616,17 +618,18 @@ class FishLeg(Optimizer):
             learned = False
             learner.postpone(count)
         self._ops.refresh(blocks, learner.applications_in_steps(blocks))
-        theta = self.settings.theta
-        if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
-            theta = replace(theta, normalize="rms")
-        norms, ok = self._move(blocks, gs, theta, count)
+        norms, ok = self._move(blocks, gs, count)
         self._diagnostics.note_step(self.blocks, blocks, norms, ok)
         if learned:
             self._diagnostics.write()
 
-    def _move(self, blocks: list[Block], gs: list[Matrix], theta: ThetaOptions, count: int) -> tuple[Tensor, Tensor]:
+    def _move(self, blocks: list[Block], gs: list[Matrix], count: int) -> tuple[Tensor, Tensor]:
         """The θ step, no farther than ``step_limit``; ‖Q m̂‖ of each block, and whether it was taken."""
-        limit, move = self._limit, partial(self._ops.theta_step, blocks, gs, theta)
+        theta = self.settings.theta
+        if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
+            theta = replace(theta, normalize="rms")
+        ascent = any(group["maximize"] for group in self.param_groups)  # of which the model has no minimum
+        limit, move = None if ascent else self._limit, partial(self._ops.theta_step, blocks, gs, theta)
         if isinstance(self._learner, ShardedLearner) and self._sharded is not None:
             measured = None
             if limit is not None and limit.due(count):

@@ -69,6 +69,7 @@ def test_diagnostics_and_writer() -> None:
     told = optimizer.diagnostics()
     assert set(told) == {
         "steps", "aux_steps", "anchors", "skipped_steps", "skipped_aux_steps", "aux_loss", "grad_norm", "nat_norm",
+        "shortened_steps", "step_scale",
         "normalize", "factors",
     }  # fmt: skip
     assert told["steps"] == 3 and told["aux_steps"] == 2 and set(told["nat_norm"]) == {"0", "2"}

@@ -23,7 +23,7 @@ from ..model.block import Block, weights_of
 from ..model.stack import Stack, assembled_matrices, scaled, stacks_of
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
-from ..passes.statistics_tap import StatisticsTap
+from ..passes.taps.statistics import StatisticsTap
 from .layer_check import check_layers, load_verdicts, verdicts
 from .layer_pass import Share
 from .low_rank_products import low_rank_ggn

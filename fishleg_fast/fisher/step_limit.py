@@ -34,7 +34,7 @@ class StepLimit:
 
     A slope that is smaller than its own standard error counts as that. Where a step is well within the limit the next
     ones are measured more rarely, up to every tenth; nothing is told, and no step shortened, where the targets are not
-    known (``Likelihood.note``).
+    known (``passes.taps.targets``).
     """
 
     def __init__(self, passes: IsolatedPasses, ranks: Ranks, limit: float, samples: int | str | None) -> None:
@@ -60,14 +60,26 @@ class StepLimit:
         self._read()
         return {"shortened_steps": self._shortened, "step_scale": scale}
 
+    @property
+    def _pending(self) -> bool:
+        """Whether the latest measurement has not been read."""
+        return self._measured is not None and self._measured[0] >= self._next
+
     def _read(self) -> None:
         """When to measure next. Not at once, where the host would wait for the device."""
-        if self._measured is None or self._measured[0] < self._next:
+        if self._measured is None or not self._pending:
             return
         step, length = self._measured[0], float(self._measured[1])
         self._shortened += length > 1
         self._gap = 1 if length > NEAR else min(2 * self._gap, REST)
         self._next = step + self._gap
+
+    def look_ahead(self, step: int) -> None:
+        """See the targets of the next step, if that may be measured."""
+        if self._pending and self._measured is not None and self._measured[1].device.type == "cpu":
+            self._read()
+        if self._passes.targets is not None:
+            self._passes.targets.open = self._pending or step >= self._next
 
     def due(self, step: int) -> bool:
         """Whether to measure this step: on all ranks alike."""
@@ -115,8 +127,8 @@ def line(
     seed: int = 0,
 ) -> Line:
     """The quadratic model of the loss along v from the parameters' ``values`` on, on a batch whose targets are known:
-    −gᵀv, which is a mean over samples, the mean of their squares, vᵀFv, their number, scalars. By one forward pass that carries v; where that
-    fails by F v and a gradient.
+    −gᵀv, which is a mean over samples, the mean of their squares, vᵀFv, their number, scalars. By one forward pass that
+    carries v; where that fails by F v and a gradient.
     """
     attempts, mode = passes.attempts("ggn", "forward mode"), passes.mode()
     if attempts.check_due(mode):

@@ -6,7 +6,6 @@ optimizer for their Trainer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ BY_SAMPLE = tuple(
 )  # which name the kind of their labels in config.problem_type
 BY_PROBLEM: dict[str, type[Likelihood]] = {
     "regression": GaussianLikelihood,
+    "single_label_classification": CategoricalLikelihood,
     "multi_label_classification": BernoulliLikelihood,
 }
 
@@ -40,15 +40,13 @@ def likelihood_of(model: nn.Module, ignore_index: int = -100) -> Likelihood:
     kind, config = _kind(model), getattr(model, "config", None)
     seq2seq = kind.endswith("ForConditionalGeneration") and bool(getattr(config, "is_encoder_decoder", False))
     if kind.endswith(CAUSAL):
-        return _Labelled(ignore_index, ahead=1)
+        return CategoricalLikelihood(-1, ignore_index, loss_mask=partial(_counted, ignore_index, 1))
     if kind.endswith(BY_TOKEN) or seq2seq:
-        return _Labelled(ignore_index)
+        return CategoricalLikelihood(-1, ignore_index, loss_mask=partial(_counted, ignore_index, 0))
     if kind.endswith(BY_SAMPLE):
         problem = getattr(config, "problem_type", None)
         if problem is None:  # as transformers has it until it has seen labels
             problem = "regression" if getattr(config, "num_labels", 2) == 1 else "single_label_classification"
-        if problem == "single_label_classification":
-            return _Labelled(ignore_index)
         if problem in BY_PROBLEM:
             return BY_PROBLEM[problem]()
     raise ValueError(
@@ -63,28 +61,14 @@ def _kind(model: nn.Module) -> str:
     return next((c.__name__ for c in type(model).__mro__ if c.__name__.endswith(known)), type(model).__name__)
 
 
-class _Labelled(CategoricalLikelihood):
-    """Classes last, and the targets in the model's inputs, those of each position ``ahead`` of it."""
-
-    def __init__(self, ignore_index: int, ahead: int = 0) -> None:
-        super().__init__(-1, ignore_index, loss_mask=partial(_counted, ignore_index, ahead))
-        self._ahead = ahead
-
-    def targets_in(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        return _moved(kwargs.get("labels"), self._ahead, self.ignore_index)
-
-
 def _counted(ignore_index: int, ahead: int, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Which positions of the logits have a label, that of the position ``ahead``."""
-    moved = _moved(labels, ahead, ignore_index)
-    return None if moved is None else moved != ignore_index
-
-
-def _moved(labels: Tensor | None, ahead: int, fill: int) -> Tensor | None:
-    """The labels of the positions that are ``ahead``, and ``fill`` where there are none."""
-    if labels is None or not ahead:
-        return labels
-    return torch.cat([labels[..., ahead:], torch.full_like(labels[..., :ahead], fill)], dim=-1)
+    if labels is None:
+        return None
+    counted = labels != ignore_index
+    if ahead:
+        counted = torch.cat([counted[..., ahead:], torch.zeros_like(counted[..., :ahead])], dim=-1)
+    return counted
 
 
 class TrainerOptimizer:

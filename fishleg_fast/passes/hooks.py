@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..model.block import Block
-from .input_tap import Pausable, inside_functorch
+from .taps.inputs import Pausable, inside_functorch
 
 
 class _Hook:

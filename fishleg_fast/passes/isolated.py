@@ -27,9 +27,10 @@ from .attributes import KeptApart, only_stock
 from .batch_rule import BatchRule, Call
 from .generators import Seeds, private_rng
 from .hooks import only_units_hooks
-from .input_tap import InputTap, Pausable
 from .inputs import EmptyBatch, Inputs, Memo, Writes, output_shapes, shape_of, tree_map, version
 from .loader import AuxBatches
+from .taps.inputs import InputTap, Pausable
+from .taps.targets import TargetTap
 
 Draw = Callable[[nn.Module, Any], Any]
 Nll = Callable[[nn.Module, Any, Any], Tensor]
@@ -168,6 +169,7 @@ class IsolatedPasses:
         self._writes = Writes()
         self.tap = None if loader is not None else InputTap.on(model, user)
         self.loader = None if loader is None else AuxBatches(loader, self.devices)
+        self.targets = None if likelihood is None or self.tap is None else TargetTap(likelihood, self.tap)
         self.taps = taps  # which see the user's passes alone
         self._settle: Callable[[], None] = lambda: None
         self._batches = BatchRule(self._raw_outputs, may_cut, fatal=any(d.type != "cpu" for d in self.devices))
@@ -293,14 +295,10 @@ class IsolatedPasses:
         return seen is not None and self._targets(seen) is not None
 
     def _targets(self, inputs: Inputs) -> Tensor | None:
-        """What a whole batch was trained on: what the model was given, or the likelihood's nll with all its outputs."""
-        likelihood = self.likelihood
-        if likelihood is None or self.loader is not None or self._own is not None:
+        """What a whole batch was trained on."""
+        if self.targets is None or self._own is not None:
             return None
-        given = likelihood.targets_in(inputs.args, inputs.kwargs)
-        if given is not None:
-            return given
-        return likelihood.targets if likelihood.scored_shape in (inputs.outputs or ()) else None
+        return self.targets.of(inputs.outputs or ())
 
     def _mask(self, inputs: Inputs) -> Tensor | None:
         """The positions of the outputs that count in the loss of a whole batch; None where all do."""
@@ -371,7 +369,7 @@ class IsolatedPasses:
             for tap in self.taps:
                 stack.enter_context(tap.pause())
             if self.likelihood is not None:
-                for name in ("scored", "targets", "scored_shape"):
+                for name in ("scored", "noted"):
                     stack.callback(setattr, self.likelihood, name, getattr(self.likelihood, name))
             copies = _copies(params, buffers)
             if foreign:

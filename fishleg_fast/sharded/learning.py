@@ -31,7 +31,7 @@ from ..model.block import Block
 from ..model.stack import scaled
 from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
-from ..passes.statistics_tap import StatisticsTap
+from ..passes.taps.statistics import StatisticsTap
 from ..precision import precision_scope
 from .exchange import Slot
 from .model import ShardedModel

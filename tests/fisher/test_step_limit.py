@@ -387,9 +387,9 @@ def test_a_likelihood_lets_go_of_targets_where_it_is_copied() -> None:
 
     likelihood = CategoricalLikelihood()
     likelihood.nll(torch.arange(3), torch.zeros(3, 3, requires_grad=True))
-    assert likelihood.targets is not None
+    assert likelihood.noted is not None
     for other in (copy.deepcopy(likelihood), pickle.loads(pickle.dumps(likelihood))):
-        assert other.targets is None and other.class_dim == likelihood.class_dim
+        assert other.noted is None and other.class_dim == likelihood.class_dim
 
 
 def test_evaluation_and_transforms_are_not_noted() -> None:
@@ -398,7 +398,7 @@ def test_evaluation_and_transforms_are_not_noted() -> None:
         likelihood.nll(torch.arange(3), outputs)
     likelihood.nll(torch.arange(3), outputs.detach())
     torch.func.grad(partial(likelihood.nll, torch.arange(3)))(outputs)
-    assert likelihood.targets is None
+    assert likelihood.noted is None
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("inf"), float("nan"), "1", True])

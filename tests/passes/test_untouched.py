@@ -200,12 +200,12 @@ def test_fused_attention_is_given_up_for_second_derivatives_alone(fisher: str, t
             return super().forward(x)
 
     net, likelihood = nn.Sequential(Attends(anchoring)), GaussianLikelihood()
-    optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, anchor_every=0, update_aux_every=0)
+    optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, anchor_every=0, update_aux_every=0, step_limit=None)
     likelihood.nll(torch.zeros(8, 3), net(torch.ones(8, 4))).backward()
     optimizer.step()  # anchors
     assert len(anchoring) >= 2 and all(anchoring)
     net = nn.Sequential(Attends(learning))
-    pure = {"init": "sgd", "anchor_every": 0, "aux_update": "adam"}
+    pure = {"init": "sgd", "anchor_every": 0, "aux_update": "adam", "step_limit": None}
     optimizer = FishLeg(net, likelihood=likelihood, fisher=fisher, update_aux_every=1, **pure)
     likelihood.nll(torch.zeros(8, 3), net(torch.ones(8, 4))).backward()
     optimizer.step()  # learns

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch_rule import Call
-from .inputs import Inputs, Writes, output_shapes, own_leaf, seen_leaf, tree_map, version
+from ..batch_rule import Call
+from ..inputs import Inputs, Writes, output_shapes, own_leaf, seen_leaf, tree_map, version
 
 
 def inside_functorch() -> bool:
@@ -55,6 +55,7 @@ class InputTap(Pausable):
         self.earlier: Call | None = None  # the latest one before that of another size
         self._size: int | None = None  # of the first tensor in the last
         self._resumed: Call | None = None  # the last, where that was before a checkpoint
+        self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()  # told of calls and of what the model returns
 
     @classmethod
     def on(cls, model: nn.Module, user: object | None) -> InputTap:
@@ -159,11 +160,15 @@ class InputTap(Pausable):
             self.earlier = self._latest() or self.earlier
         self._size, self._resumed = size, None
         self.last = found
+        for listener in self.listeners:
+            listener.called()
         versions = [*map(version, tensors)]
 
         def note_outputs(outputs: Any) -> None:
             found.outputs = output_shapes(outputs)
             self.writes.look(tensors, versions)
+            for listener in self.listeners:
+                listener.returned(outputs)
 
         return note_outputs
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.maths import Aux
-from ..algebra.structures.base import LayerStatistics
-from ..model.block import Block
-from ..model.layers import layer_of
-from .hooks import LayerHooks
+from ...algebra.maths import Aux
+from ...algebra.structures.base import LayerStatistics
+from ...model.block import Block
+from ...model.layers import layer_of
+from ..hooks import LayerHooks
 
 
 class StatisticsTap(LayerHooks):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.block import Block
-from ..model.layers import layer_of
-from .hooks import LayerHooks
-from .input_tap import inside_functorch
+from ...model.block import Block
+from ...model.layers import layer_of
+from ..hooks import LayerHooks
+from .inputs import inside_functorch
 
 
 class PositionTap(LayerHooks):

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.low_rank import LowRank
-from ..backends.cpu.agreement import agreements
-from ..model.block import Block
-from ..model.layers import layer_of
-from .hooks import LayerHooks
+from ...algebra.low_rank import LowRank
+from ...backends.cpu.agreement import agreements
+from ...model.block import Block
+from ...model.layers import layer_of
+from ..hooks import LayerHooks
 
 AGREEMENT = 32  # of .grad and EᵀH on a random vector, in units of rounding
 

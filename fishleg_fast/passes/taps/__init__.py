@@ -1,0 +1,1 @@
+"""What sees the user's own passes."""

@@ -1,0 +1,66 @@
+"""What a batch was trained on: as the likelihood's nll was given it, or as the loss's gradient tells."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...likelihoods import Likelihood
+from ..inputs import output_tensors
+from .inputs import InputTap
+
+
+class TargetTap:
+    """The targets of the latest call of the model that the input tap has seen.
+
+    ``open``: whether to look at the gradient with respect to the model's outputs, where nll is not what is trained on.
+    """
+
+    def __init__(self, likelihood: Likelihood, inputs: InputTap) -> None:
+        self._likelihood, self.open = likelihood, False
+        self._found: tuple[Tensor, Tensor] | None = None  # what a gradient told, and whether it did
+        self._shape: tuple[int, ...] = ()  # of the outputs with that
+        self._calls = 0
+        inputs.listeners.add(self)
+
+    def called(self) -> None:
+        """The model is called: what is known of earlier calls is of other inputs."""
+        self._calls += 1
+        self._found = self._likelihood.noted = None
+
+    def returned(self, outputs: Any) -> None:
+        """What the model returned, whose first tensor that a likelihood could score is looked at."""
+        if not self.open:
+            return
+        scored = next((t for t in output_tensors(outputs) if t.ndim and t.is_floating_point()), None)
+        if scored is None or not scored.requires_grad:
+            return
+        tap, call, there = weakref.ref(self), self._calls, scored.detach()
+
+        @torch.no_grad()
+        def look(gradient: Tensor) -> None:
+            mine = tap()
+            if mine is not None and mine._calls == call:
+                mine._look(there, gradient)
+
+        scored.register_hook(look)
+
+    def _look(self, outputs: Tensor, gradient: Tensor) -> None:
+        self._shape = tuple(outputs.shape)
+        try:
+            self._found = self._likelihood.targets_behind(outputs, gradient)
+        except (ValueError, RuntimeError):  # outputs that are no such likelihood's, which the step will tell
+            self._found = None
+
+    def of(self, outputs: Sequence[tuple[int, ...]]) -> Tensor | None:
+        """The targets where they are known, of outputs of these shapes. Waits for the device where a gradient told."""
+        noted = self._likelihood.noted
+        if noted is not None and tuple(noted[1]) in outputs:
+            return noted[0]
+        if self._found is not None and self._shape in outputs and bool(self._found[1]):
+            return self._found[0]
+        return None

@@ -1,0 +1,178 @@
+"""What a batch was trained on, by a loss of the user's own: from its gradient with respect to the model's outputs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fishleg_fast import BernoulliLikelihood, CategoricalLikelihood, FishLeg, GaussianLikelihood, Likelihood
+from support.dense import randn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+X, Y = randn(20, 4), torch.arange(20) % 3
+
+
+def setup(likelihood: Likelihood | None = None, **settings: Any) -> tuple[nn.Module, FishLeg, Likelihood]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    likelihood = likelihood or CategoricalLikelihood()
+    return net, FishLeg(net, likelihood=likelihood, **{"lr": 20.0, **settings}), likelihood
+
+
+def weighted(y: Tensor, o: Tensor) -> Tensor:
+    return (F.cross_entropy(o, y, reduction="none") * torch.linspace(0.5, 1.5, len(y)).double()).mean()
+
+
+SAME: dict[str, Loss] = {
+    "mean": lambda y, o: F.cross_entropy(o, y),
+    "module": lambda y, o: nn.CrossEntropyLoss()(o, y),
+    "a thousandth": lambda y, o: 1e-3 * F.cross_entropy(o, y),
+    "sum": lambda y, o: F.cross_entropy(o, y, reduction="sum"),
+    "smoothed": lambda y, o: F.cross_entropy(o, y, label_smoothing=0.1),
+    "one-hot": lambda y, o: F.cross_entropy(o, F.one_hot(y, 3).double()),
+    "log_softmax": lambda y, o: F.nll_loss(F.log_softmax(o, 1), y),
+    "float32": lambda y, o: F.cross_entropy(o.float(), y),
+    "with a penalty": lambda y, o: F.cross_entropy(o, y) + 1e-3 * o.square().mean(),
+    "weighted": weighted,
+    "margin": lambda y, o: F.multi_margin_loss(o, y),
+    "focal": lambda y, o: (
+        (1 - F.softmax(o, 1).gather(1, y[:, None])[:, 0]) * F.cross_entropy(o, y, reduction="none")
+    ).mean(),
+}
+OTHERS: dict[str, Loss] = {
+    "squares": lambda y, o: (o - F.one_hot(y, 3)).square().mean(),
+    "ascent": lambda y, o: -F.cross_entropy(o, y),
+    "policy gradient": lambda y, o: ((torch.arange(20) % 2 - 0.5) * F.cross_entropy(o, y, reduction="none")).mean(),
+    "no gradient": lambda y, o: 0 * o.sum(),
+    "not finite": lambda y, o: F.cross_entropy(o, y) * float("inf"),
+}
+
+
+def seen(loss: Loss, x: Tensor = X, y: Tensor = Y, likelihood: Likelihood | None = None, **given: Any) -> Tensor | None:
+    net, optimizer, _ = setup(likelihood, **given)
+    loss(y, net(x)).backward()
+    assert optimizer._passes.tap is not None and optimizer._passes.tap.last is not None
+    return optimizer._passes._targets(optimizer._passes.tap.last)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_classes_are_told_by_cross_entropies(name: str) -> None:
+    found = seen(SAME[name])
+    assert found is not None and torch.equal(found, Y)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_tell_nothing(name: str) -> None:
+    assert seen(OTHERS[name]) is None
+
+
+@pytest.mark.parametrize("likelihood", [GaussianLikelihood(), BernoulliLikelihood()])
+def test_likelihoods_whose_gradient_does_not_tell(likelihood: Likelihood) -> None:
+    targets = randn(20, 3).sigmoid()
+    assert seen(lambda y, o: F.mse_loss(o, y), y=targets, likelihood=likelihood) is None
+    found = seen(likelihood.nll, y=targets, likelihood=likelihood)
+    assert found is not None and torch.equal(found, targets)
+
+
+def test_positions_that_do_not_count_are_ignored() -> None:
+    y = torch.where(torch.arange(20) % 4 == 0, -100, Y)
+    found = seen(lambda y, o: F.cross_entropy(o, y), y=y)
+    assert found is not None and torch.equal(found, y)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_language_models(flat: bool) -> None:
+    net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+    optimizer = FishLeg(net, likelihood=CategoricalLikelihood(class_dim=-1), lr=20.0)
+    words = torch.arange(4 * 300).reshape(4, 300) % 7
+    targets = words.roll(-1, 1)
+    outputs = net(words)
+    loss = (
+        F.cross_entropy(outputs.reshape(-1, 7), targets.reshape(-1)) if flat else F.cross_entropy(outputs.mT, targets)
+    )
+    loss.backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["shortened_steps"] == 1
+    assert optimizer._passes.tap is not None and optimizer._passes.tap.last is not None
+    found = optimizer._passes._targets(optimizer._passes.tap.last)
+    assert found is not None and torch.equal(found, targets)
+
+
+@pytest.mark.parametrize("change", ["none", "clipped", "scaled", "accumulated"])
+def test_steps_are_those_of_nll_bit_for_bit(change: str) -> None:
+    """Whatever happens to gradients between the backward pass and the step."""
+
+    def run(own: bool) -> list[Tensor]:
+        net, optimizer, likelihood = setup()
+        for _ in range(8):
+            optimizer.zero_grad()
+            for _ in range(2 if change == "accumulated" else 1):
+                loss = F.cross_entropy(net(X), Y) if own else likelihood.nll(Y, net(X))
+                (loss * (64 if change == "scaled" else 1)).backward()
+            if change == "clipped":
+                nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+            if change == "scaled":
+                for p in net.parameters():
+                    p.grad /= 64
+            optimizer.step()
+        assert optimizer.diagnostics()["shortened_steps"] > 3
+        return [p.detach() for p in net.parameters()]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_targets_go_with_the_inputs_they_were_for() -> None:
+    net, optimizer, likelihood = setup()
+    likelihood.nll(Y, net(X)).backward()
+    net(X + 1)
+    optimizer.step()
+    assert optimizer.diagnostics()["step_scale"] is None
+    optimizer.zero_grad()
+    F.cross_entropy(net(X), Y).backward()
+    with torch.no_grad():
+        likelihood.nll(Y.roll(1), net(X + 1))
+    optimizer.step()
+    assert optimizer.diagnostics()["step_scale"] is not None
+
+
+def test_gradients_are_looked_at_only_where_a_step_may_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    tells = CategoricalLikelihood.targets_behind
+    monkeypatch.setattr(CategoricalLikelihood, "targets_behind", lambda *args: looks.append(1) or tells(*args))
+    net, optimizer, _ = setup(lr=1e-6)
+    for step in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(net(X), Y).backward()
+        optimizer.step()
+        assert len(looks) <= 1 + step
+    assert 5 <= len(looks) <= 10
+    net, optimizer, _ = setup(step_limit=None)
+    before = len(looks)
+    F.cross_entropy(net(X), Y).backward()
+    assert len(looks) == before
+
+
+def test_outputs_that_do_not_suit_the_likelihood_are_the_steps_to_tell_of() -> None:
+    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
+    FishLeg(net, likelihood=CategoricalLikelihood())
+    net(X).sum().backward()
+
+
+def test_nothing_is_kept_of_a_graph() -> None:
+    net, optimizer, _ = setup()
+    outputs = net(X)
+    kept = weakref.ref(outputs)
+    F.cross_entropy(outputs, Y).backward()
+    optimizer.step()
+    del outputs
+    gc.collect()
+    assert kept() is None
