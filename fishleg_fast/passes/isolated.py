@@ -29,6 +29,7 @@ from .generators import Seeds, private_rng
 from .hooks import only_units_hooks
 from .inputs import EmptyBatch, Inputs, Memo, Writes, output_shapes, shape_of, tree_map, version
 from .loader import AuxBatches
+from .outputs import left_out, output_tensor
 from .taps.inputs import InputTap, Pausable
 from .taps.targets import TargetTap
 
@@ -58,34 +59,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             return model
-
-
-def output_tensor(outputs: Any) -> Tensor:
-    """The tensor a likelihood scores: the output itself, its ``logits``, or the first of a tuple that is no scalar, as
-    in (logits, loss). TypeError otherwise.
-    """
-    found = getattr(outputs, "logits", outputs)
-    if isinstance(found, Mapping):
-        found = found.get("logits")
-    elif isinstance(found, (tuple, list)):
-        found = next((t for t in found if isinstance(t, Tensor) and t.ndim and t.is_floating_point()), None)
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "the model's output should be a tensor, have one as .logits or ['logits'], or be a tuple with one, but is: "
-            f"{type(outputs).__name__}; pass draw and nll functions of your own with fisher='hessian' and no likelihood"
-        )
-    return found
-
-
-def _left_out(outputs: Any, scored: Tensor) -> list[Tensor]:
-    """What a tuple has beside the tensor that is scored, and might be another head's: of as many samples, on the graph.
-
-    Where the scored one has a name it was meant.
-    """
-    if not isinstance(outputs, (tuple, list)) or hasattr(outputs, "logits"):
-        return []
-    heads = [t for t in outputs if isinstance(t, Tensor) and t is not scored and t.requires_grad]
-    return [t for t in heads if shape_of(t)[:1] == shape_of(scored)[:1] != ()]
 
 
 SMALL = 2**20  # numbers that are copied for a pass however few the model trains
@@ -441,7 +414,7 @@ class IsolatedPasses:
         """The model's outputs, as the likelihood takes them."""
         returned = self._called(inputs)
         outputs = output_tensor(returned)
-        if others := _left_out(returned, outputs):
+        if others := left_out(returned, outputs):
             kind, shapes = type(returned).__name__, ", ".join(str(shape_of(t)) for t in others)
             self.tell_once(
                 "left out",
