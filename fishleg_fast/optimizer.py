@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -23,19 +23,17 @@ from .fisher import forward_mode
 from .fisher.learning import CurvatureLearner, Quality, trained
 from .fisher.step_limit import StepLimit
 from .likelihoods import Likelihood
+from .membership import Membership
 from .model.assemble import (
     StructureChoice,
-    attach,
-    build_blocks,
     by_pattern,
     check_patterns,
-    detach,
     normalization_of,
 )
 from .model.block import Block, is_sharded
 from .model.estimate import Estimate, estimate
 from .model.gradients import GradientInPlace
-from .model.groups import GroupAssignment, with_beta
+from .model.groups import with_beta
 from .model.modules import own_structures
 from .options import (
     AUX_LR,
@@ -170,8 +168,6 @@ class FishLeg(Optimizer):
         RuntimeError: the named backend is unavailable; in ``step``: λ is not finite, or there is no curvature batch.
     """
 
-    blocks: list[Block]
-
     def __init__(
         self,
         model: nn.Module,
@@ -245,11 +241,10 @@ class FishLeg(Optimizer):
             precision=precision, writer=writer, seed=seed,
         )  # fmt: skip
         self.model, self.likelihood = model, likelihood
-        self._roots = [("", unwrapped(model))]  # whose layers have the user's names
+        roots = [("", unwrapped(model))]  # whose layers have the user's names
         if likelihood is not None and all(module is not likelihood for module in model.modules()):
-            self._roots.append(("likelihood.", likelihood))
+            roots.append(("likelihood.", likelihood))
         self._sharding = Sharding.of(model, model.parameters())
-        self._sharded: ShardedModel | None = None
         if self._sharding is not None and process_group is not None:
             raise ValueError("process_group should be None with fully_shard, whose mesh tells, but is one")
         self._ranks = Ranks.of(model, process_group if self._sharding is None else self._sharding.group)
@@ -264,11 +259,10 @@ class FishLeg(Optimizer):
         self._gradients = GradientTap(self) if watched else None
         self._statistics = StatisticsTap(self) if anchor_from == "training" else None
         self._positions, self._auto = PositionTap(self), "rms"
-        self._groups = GroupAssignment(self._roots)
-        self.blocks = []
+        self._members = Membership(roots, self.settings, self._sharding, self._taps, self._positions)
         self._built = False
         defaults = dict(lr=lr, weight_decay=weight_decay, beta=beta, momentum=beta, maximize=maximize)
-        super().__init__(chosen_parameters(self._roots, params), defaults)
+        super().__init__(chosen_parameters(roots, params), defaults)
         everything = [p for group in self.param_groups for p in group["params"]]
         if not everything:
             raise ValueError(
@@ -322,9 +316,18 @@ class FishLeg(Optimizer):
         return facts
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks whose λ is on this rank."""
+        return self._members.blocks
+
+    @property
     def _layouts(self) -> list[Block]:
-        """All blocks of the model, of which ``blocks`` are those whose λ is on this rank."""
-        return self.blocks if self._sharded is None else self._sharded.layouts
+        """All blocks of the model."""
+        return self._members.layouts
+
+    @property
+    def _sharded(self) -> ShardedModel | None:
+        return self._members.sharded
 
     @property
     def _taps(self) -> list[GradientTap | StatisticsTap]:
@@ -338,86 +341,11 @@ class FishLeg(Optimizer):
             self._limit.look_ahead(self._diagnostics.steps)
 
     def _follow_parameters(self, settled: bool = True) -> None:
-        """Have blocks for the groups' parameters: new ones for those that came, none for those that left. Groups that
-        are not ``settled`` may get more parameters before the next step.
-
-        ValueError where a group has a parameter that is not the model's, TypeError where one cannot be trained.
-        """
-        if self._sharding is not None:
-            self._follow_sharded(self._sharding)
-            return
-        gone, new = self._groups.changes(self.blocks, self.param_groups, settled)
-        check_membership(self._roots, new)
-        anew = [b for b in checkpoint.forgotten(self.blocks, self.state) if b not in gone]
-        new += {id(p): p for b in anew for p in b.params if p.numel()}.values()
-        gone += anew
-        if gone:
-            leaving = set(map(id, gone))
-            self.blocks = [block for block in self.blocks if id(block) not in leaving]
-            for tap in (*self._taps, self._positions):
-                tap.unwatch(gone)
-            for _, root in self._roots:
-                detach(root, gone)
-            self._positions.news = True
-        self._take_up(new)
-        self._groups.assign(self.blocks, self.param_groups, settled)
-        self._publish()
-
-    def _follow_sharded(self, sharding: Sharding) -> None:
-        """Blocks for the groups' parameters, once. RuntimeError where those have changed since."""
-        if self._sharded is not None and self._built and len(self.state) < self._published:  # it was let go of
-            self._positions.unwatch(self._layouts)
-            self._make_sharded(sharding)
+        """Have blocks for the groups' parameters (``membership``)."""
+        before = self._sharded
+        self._members.follow(self, settled)
+        if self._built and self._sharded is not None and self._sharded is not before:
             self._learner = ShardedLearner(*self._given, self._sharded)
-            return
-        if self._sharded is not None:
-            if not self._groups.current(self.param_groups):
-                now = {id(p) for group in self.param_groups for p in group["params"] if p.numel()}
-                if now != {id(p) for b in self._layouts for p in b.params}:
-                    raise RuntimeError(
-                        "parameters of a model that was given to fully_shard should stay in the optimizer, but some "
-                        "came or left: make another"
-                    )
-                self._groups.assign([*self._layouts, *self.blocks], self.param_groups)
-            return
-        self._make_sharded(sharding)
-
-    def _make_sharded(self, sharding: Sharding) -> None:
-        _, new = self._groups.changes([], self.param_groups)
-        check_membership(self._roots, new, may_be_sharded=True)
-        s = self.settings
-        self._sharded = ShardedModel.of(sharding, self._roots, new, s.structure, s.max_factor_size)
-        self.blocks = self._sharded.blocks
-        for block in self.blocks:
-            block.allocate(s.on_device, learned=s.learned_by_adam)
-            if s.init == "sgd":
-                block.structure.start_sgd(s.scale)
-        self._positions.watch(self._layouts)
-        self._groups.assign([*self._layouts, *self.blocks], self.param_groups)
-        self._publish()
-
-    def _publish(self) -> None:
-        others = {} if self._sharded is None else self._sharded.counters()
-        checkpoint.publish(self.blocks, self.param_groups, self.state, others)
-        self._published = len(self.state)
-
-    def _take_up(self, params: list[nn.Parameter]) -> None:
-        """Blocks, λ and state for parameters that have none yet."""
-        s = self.settings
-        fresh = [
-            block
-            for prefix, root in self._roots
-            for block in build_blocks(root, params, s.structure, s.max_factor_size, prefix)
-        ]
-        for block in fresh:
-            block.allocate(s.on_device, learned=s.learned_by_adam)
-            if s.init == "sgd":
-                block.structure.start_sgd(s.scale)
-        self.blocks += fresh
-        for tap in (*self._taps, self._positions):
-            tap.watch(fresh)
-        for _, root in self._roots:
-            attach(root, self.blocks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, those of a layer just unfrozen for one.
@@ -434,7 +362,7 @@ class FishLeg(Optimizer):
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         plain = [p[1] if isinstance(p, tuple) else p for p in given]
-        check_membership(self._roots, plain, may_be_sharded=self._sharding is not None)
+        check_membership(self._members.roots, plain, may_be_sharded=self._sharding is not None)
         super().add_param_group({**param_group, "params": given})
         group = self.param_groups[-1]
         group.setdefault("base_lr", float(group["lr"]))  # before any schedule
@@ -478,9 +406,9 @@ class FishLeg(Optimizer):
         try:
             if self._sharded is not None:
                 self._follow_parameters()
-            elif self._unfollowed() or self._groups.left(self._suspects()):
+            elif self._members.unfollowed(self) or self._members.left(every=self._learns_now()):
                 self._follow_parameters()
-            self._groups.check(self.param_groups)
+            self._members.groups.check(self.param_groups)
             self._ranks.average_others(p for group in self.param_groups for p in group["params"])
             if self._sharded is not None:
                 self._ranks.average(self._sharded.others())
@@ -549,7 +477,7 @@ class FishLeg(Optimizer):
                 self._ops.refresh(self.blocks, self._learner.applications_in_steps(self.blocks))
 
         def facts() -> dict[str, Any]:
-            self._groups.check(self.param_groups)  # a scheduler's "momentum" is beta
+            self._members.groups.check(self.param_groups)  # a scheduler's "momentum" is beta
             return memory_facts(self.model, self.blocks)
 
         return Training(self, self._diagnostics, self._ordinary, facts, refresh, self._look_ahead)
@@ -558,11 +486,11 @@ class FishLeg(Optimizer):
         """Whether the next step neither learns nor anchors λ, and its parameters are those of the one before."""
         learner, count = self._learner, self._diagnostics.steps
         due = learner.updates_due(count) or learner.anchor_due(self.blocks, count)
-        return not due and not self._unfollowed()
+        return not due and not self._members.unfollowed(self)
 
-    def _unfollowed(self) -> bool:
-        """Whether parameters came, left or lost their state since the latest step."""
-        return len(self.state) < self._published or not self._groups.current(self.param_groups)
+    def _learns_now(self) -> bool:
+        """Whether the next step updates λ: parameters that the model may have lost are worth the time then."""
+        return bool(self._learner.updates_due(self._diagnostics.steps))
 
     def _gather(self) -> tuple[list[Block], list[Matrix]]:
         """The blocks with a gradient, and those gradients, negated where their group maximizes."""
@@ -595,11 +523,6 @@ class FishLeg(Optimizer):
             {} if self._gradients is None else dict(zip(map(id, seen), self._gradients.low_rank(seen), strict=True))
         )
         return blocks, [low_rank.get(id(block)) or GradientInPlace(block) for block in blocks]
-
-    def _suspects(self) -> Iterator[nn.Parameter]:
-        """Parameters that the model may have lost: those without a gradient, and all where that is worth the time."""
-        every = self._learner.updates_due(self._diagnostics.steps)
-        return (p for block in self.blocks for p in block.params if (every or p.grad is None) and p.requires_grad)
 
     def _step(self, blocks: list[Block], gs: list[Matrix]) -> None:
         learner, count = self._learner, self._diagnostics.steps
@@ -781,7 +704,7 @@ class FishLeg(Optimizer):
         checkpoint.restore(self.blocks, restored)
         if self._sharded is not None:
             self._sharded.load_counters(counters)
-        self._publish()
+        self._members.publish(self)
         self._follow_parameters()
         self._diagnostics.load(progress)
         self._passes.load(progress)

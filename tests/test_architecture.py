@@ -19,13 +19,12 @@ MAY_IMPORT = {
     "_version": ("", "a version is a string"),
     "availability": ("", "it is a pair"),
     "native": ("_version availability", "the extension knows neither torch nor the package"),
-    "denormals": ("native availability", "a processor's setting has nothing to do with the rest of the package"),
     "precision": ("", "torch's settings have nothing to do with the package"),
     "likelihoods": ("", "a likelihood knows outputs and targets alone"),
     "algebra": ("", "matrices and factors of Q know neither models nor optimizers"),
     "model": ("algebra", "blocks and layers know what their λ is, not who steps or learns it"),
     "backends": (
-        "algebra model precision denormals native availability",
+        "algebra model precision native availability",
         "ops are given all that they work on: they know no passes, no Fisher matrix, no options and no optimizer",
     ),
     "backends.reference": (
@@ -60,9 +59,10 @@ MAY_IMPORT = {
     "checkpoint": ("model", "what is saved is of blocks"),
     "capture": ("model diagnostics", "a graph holds a step, and knows of an optimizer what it is told"),
     "diagnostics": ("model", "what is told is of blocks"),
+    "membership": ("model passes options checkpoint sharded", "which blocks there are has nothing to do with steps"),
     "optimizer": (
         "algebra model likelihoods precision backends.registry backends.arithmetic passes fisher options checkpoint "
-        "diagnostics capture distributed sharded",
+        "diagnostics capture distributed sharded membership",
         "the optimizer takes the backend that the registry gives it, and nothing takes the optimizer",
     ),
     "integrations": ("likelihoods optimizer", "they make the optimizer as other libraries ask for it"),

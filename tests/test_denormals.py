@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fishleg_fast import FishLeg, GaussianLikelihood, native
 from fishleg_fast.availability import Availability
-from fishleg_fast.denormals import denormals_flushed
+from fishleg_fast.backends.denormals import denormals_flushed
 from fishleg_fast.passes.inputs import Inputs
 from fishleg_fast.passes.isolated import IsolatedPasses
 from support.dense import randn

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import torch
 
-from ..denormals import denormals_flushed
 from ..model.block import Block
 from ..precision import kernel_precision, operand_dtype, precision_scope
+from .denormals import denormals_flushed
 
 
 def own_arithmetic(blocks: Sequence[Block], precision: str | None) -> ExitStack:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import native
+from .. import native
 
 _DENORMAL = 1e-40  # in float32
 
