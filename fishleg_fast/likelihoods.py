@@ -30,10 +30,11 @@ class Likelihood(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} should implement nll(targets, outputs)")
 
     def note(self, targets: Tensor, outputs: Tensor) -> None:
-        """Remember the targets of outputs that require a gradient. ``nll`` calls it: where the training's loss is that
-        of this likelihood, FishLeg knows how far a step may go (``step_limit``).
+        """Remember the targets of outputs that require a gradient, one tensor of as many rows. ``nll`` calls it: where
+        the training's loss is that of this likelihood, FishLeg knows how far a step may go (``step_limit``).
         """
-        if outputs.requires_grad and torch.is_grad_enabled() and not _transformed():
+        trained = outputs.requires_grad and torch.is_grad_enabled() and not _transformed()
+        if trained and isinstance(targets, Tensor) and targets.shape[:1] == outputs.shape[:1]:
             self.noted = targets.detach(), outputs.shape
 
     def __getstate__(self) -> dict[str, Any]:

@@ -144,6 +144,13 @@ def test_targets_go_with_the_inputs_they_were_for() -> None:
     assert optimizer.diagnostics()["step_scale"] is not None
 
 
+def test_targets_of_other_kinds_are_not_noted() -> None:
+    likelihood, outputs = CategoricalLikelihood(), torch.zeros(3, 3, requires_grad=True)
+    for targets in ((torch.zeros(3), torch.zeros(3)), torch.zeros(4), torch.zeros(())):
+        likelihood.note(targets, outputs)  # type: ignore[arg-type]
+        assert likelihood.noted is None
+
+
 def test_gradients_are_looked_at_only_where_a_step_may_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     tells = CategoricalLikelihood.targets_behind
