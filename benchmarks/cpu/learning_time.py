@@ -1,8 +1,9 @@
-"""What optimizer.step() takes where λ is anchored, learned besides, or learned alone, on the problems of the study.
+"""What optimizer.step() takes where steps are limited, and where λ is learned besides anchoring, or alone.
 
     python -m benchmarks.cpu.learning_time
 
-The ways take turns, ten steps each, which is a cycle of all of them; ratios are of one round each.
+The first steps on the problems of the study, at the lr that was best there: most of them are near the limit, and are
+measured. The ways take turns, ten steps each, which is a cycle of all of them; ratios are of one round each.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from benchmarks.common.optimizers import OPTIMIZERS
 from benchmarks.common.paths import RESULTS
 from benchmarks.common.tables import table
 from benchmarks.study.problems import PROBLEMS
-from benchmarks.study.records import versions
+from benchmarks.study.records import read, versions
+from benchmarks.study.tuning import tuned_lr
 from benchmarks.train.training import batches
 
-WAYS = ("fishleg-learned", "fishleg", "fishleg-pure")  # the first is what the others are compared with
+WAYS = ("fishleg-unlimited", "fishleg", "fishleg-learned", "fishleg-pure")  # the others are compared with the first
 CYCLE, WARM_UP = 10, 2  # steps; rounds that do not count
 
 
@@ -38,7 +40,8 @@ class Training:
         setting = PROBLEMS[problem]
         self.made = setting.make()
         self.model = self.made.make_model().train()
-        (self.optimizer,) = OPTIMIZERS[way].make(self.model, self.made.likelihood, 1e-3)
+        lr = tuned_lr(read(RESULTS / "convergence.jsonl").values(), problem, "fishleg") or 1e-2
+        (self.optimizer,) = OPTIMIZERS[way].make(self.model, self.made.likelihood, lr)
         self.stream: Iterator[Tensor] = batches(len(self.made.data.train), setting.batch, 0)
 
     def cycle(self) -> tuple[float, float]:
@@ -63,7 +66,7 @@ def measure(problem: str, rounds: int) -> list[list[str]]:
         whole, inside = ([1000 * r[k][part] / CYCLE for r in found] for part in (0, 1))
         low, middle, high = quantiles([r[k][1] / r[0][1] for r in found], n=4)
         rows.append([
-            PROBLEMS[problem].title, OPTIMIZERS[way].label if way != "fishleg" else "FishLeg, only anchored: default",
+            PROBLEMS[problem].title, OPTIMIZERS[way].label if way != "fishleg" else "FishLeg: default",
             f"{median(whole):.3g}", f"{median(inside):.3g}", f"{middle:.2f}× ({low:.2f} to {high:.2f})",
         ])  # fmt: skip
     return rows
@@ -78,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = [row for problem in args.problem for row in measure(problem, args.rounds)]
-    head = ["problem", "way", "ms a step", "of it optimizer.step()", "over that with λ learned besides"]
+    head = ["problem", "way", "ms a step", "of it optimizer.step()", "over that with step_limit=None"]
     known = ", ".join(f"{name} {version}" for name, version in versions("fishleg").items())
     text = (
-        "# What learning takes\n\nMs, means over ten steps, medians over rounds in which the ways take turns; ratios "
+        "# What limiting steps takes, and learning λ\n\nMs, means over ten steps, medians over rounds in which the ways "
+        "take turns; ratios "
         f"within each round, quartiles in brackets.\n\n{table(head, rows)}\n\n{cpu_name()}, {args.threads} threads, "
         f"{known}, {date.today()}: `python -m benchmarks.cpu.learning_time --rounds {args.rounds}`\n"
     )

@@ -142,8 +142,8 @@ def line(
                 found = passes.run(inputs, seed, partial(_carried, passes, params, values, vs, inputs), twice=True)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
-            attempts.failed()
+        except RuntimeError:  # which F v will meet too, and tell of
+            pass
         else:
             attempts.worked()
             return found
@@ -167,9 +167,15 @@ def _moved_to(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
             p.detach().copy_(value)
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Elementwise, of float32 at least."""
+    least = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(least) * y.to(least)
+
+
 def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     wide = widest(xs[0].device)
-    return torch.stack([torch.sum(x.to(wide) * y.to(wide)) for x, y in zip(xs, ys, strict=True)]).sum()
+    return torch.stack([_product(x, y).sum(dtype=wide) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
 def _carried(
@@ -203,13 +209,12 @@ def quadratic_model(
     leaf = output.detach().requires_grad_()
     pull, *pulls = gradients(scoring.nll(passes.training_targets(inputs), leaf), [leaf, *noise])
     tangent = torch.zeros_like(leaf) if tangent is None else tangent.detach().to(leaf.dtype)
-    each = -(pull.to(wide) * tangent.to(wide)).flatten(1).sum(1) if leaf.ndim > 1 else -pull.to(wide) * tangent.to(wide)
-    curvature = torch.sum(tangent.to(wide) * scoring.fisher_product(leaf.detach(), tangent).to(wide))
-    each = each * len(each)
+    product = _product(pull, tangent)
+    each = -product.reshape(len(product), -1).sum(1, dtype=wide) * len(product)
+    curvature = _dot([tangent], [scoring.fisher_product(leaf.detach(), tangent)])
     turned = likelihood.own_fisher_product(leaf.detach(), [own[id(p)] for p in noise]) if noise else []
     for p, g, f in zip(noise, pulls, turned, strict=True):
-        each = each - torch.sum(g.to(wide) * own[id(p)].to(wide))
-        curvature = curvature + torch.sum(f.to(wide) * own[id(p)].to(wide))
+        each, curvature = each - _dot([g], [own[id(p)]]), curvature + _dot([f], [own[id(p)]])
     found = torch.stack([each.mean(), each.square().mean(), curvature, curvature.new_tensor(float(len(each)))])
     slope, square, curvature, count = found.detach().unbind()
     return slope, square, curvature, count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -117,6 +118,25 @@ def test_line_is_that_of_dense_matrices(name: str, opaque: bool) -> None:
     assert float(found[2]) == pytest.approx(want[2], rel=1e-6)
     assert float(found[1]) == pytest.approx(want[0] ** 2 if opaque else want[1], rel=1e-6)
     assert float(found[3]) == (1 if opaque else 9)
+
+
+def test_what_has_no_forward_derivative_is_told_of_once_and_limited_all_the_same() -> None:
+    def run(opaque: bool) -> tuple[list[Tensor], list[str]]:
+        sine, likelihood = Sine(), GaussianLikelihood()
+        sine.opaque = opaque
+        net = seeded(lambda: nn.Sequential(nn.Linear(4, 5), sine, nn.Linear(5, 3)))
+        optimizer = FishLeg(net, likelihood=likelihood, lr=20.0, curvature_batch=None)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(6):
+                take(net, optimizer, likelihood.nll, randn(8, 4), randn(8, 3))
+        assert optimizer.diagnostics()["shortened_steps"] == 6
+        return [p.detach() for p in net.parameters()], [str(w.message) for w in told]
+
+    (exact, silent), (other, told) = run(False), run(True)
+    assert not silent and len(told) == 1 and "differentiates twice" in told[0]
+    for a, b in zip(exact, other, strict=True):
+        assert relative(a, b) < 1e-9
 
 
 def test_a_learned_sigma_counts() -> None:
