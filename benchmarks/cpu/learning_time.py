@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = ["problem", "way", "ms a step", "of it optimizer.step()", "over that with step_limit=None"]
     known = ", ".join(f"{name} {version}" for name, version in versions("fishleg").items())
     text = (
-        "# What limiting steps takes, and learning λ\n\nMs, means over ten steps, medians over rounds in which the ways "
-        "take turns; ratios "
+        "# What limiting steps takes, and learning λ\n\nMs, means over ten steps, medians over rounds in which the ways"
+        " take turns; ratios "
         f"within each round, quartiles in brackets.\n\n{table(head, rows)}\n\n{cpu_name()}, {args.threads} threads, "
         f"{known}, {date.today()}: `python -m benchmarks.cpu.learning_time --rounds {args.rounds}`\n"
     )
