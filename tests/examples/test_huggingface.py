@@ -103,6 +103,26 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_targets_are_told_by_the_model_s_own_loss(name: str) -> None:
+    """And steps that are too long shortened, without a change to the loop."""
+    model, batch = made(name)
+    optimizer, losses = FishLeg(model, likelihood=likelihood_of(model), lr=5.0), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert optimizer.diagnostics()["shortened_steps"] > 3 and losses[-1] < losses[0]
+    labels, passes = batch["labels"], optimizer._passes
+    if name in ("GPT2LMHeadModel", "LlamaForCausalLM"):
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    assert passes.tap is not None and passes.tap.last is not None
+    targets = passes._targets(passes.tap.last)
+    assert targets is not None and torch.equal(targets, labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_the_model_s(name: str) -> None:
     """Given targets where the mask has them, the nll is what the model says."""
     model, batch = made(name)
