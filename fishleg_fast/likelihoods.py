@@ -215,6 +215,15 @@ def _looked_at(t: Tensor) -> bool:
     return t.device.type == "cpu" and not traced and torch._C._functorch.peek_interpreter_stack() is None
 
 
+LOOKED_AT = 256  # positions, to see what a gradient is of
+
+
+def _alike(gradient: Tensor, expected: Tensor) -> Tensor:
+    """Whether they point the same way: a cosine over 0.9."""
+    sizes = gradient.square().sum() * expected.square().sum()
+    return (gradient * expected).sum() > 0.9 * sizes.sqrt()
+
+
 class BernoulliLikelihood(Likelihood):
     """Independent y ∈ {0, 1} (or a grey value between) with logits ``outputs``, what a sigmoid makes probabilities of.
 
@@ -235,6 +244,12 @@ class BernoulliLikelihood(Likelihood):
         loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="sum")
         return loss / outputs.shape[0]
 
+    def targets_behind(self, outputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Binary cross entropy's gradient p − y is negative where y is 1. Grey values are not told by it."""
+        targets, some = (gradient < 0).to(outputs.dtype), len(outputs) // LOOKED_AT + 1
+        expected = torch.sigmoid(outputs[::some].float()) - targets[::some]
+        return targets, _alike(gradient[::some].float(), expected)
+
     def draw(self, outputs: Tensor) -> Tensor:
         p = torch.sigmoid(outputs)
         return (torch.rand_like(p) < p).to(p.dtype)  # torch.bernoulli would stop at outputs that are not finite
@@ -243,9 +258,6 @@ class BernoulliLikelihood(Likelihood):
         """p(1−p)∘v/B"""
         p = torch.sigmoid(outputs)
         return p * (1 - p) * v / _batch(outputs)
-
-
-LOOKED_AT = 256  # positions, to see what a gradient is of
 
 
 class CategoricalLikelihood(Likelihood):
@@ -346,18 +358,17 @@ class CategoricalLikelihood(Likelihood):
 
     def targets_behind(self, outputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cross entropy's gradient p − 1[class] is negative at the target alone, and zero where a position does not
-        count. Whether that is so: of some positions, the cosine between p − 1[class] and the gradient is over 0.9.
+        count. Whether that is so is seen at some positions.
         """
         rows = self._classes_last(gradient)
         least, targets = rows.min(-1)
         targets = torch.where(least < 0, targets, self.ignore_index)
         some = targets.numel() // LOOKED_AT + 1
-        g, classes = rows.flatten(0, -2)[::some].float(), targets.flatten()[::some]
-        expected = torch.softmax(self._classes_last(outputs).flatten(0, -2)[::some].float(), -1)
+        classes = targets.flatten()[::some]
+        p = torch.softmax(self._classes_last(outputs).flatten(0, -2)[::some].float(), -1)
         counts = classes != self.ignore_index
-        expected = (expected - F.one_hot(classes * counts, expected.shape[-1])) * counts[:, None]
-        product, sizes = (g * expected).sum(), g.square().sum() * expected.square().sum()
-        return targets, product > 0.9 * sizes.sqrt()
+        expected = (p - F.one_hot(classes * counts, p.shape[-1])) * counts[:, None]
+        return targets, _alike(rows.flatten(0, -2)[::some].float(), expected)
 
     def mask_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What ``loss_mask`` tells of them. TypeError where that is no boolean tensor, or it does not take them."""

@@ -98,9 +98,9 @@ class FishLeg(Optimizer):
         kappa: of "trust".
         step_limit: no step goes beyond so many times the minimum of the loss's quadratic model along it, which a
             forward pass over ``curvature_batch`` samples measures, at every step where that is near, at every tenth
-            where it is far. That needs the targets, which are known where the loss is ``likelihood.nll``, and of
-            classes by the gradient of any cross entropy. Elsewhere, with aux_loader, draw and nll, maximize or
-            capturable, steps are as lr says. None: they always are.
+            where it is far. That needs the targets, which are known where the loss is ``likelihood.nll``, and by the
+            gradient of any cross entropy of classes or of binary targets. Elsewhere, with aux_loader, draw and nll,
+            maximize or capturable, steps are as lr says. None: they always are.
         maximize: ascend.
 
     λ and its learning:

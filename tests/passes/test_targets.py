@@ -74,12 +74,33 @@ def test_other_losses_tell_nothing(name: str) -> None:
     assert seen(OTHERS[name]) is None
 
 
+@pytest.mark.parametrize("name", ["mean", "sum", "weighted", "a thousandth"])
+def test_binary_targets_are_told_by_binary_cross_entropies(name: str) -> None:
+    y = (randn(20, 3) > 0.3).double()
+    losses: dict[str, Loss] = {
+        "mean": lambda y, o: F.binary_cross_entropy_with_logits(o, y),
+        "sum": lambda y, o: F.binary_cross_entropy(o.sigmoid(), y, reduction="sum"),
+        "weighted": lambda y, o: F.binary_cross_entropy_with_logits(o, y, pos_weight=torch.tensor(1.5).double()),
+        "a thousandth": lambda y, o: 1e-3 * F.binary_cross_entropy_with_logits(o, y),
+    }
+    found = seen(losses[name], y=y, likelihood=BernoulliLikelihood())
+    assert found is not None and torch.equal(found, y)
+
+
+def test_grey_values_are_not() -> None:
+    y = 0.5 + 0.1 * randn(20, 3).sigmoid()
+    assert seen(lambda y, o: F.binary_cross_entropy_with_logits(o, y), y=y, likelihood=BernoulliLikelihood()) is None
+
+
 @pytest.mark.parametrize("likelihood", [GaussianLikelihood(), BernoulliLikelihood()])
-def test_likelihoods_whose_gradient_does_not_tell(likelihood: Likelihood) -> None:
+def test_nll_tells_whatever_it_is_of(likelihood: Likelihood) -> None:
     targets = randn(20, 3).sigmoid()
-    assert seen(lambda y, o: F.mse_loss(o, y), y=targets, likelihood=likelihood) is None
     found = seen(likelihood.nll, y=targets, likelihood=likelihood)
     assert found is not None and torch.equal(found, targets)
+
+
+def test_squared_errors_are_not_told_by_their_gradient() -> None:
+    assert seen(lambda y, o: F.mse_loss(o, y), y=randn(20, 3), likelihood=GaussianLikelihood()) is None
 
 
 def test_positions_that_do_not_count_are_ignored() -> None:
