@@ -218,10 +218,12 @@ def _looked_at(t: Tensor) -> bool:
 LOOKED_AT = 256  # positions, to see what a gradient is of
 
 
-def _alike(gradient: Tensor, expected: Tensor) -> Tensor:
-    """Whether they point the same way: a cosine over 0.9."""
-    sizes = gradient.square().sum() * expected.square().sum()
-    return (gradient * expected).sum() > 0.9 * sizes.sqrt()
+def _alike(gradient: Tensor, expected: Tensor, least: float = 0.9) -> Tensor:
+    """Whether rows point the same way, whatever each one's weight: their mean cosine, of those that count."""
+    gradient, expected = gradient.flatten(1).float(), expected.flatten(1).float()
+    counts = (gradient != 0).any(1)
+    cosines = torch.cosine_similarity(gradient, expected, dim=1, eps=1e-30)
+    return (cosines * counts).sum() > least * counts.sum().clamp_min(1)
 
 
 class BernoulliLikelihood(Likelihood):
@@ -248,7 +250,7 @@ class BernoulliLikelihood(Likelihood):
         """Binary cross entropy's gradient p − y is negative where y is 1. Grey values are not told by it."""
         targets, some = (gradient < 0).to(outputs.dtype), len(outputs) // LOOKED_AT + 1
         expected = torch.sigmoid(outputs[::some].float()) - targets[::some]
-        return targets, _alike(gradient[::some].float(), expected)
+        return targets, _alike(gradient[::some].reshape(1, -1), expected.reshape(1, -1), 0.95)  # signs agree anyway
 
     def draw(self, outputs: Tensor) -> Tensor:
         p = torch.sigmoid(outputs)
@@ -368,7 +370,7 @@ class CategoricalLikelihood(Likelihood):
         p = torch.softmax(self._classes_last(outputs).flatten(0, -2)[::some].float(), -1)
         counts = classes != self.ignore_index
         expected = (p - F.one_hot(classes * counts, p.shape[-1])) * counts[:, None]
-        return targets, _alike(rows.flatten(0, -2)[::some].float(), expected)
+        return targets, _alike(rows.flatten(0, -2)[::some], expected)
 
     def mask_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What ``loss_mask`` tells of them. TypeError where that is no boolean tensor, or it does not take them."""
