@@ -24,6 +24,7 @@ from .products import forward_mode_product, ggn, gradients, of_model
 
 REST = 10  # steps at most between two measurements
 NEAR = 1 / 3  # of the limit: from there on every step is measured
+POSITIONS = 256  # that are enough to measure a step by, where a sample has several
 
 # −gᵀΔ, a mean over samples, that of their squares, ΔᵀFΔ, the number of samples: scalars
 Line = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -92,7 +93,7 @@ class StepLimit:
         """
         self._measured = step, torch.zeros((), device="cpu")
         try:
-            lines = self._ranks.each(lambda: torch.stack(measured(self._passes.inputs(self._samples), step)))
+            lines = self._ranks.each(lambda: torch.stack(measured(self._inputs(), step)))
         except EmptyBatch:
             return self._measured[1] + 1
         count = lines[3].clone() * self._ranks.size
@@ -103,6 +104,14 @@ class StepLimit:
         length = torch.where((curvature > 0) & torch.isfinite(length), length, 0)
         self._measured = step, length
         return 1 / length.clamp_min(1)
+
+    def _inputs(self) -> Inputs:
+        """A part of the batch; where classes are of positions, as in language models, no more samples than need be."""
+        inputs = self._passes.inputs(self._samples)
+        targets = inputs.targets
+        if self._samples != "auto" or targets is None or targets.is_floating_point():
+            return inputs
+        return inputs.rows(0, max(1, POSITIONS * inputs.size() // max(targets.numel(), 1)))
 
     def around(self, step: int, params: Sequence[Tensor], move: Callable[[], tuple[Tensor, Tensor]]) -> Any:
         """``move()``, which moves ``params``, and what it returns; the parameters then are no farther than allowed."""

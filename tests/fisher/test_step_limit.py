@@ -260,6 +260,28 @@ def test_the_factor(slope: float, square: float, curvature: float, factor: float
     assert float(optimizer._limit.factor(0, lambda inputs, seed: told)) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize(
+    ("length", "batch", "given", "samples"),
+    [
+        (128, 16, "auto", 2),
+        (300, 16, "auto", 1),
+        (4, 16, "auto", 4),
+        (1, 16, "auto", 4),
+        (128, 16, 3, 3),
+        (128, 16, None, 16),
+    ],
+)
+def test_few_positions_do(length: int, batch: int, given: Any, samples: int) -> None:
+    likelihood = CategoricalLikelihood(class_dim=-1)
+    net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+    optimizer = FishLeg(net, likelihood=likelihood, curvature_batch=given)
+    words = torch.arange(batch * length).reshape(batch, length) % 7
+    take(net, optimizer, likelihood.nll, words, words)
+    assert optimizer._limit is not None
+    part = optimizer._limit._inputs()
+    assert part.targets is not None and part.targets.shape == part.x.shape == (samples, length)
+
+
 def measured_at(lr: float, steps: int = 30) -> list[int]:
     net, optimizer, likelihood, x, y = linear(lr=lr)
     found: list[int] = []
