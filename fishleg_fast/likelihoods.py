@@ -37,6 +37,11 @@ class Likelihood(nn.Module):
         if trained and isinstance(targets, Tensor) and targets.shape[:1] == outputs.shape[:1]:
             self.noted = targets.detach(), outputs.shape
 
+    def _note_for(self, kind: type[Likelihood], targets: Tensor, outputs: Tensor) -> None:
+        """``note`` where nll is that class's own: a subclass's may have given it other targets than its own are."""
+        if type(self).nll is kind.nll:
+            self.note(targets, outputs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "noted": None}  # which nobody wants copied, or in a file
 
@@ -181,7 +186,7 @@ class GaussianLikelihood(Likelihood):
 
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         _check_elementwise("GaussianLikelihood", targets, outputs)
-        self.note(targets, outputs)
+        self._note_for(GaussianLikelihood, targets, outputs)
         log_sigma: Tensor | float = math.log(self._fixed)
         precision: Tensor | float = self._fixed**-2
         if self.log_sigma is not None:
@@ -242,12 +247,14 @@ class BernoulliLikelihood(Likelihood):
                     f"targets should be in [0, 1] but are from {least:.4g} to {most:.4g}; scale them to it (pixels / "
                     "255, no normalization), or use GaussianLikelihood where they have no bounds"
                 )
-        self.note(targets, outputs)
+        self._note_for(BernoulliLikelihood, targets, outputs)
         loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="sum")
         return loss / outputs.shape[0]
 
     def targets_behind(self, outputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         """Binary cross entropy's gradient p − y is negative where y is 1. Grey values are not told by it."""
+        if type(self).nll is not BernoulliLikelihood.nll:
+            return None
         targets, some = (gradient < 0).to(outputs.dtype), len(outputs) // LOOKED_AT + 1
         expected = torch.sigmoid(outputs[::some].float()) - targets[::some]
         return targets, _alike(gradient[::some].reshape(1, -1), expected.reshape(1, -1), 0.95)  # signs agree anyway
@@ -342,7 +349,7 @@ class CategoricalLikelihood(Likelihood):
             self._class_dim_known = True  # these targets would not fit the other one
         if outputs.requires_grad:
             self.scored = targets.detach() != self.ignore_index
-        self.note(targets, outputs)
+        self._note_for(CategoricalLikelihood, targets, outputs)
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             targets.reshape(-1).long(),
@@ -362,6 +369,8 @@ class CategoricalLikelihood(Likelihood):
         """Cross entropy's gradient p − 1[class] is negative at the target alone, and zero where a position does not
         count. Whether that is so is seen at some positions.
         """
+        if type(self).nll is not CategoricalLikelihood.nll:
+            return None
         rows = self._classes_last(gradient)
         least, targets = rows.min(-1)
         targets = torch.where(least < 0, targets, self.ignore_index)

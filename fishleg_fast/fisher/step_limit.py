@@ -96,6 +96,13 @@ class StepLimit:
             lines = self._ranks.each(lambda: torch.stack(measured(self._inputs(), step)))
         except EmptyBatch:
             return self._measured[1] + 1
+        except Exception as failure:  # a step that has been taken should not end a training
+            reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+            self._passes.tell_once(
+                "step_limit",
+                f"a step could not be measured, and was left as lr says: {reason}. step_limit=None leaves all so",
+            )
+            return self._measured[1] + 1
         count = lines[3].clone() * self._ranks.size
         self._ranks.mean([lines])
         slope, square, curvature, _ = lines.unbind()
@@ -140,8 +147,9 @@ def line(
     carries v; where that fails by F v and a gradient.
     """
     attempts, mode = passes.attempts("ggn", "forward mode"), passes.mode()
-    if attempts.check_due(mode):
-        ggn(passes, params, vs, inputs, seed)  # which checks that forward mode tells the truth
+    if passes.attempts("step_limit", "forward mode").check_due(mode):
+        with _moved_to([*zip(params, values, strict=True)]):
+            ggn(passes, params, vs, inputs, seed)  # which checks that forward mode tells the truth
     if attempts.due(mode):
         assert passes.likelihood is not None
         own = set(map(id, passes.likelihood.parameters()))

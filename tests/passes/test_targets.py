@@ -197,6 +197,89 @@ def test_outputs_that_do_not_suit_the_likelihood_are_the_steps_to_tell_of() -> N
     net(X).sum().backward()
 
 
+class Shifted(CategoricalLikelihood):
+    """Labels from 1 on."""
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        return super().nll(targets - 1, outputs)
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        return super().draw(outputs) + 1
+
+
+class Logs(GaussianLikelihood):
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        return super().nll(targets.log(), outputs)
+
+
+class Soft(BernoulliLikelihood):
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs, targets + 0.1)
+
+
+@pytest.mark.parametrize("likelihood", [Shifted(), Logs(), Soft()])
+def test_subclasses_with_targets_of_their_own_tell_nothing_unless_they_note_them(likelihood: Likelihood) -> None:
+    targets = Y + 1 if isinstance(likelihood, Shifted) else (randn(20, 3) > 0).double()
+    net, optimizer, _ = setup(likelihood)
+    for _ in range(3):
+        optimizer.zero_grad()
+        likelihood.nll(targets + (0 if isinstance(likelihood, Shifted) else 1), net(X)).backward()
+        optimizer.step()
+    assert optimizer.diagnostics()["step_scale"] is None
+
+
+def test_the_tensor_that_is_scored_is_looked_at() -> None:
+    class Mapping(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"hidden": x * self.bias[0], "logits": super().forward(x)}
+
+    net = Mapping(4, 3).double()
+    optimizer = FishLeg(net, likelihood=CategoricalLikelihood(), lr=20.0)
+    F.cross_entropy(net(X)["logits"], Y).backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["shortened_steps"] == 1
+
+
+def test_hooks_do_not_pile_up_on_parameters_that_are_returned() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(randn(20, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table
+
+    net = Table()
+    optimizer = FishLeg(net, likelihood=CategoricalLikelihood())
+    for _ in range(3):
+        F.cross_entropy(net(X), Y).backward()
+        optimizer.step()
+    assert not net.table._backward_hooks
+
+
+def test_a_step_that_cannot_be_measured_is_told_of_once_and_left() -> None:
+    class Guarded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.autograd.forward_ad._current_level >= 0:
+                raise ValueError("no tangents here")
+            return super().forward(x)
+
+    def run(limit: float | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, likelihood = Guarded(4, 3).double(), CategoricalLikelihood()
+        optimizer = FishLeg(net, likelihood=likelihood, lr=1.0, step_limit=limit)
+        for _ in range(3):
+            optimizer.zero_grad()
+            likelihood.nll(Y, net(X)).backward()
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    with pytest.warns(UserWarning, match="could not be measured.*no tangents here") as told:
+        found = run(1.0)
+    assert len(told) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, run(None), strict=True))
+
+
 def test_nothing_is_kept_of_a_graph() -> None:
     net, optimizer, _ = setup()
     outputs = net(X)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...likelihoods import Likelihood
-from ..inputs import output_tensors
+from ..outputs import output_tensor
 from .inputs import InputTap
 
 
@@ -33,11 +33,14 @@ class TargetTap:
         self._found = self._likelihood.noted = None
 
     def returned(self, outputs: Any) -> None:
-        """What the model returned, whose first tensor that a likelihood could score is looked at."""
+        """What the model returned: of what the likelihood scores the gradient is looked at."""
         if not self.open:
             return
-        scored = next((t for t in output_tensors(outputs) if t.ndim and t.is_floating_point()), None)
-        if scored is None or not scored.requires_grad:
+        try:
+            scored = output_tensor(outputs)
+        except TypeError:  # which the step will tell
+            return
+        if scored.grad_fn is None or not scored.ndim:  # hooks on a leaf would stay
             return
         tap, call, there = weakref.ref(self), self._calls, scored.detach()
 
