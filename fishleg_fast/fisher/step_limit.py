@@ -26,8 +26,9 @@ REST = 10  # steps at most between two measurements
 NEAR = 1 / 3  # of the limit: from there on every step is measured
 POSITIONS = 256  # that are enough to measure a step by, where a sample has several
 
-# −gᵀΔ, a mean over samples, that of their squares, ΔᵀFΔ, the number of samples: scalars
-Line = tuple[Tensor, Tensor, Tensor, Tensor]
+# −gᵀΔ; the mean square of each sample's part in that; ΔᵀFΔ; the number of samples; the parts' mean, without what is of
+# the likelihood's own parameters: scalars
+Line = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class StepLimit:
@@ -105,8 +106,8 @@ class StepLimit:
             return self._measured[1] + 1
         count = lines[3].clone() * self._ranks.size
         self._ranks.mean([lines])
-        slope, square, curvature, _ = lines.unbind()
-        error = ((square - slope.square()).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
+        slope, square, curvature, _, mean = lines.unbind()
+        error = ((square - mean.square()).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
         length = curvature / (self._limit * torch.maximum(slope, error))
         length = torch.where((curvature > 0) & torch.isfinite(length), length, 0)
         self._measured = step, length
@@ -143,8 +144,7 @@ def line(
     seed: int = 0,
 ) -> Line:
     """The quadratic model of the loss along v from the parameters' ``values`` on, on a batch whose targets are known:
-    −gᵀv, which is a mean over samples, the mean of their squares, vᵀFv, their number, scalars. By one forward pass that
-    carries v; where that fails by F v and a gradient.
+    by one forward pass that carries v; where that fails by F v and a gradient.
     """
     attempts, mode = passes.attempts("ggn", "forward mode"), passes.mode()
     if passes.attempts("step_limit", "forward mode").check_due(mode):
@@ -168,7 +168,7 @@ def line(
         products = ggn(passes, params, vs, inputs, seed)
         slopes = passes.run(inputs, seed, lambda: gradients(passes.training_loss(inputs), list(params)))
     slope, curvature = -_dot(slopes, vs), _dot(products, vs)
-    return slope, slope.square(), curvature, torch.ones_like(slope)
+    return slope, slope.square(), curvature, torch.ones_like(slope), slope
 
 
 @contextmanager
@@ -230,8 +230,9 @@ def quadratic_model(
     each = -product.reshape(len(product), -1).sum(1, dtype=wide) * len(product)
     curvature = _dot([tangent], [scoring.fisher_product(leaf.detach(), tangent)])
     turned = likelihood.own_fisher_product(leaf.detach(), [own[id(p)] for p in noise]) if noise else []
+    slope, mean = each.mean(), each.mean()
     for p, g, f in zip(noise, pulls, turned, strict=True):
-        each, curvature = each - _dot([g], [own[id(p)]]), curvature + _dot([f], [own[id(p)]])
-    found = torch.stack([each.mean(), each.square().mean(), curvature, curvature.new_tensor(float(len(each)))])
-    slope, square, curvature, count = found.detach().unbind()
-    return slope, square, curvature, count
+        slope, curvature = slope - _dot([g], [own[id(p)]]), curvature + _dot([f], [own[id(p)]])
+    found = torch.stack([slope, each.square().mean(), curvature, curvature.new_tensor(float(len(each))), mean]).detach()
+    slope, square, curvature, count, mean = found.unbind()
+    return slope, square, curvature, count, mean
