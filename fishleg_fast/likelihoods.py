@@ -217,7 +217,7 @@ def _looked_at(t: Tensor) -> bool:
     if type(t) not in (Tensor, nn.Parameter):
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return t.device.type == "cpu" and not traced and torch._C._functorch.peek_interpreter_stack() is None
+    return t.device.type == "cpu" and not traced and not _transformed()
 
 
 LOOKED_AT = 256  # positions, to see what a gradient is of

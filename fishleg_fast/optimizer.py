@@ -551,12 +551,12 @@ class FishLeg(Optimizer):
         theta = self.settings.theta
         if theta.normalize == "spectral" and not any(block.flattened for block in blocks):
             theta = replace(theta, normalize="rms")
+        move = partial(self._ops.theta_step, blocks, gs, theta)
         ascent = any(group["maximize"] for group in self.param_groups)  # of which the model has no minimum
-        limit, move = None if ascent else self._limit, partial(self._ops.theta_step, blocks, gs, theta)
+        limit = self._limit if self._limit is not None and not ascent and self._limit.due(count) else None
         if isinstance(self._learner, ShardedLearner) and self._sharded is not None:
-            measured = None
-            if limit is not None and limit.due(count):
-                line = self._learner.line
+            measured, line = None, self._learner.line
+            if limit is not None:
                 measured = lambda moves: limit.factor(count, partial(line, moves))
             return self._sharded.step(self._ops, blocks, gs, theta, measured)
         return move() if limit is None else limit.around(count, [*trained(blocks).values()], move)

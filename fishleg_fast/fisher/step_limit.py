@@ -123,8 +123,6 @@ class StepLimit:
 
     def around(self, step: int, params: Sequence[Tensor], move: Callable[[], tuple[Tensor, Tensor]]) -> Any:
         """``move()``, which moves ``params``, and what it returns; the parameters then are no farther than allowed."""
-        if not self.due(step):
-            return move()
         before = [p.detach().clone() for p in params]
         found = move()
         deltas = torch._foreach_sub([p.detach() for p in params], before)
@@ -230,7 +228,7 @@ def quadratic_model(
     each = -product.reshape(len(product), -1).sum(1, dtype=wide) * len(product)
     curvature = _dot([tangent], [scoring.fisher_product(leaf.detach(), tangent)])
     turned = likelihood.own_fisher_product(leaf.detach(), [own[id(p)] for p in noise]) if noise else []
-    slope, mean = each.mean(), each.mean()
+    slope = mean = each.mean()
     for p, g, f in zip(noise, pulls, turned, strict=True):
         slope, curvature = slope - _dot([g], [own[id(p)]]), curvature + _dot([f], [own[id(p)]])
     found = torch.stack([slope, each.square().mean(), curvature, curvature.new_tensor(float(len(each))), mean]).detach()
