@@ -97,10 +97,11 @@ class FishLeg(Optimizer):
             "trust": all get the factor min(1, √(kappa/(lr₀²·mᵀQm))); None: as computed.
         kappa: of "trust".
         step_limit: no step goes beyond so many times the minimum of the loss's quadratic model along it, which a
-            forward pass over ``curvature_batch`` samples measures, at every step where that is near, at every tenth
-            where it is far. That needs the targets, which are known where the loss is ``likelihood.nll``, and by the
-            gradient of any cross entropy of classes or of binary targets. Elsewhere, with aux_loader, draw and nll,
-            maximize or capturable, steps are as lr says. None: they always are.
+            forward pass over ``curvature_batch`` samples measures: every step at first, where steps are as long as
+            foretold every fourth near the limit and every tenth well within; those between are taken for as long as the
+            latest, times what lr has grown. That needs the targets, which are known where the loss is
+            ``likelihood.nll``, and by the gradient of any cross entropy of classes or of binary targets. Elsewhere,
+            with aux_loader, draw and nll, maximize or capturable, steps are as lr says. None: they always are.
         maximize: ascend.
 
     λ and its learning:
@@ -338,7 +339,7 @@ class FishLeg(Optimizer):
         if self._statistics is not None:
             self._statistics.open = bool(self._learner.anchor_due(self.blocks, self._diagnostics.steps))
         if self._limit is not None:
-            self._limit.look_ahead(self._diagnostics.steps)
+            self._limit.look_ahead(self._diagnostics.steps, self._lr())
 
     def _follow_parameters(self, settled: bool = True) -> None:
         """Have blocks for the groups' parameters (``membership``)."""
@@ -553,13 +554,18 @@ class FishLeg(Optimizer):
             theta = replace(theta, normalize="rms")
         move = partial(self._ops.theta_step, blocks, gs, theta)
         ascent = any(group["maximize"] for group in self.param_groups)  # of which the model has no minimum
-        limit = self._limit if self._limit is not None and not ascent and self._limit.due(count) else None
+        limit = None if ascent else self._limit
+        factor = None if limit is None else limit.scale(count, self._lr())
         if isinstance(self._learner, ShardedLearner) and self._sharded is not None:
-            measured, line = None, self._learner.line
-            if limit is not None:
-                measured = lambda moves: limit.factor(count, partial(line, moves))
+            line = self._learner.line
+            measured = None if factor is None else lambda moves: factor(partial(line, moves))
             return self._sharded.step(self._ops, blocks, gs, theta, measured)
-        return move() if limit is None else limit.around(count, [*trained(blocks).values()], move)
+        return move() if limit is None or factor is None else limit.around(factor, [*trained(blocks).values()], move)
+
+    def _lr(self) -> float:
+        """The greatest of the groups', of those that the host knows."""
+        lrs = [group["lr"] for group in self.param_groups]
+        return max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.device.type == "cpu"), default=1.0)
 
     def _teaches(self, norm: Tensor) -> bool:
         """Whether a step with a gradient of this norm tells of the curvature: with anchor_from="training" it is where

@@ -23,95 +23,125 @@ from ..passes.isolated import IsolatedPasses
 from .products import forward_mode_product, ggn, gradients, of_model
 
 REST = 10  # steps at most between two measurements
-NEAR = 1 / 3  # of the limit: from there on every step is measured
+HOLD = 4  # where steps are near the limit
+NEAR = 1 / 3  # of it
+AGREE = 1.5  # times as long as it was foretold, at most, is as foretold
 POSITIONS = 256  # that are enough to measure a step by, where a sample has several
 
 # −gᵀΔ; the mean square of each sample's part in that; ΔᵀFΔ; the number of samples; the parts' mean, without what is of
 # the likelihood's own parameters: scalars
 Line = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of this rank's part of a batch, and a seed that leaves those of drawn labels as they are.
+Measure = Callable[[Inputs, int], Line]
 
 
 class StepLimit:
     """Measures steps, and shortens those beyond ``limit`` times the quadratic model's minimum along them.
 
-    A slope that is smaller than its own standard error counts as that. Where a step is well within the limit the next
-    ones are measured more rarely, up to every tenth; nothing is told, and no step shortened, where the targets are not
-    known (``passes.taps.targets``).
+    A slope that is smaller than its own standard error counts as that. Steps between two measurements are taken for as
+    long, in those of the limit, as the latest that was measured, times what lr has grown. Where that is what the next
+    measurement finds the one after it comes later, up to every fourth step near the limit, and every tenth well within;
+    nothing is told, and no step shortened, where the targets are not known (``passes.taps.targets``).
     """
 
     def __init__(self, passes: IsolatedPasses, ranks: Ranks, limit: float, samples: int | str | None) -> None:
         self._passes, self._ranks, self._limit, self._samples = passes, ranks, limit, samples
         self._next, self._gap = 0, 1
-        self._measured: tuple[int, Tensor] | None = None  # the latest step and its length in those of the limit
+        self._length, self._lr = 0.0, 0.0  # of the latest step whose measurement has been read
+        self._unread: tuple[int, Tensor, float] | None = None  # a step that was measured, its length and lr
+        self._scale: Tensor | float | None = None  # of the latest step
         self._shortened = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         self._read()
-        return {"limit_next": self._next, "limit_gap": self._gap, "shortened_steps": self._shortened}
+        return {
+            "limit_next": self._next, "limit_gap": self._gap, "limit_length": self._length, "limit_lr": self._lr,
+            "shortened_steps": self._shortened,
+        }  # fmt: skip
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take up what ``state`` gave; checkpoints of before have none."""
-        self._measured = None
+        """Take up what ``state`` gave; checkpoints of before have less, or nothing."""
+        self._unread = self._scale = None
         self._next, self._gap = saved.get("limit_next", 0), saved.get("limit_gap", 1)
+        self._length, self._lr = saved.get("limit_length", 0.0), saved.get("limit_lr", 0.0)
         self._shortened = saved.get("shortened_steps", 0)
 
     def report(self) -> dict[str, Any]:
-        """shortened_steps: how many; step_scale: the factor of the latest step that was measured, None without one."""
-        scale = None if self._measured is None else min(1.0, 1 / max(float(self._measured[1]), 1e-30))
+        """shortened_steps: how many; step_scale: the factor of the latest step, None where no targets told it."""
         self._read()
-        return {"shortened_steps": self._shortened, "step_scale": scale}
+        return {"shortened_steps": self._shortened, "step_scale": None if self._scale is None else float(self._scale)}
 
-    @property
-    def _pending(self) -> bool:
-        """Whether the latest measurement has not been read."""
-        return self._measured is not None and self._measured[0] >= self._next
+    def _foretold(self, lr: float) -> float:
+        """The length of a step of this lr."""
+        return self._length * (lr / self._lr if self._lr else 1.0)
 
     def _read(self) -> None:
         """When to measure next. Not at once, where the host would wait for the device."""
-        if self._measured is None or not self._pending:
+        if self._unread is None:
             return
-        step, length = self._measured[0], float(self._measured[1])
+        step, length, lr = self._unread[0], float(self._unread[1]), self._unread[2]
+        ratio = max(length, NEAR) / max(self._foretold(lr), NEAR)
+        longest = HOLD if length > NEAR else REST
+        self._gap = min(2 * self._gap, longest) if 1 / AGREE <= ratio <= AGREE else 1
+        self._next, self._length, self._lr, self._unread = step + self._gap, length, lr, None
         self._shortened += length > 1
-        self._gap = 1 if length > NEAR else min(2 * self._gap, REST)
-        self._next = step + self._gap
 
-    def look_ahead(self, step: int) -> None:
+    def _risen(self, lr: float) -> bool:
+        """Whether lr is no longer near that of the latest measurement."""
+        return lr > 2 * self._lr
+
+    def look_ahead(self, step: int, lr: float) -> None:
         """See the targets of the next step, if that may be measured."""
-        if self._pending and self._measured is not None and self._measured[1].device.type == "cpu":
+        if self._unread is not None and self._unread[1].device.type == "cpu":
             self._read()
         if self._passes.targets is not None:
-            self._passes.targets.open = self._pending or step >= self._next
+            self._passes.targets.open = self._unread is not None or step >= self._next or self._risen(lr)
 
-    def due(self, step: int) -> bool:
-        """Whether to measure this step: on all ranks alike."""
-        self._read()
-        return step >= self._next and self._ranks.agreed([self._passes.labelled()])[0]
+    def scale(self, step: int, lr: float) -> Callable[[Measure], Tensor] | None:
+        """What tells this step's factor, at most 1, a scalar, from its measurement; None: it is 1. On all ranks alike.
 
-    def factor(self, step: int, measured: Callable[[Inputs, int], Line]) -> Tensor:
-        """What to multiply this step by, at most 1: a scalar. ``measured``: of this rank's part of a batch, and a seed
-        that leaves those of drawn labels as they are.
+        ``lr``: the greatest of the parameter groups'.
         """
-        self._measured = step, torch.zeros((), device="cpu")
+        self._read()
+        due = step >= self._next
+        if due or self._risen(lr):
+            if self._ranks.agreed([self._passes.labelled()])[0]:
+                return partial(self.factor, step, lr)
+            if due:
+                self._length, self._scale = 0.0, None
+                return None
+        self._scale = 1 / max(self._foretold(lr), 1.0)
+        self._shortened += self._scale < 1
+        held = torch.tensor(self._scale, dtype=torch.float64, device="cpu")
+        return None if self._scale == 1 else lambda measured: held
+
+    def factor(self, step: int, lr: float, measured: Measure) -> Tensor:
+        """What to multiply this step by, of its measurement: a scalar, at most 1."""
+        length = self._measure(step, measured)
+        self._unread, self._scale = (step, length, lr), 1 / length.clamp_min(1)
+        return self._scale
+
+    def _measure(self, step: int, measured: Measure) -> Tensor:
+        """How long a step is in those of the limit; zero where nobody knows."""
+        unknown = torch.zeros((), device="cpu")
         try:
             lines = self._ranks.each(lambda: torch.stack(measured(self._inputs(), step)))
         except EmptyBatch:
-            return self._measured[1] + 1
+            return unknown
         except Exception as failure:  # a step that has been taken should not end a training
             reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
             self._passes.tell_once(
                 "step_limit",
                 f"a step could not be measured, and was left as lr says: {reason}. step_limit=None leaves all so",
             )
-            return self._measured[1] + 1
+            return unknown
         count = lines[3].clone() * self._ranks.size
         self._ranks.mean([lines])
         slope, square, curvature, _, mean = lines.unbind()
         error = ((square - mean.square()).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
         length = curvature / (self._limit * torch.maximum(slope, error))
-        length = torch.where((curvature > 0) & torch.isfinite(length), length, 0)
-        self._measured = step, length
-        return 1 / length.clamp_min(1)
+        return torch.where((curvature > 0) & torch.isfinite(length), length, 0)
 
     def _inputs(self) -> Inputs:
         """A part of the batch; where classes are of positions, as in language models, no more samples than need be."""
@@ -121,15 +151,21 @@ class StepLimit:
             return inputs
         return inputs.rows(0, max(1, POSITIONS * inputs.size() // max(targets.numel(), 1)))
 
-    def around(self, step: int, params: Sequence[Tensor], move: Callable[[], tuple[Tensor, Tensor]]) -> Any:
-        """``move()``, which moves ``params``, and what it returns; the parameters then are no farther than allowed."""
+    def around(
+        self, factor: Callable[[Measure], Tensor], params: Sequence[Tensor], move: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """``move()``, which moves ``params``, and what it returns; that far only as ``factor`` has it."""
         before = [p.detach().clone() for p in params]
         found = move()
-        deltas = torch._foreach_sub([p.detach() for p in params], before)
-        factor = self.factor(step, partial(line, self._passes, params, before, deltas))
-        if factor.device.type != "cpu" or factor < 1:
+
+        def measured(inputs: Inputs, seed: int) -> Line:
+            deltas = torch._foreach_sub([p.detach() for p in params], before)
+            return line(self._passes, params, before, deltas, inputs, seed)
+
+        scale = factor(measured)
+        if scale.device.type != "cpu" or scale < 1:
             for p, start in zip(params, before, strict=True):
-                p.copy_(torch.lerp(start, p.detach(), factor.to(p)))
+                p.copy_(torch.lerp(start, p.detach(), scale.to(p)))
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -257,7 +258,7 @@ def test_the_factor(slope: float, square: float, curvature: float, factor: float
     likelihood.nll(y, net(x))
     assert optimizer._limit is not None
     told = tuple(torch.tensor(v, dtype=torch.float64) for v in (slope, square, curvature, 5.0, slope))
-    assert float(optimizer._limit.factor(0, lambda inputs, seed: told)) == pytest.approx(factor)
+    assert float(optimizer._limit.factor(0, 1.0, lambda inputs, seed: told)) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(
@@ -282,24 +283,124 @@ def test_few_positions_do(length: int, batch: int, given: Any, samples: int) -> 
     assert part.targets is not None and part.targets.shape == part.x.shape == (samples, length)
 
 
-def measured_at(lr: float, steps: int = 30) -> list[int]:
-    net, optimizer, likelihood, x, y = linear(lr=lr)
-    found: list[int] = []
-    limit = optimizer._limit
-    assert limit is not None
-    factor = limit.factor
-    limit.factor = lambda step, measured: found.append(step) or factor(step, measured)  # type: ignore[func-returns-value]
-    for _ in range(steps):
-        take(net, optimizer, likelihood.nll, x, y)
-    return found
+class Watched:
+    """A training of one sample's fit, and which of its steps are measured."""
+
+    def __init__(self, lr: float, **settings: Any) -> None:
+        self.net, self.optimizer, self.likelihood, self.x, self.y = linear(lr=lr, **settings)
+        self.steps: list[int] = []
+        assert self.optimizer._limit is not None
+        self.limit = self.optimizer._limit
+        self._factor, self.limit.factor = self.limit.factor, self.factor  # type: ignore[method-assign]
+
+    def factor(self, step: int, lr: float, measured: Any) -> Tensor:
+        self.steps.append(step)
+        return self._factor(step, lr, measured)
+
+    def take(self, steps: int = 1, lr: float | None = None) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
+        for _ in range(steps):
+            take(self.net, self.optimizer, self.likelihood.nll, self.x, self.y)
+
+    def believe(self, length: float) -> None:
+        """As if the latest step had been of that length in those of the limit, and the next ones were not due."""
+        self.limit._read()
+        self.limit._length, self.limit._next = length, 1000
+
+    def step(self, lr: float) -> list[Tensor]:
+        before = [p.detach().clone() for p in self.net.parameters()]
+        self.take(lr=lr)
+        return [p.detach() - b for p, b in zip(self.net.parameters(), before, strict=True)]
 
 
-def test_steps_near_the_limit_are_all_measured() -> None:
-    assert measured_at(50.0) == list(range(30))
+def test_steps_near_the_limit_are_measured_up_to_every_fourth() -> None:
+    training = Watched(50.0)
+    training.take()
+    for _ in range(30):  # the loss's own minimum is near: of other targets each time it is as far as ever
+        training.y = training.y.neg()
+        training.take()
+    assert training.steps[:2] == [0, 1] and 4 in {b - a for a, b in pairwise(training.steps)}
+    assert max(b - a for a, b in pairwise(training.steps)) == 4
 
 
 def test_steps_far_from_it_ever_more_rarely() -> None:
-    assert measured_at(1e-6) == [0, 2, 6, 14, 24]
+    training = Watched(1e-6)
+    training.take(30)
+    assert training.steps == [0, 2, 6, 14, 24]
+
+
+@pytest.mark.parametrize(
+    ("before", "found", "risen", "gap", "then"),
+    [
+        (2.0, 2.9, 1.0, 1, 2),
+        (2.0, 2.9, 1.0, 2, 4),
+        (2.0, 1.4, 1.0, 4, 4),
+        (2.0, 1.2, 1.0, 4, 1),  # shorter than foretold
+        (2.0, 3.1, 1.0, 4, 1),  # longer
+        (2.0, 3.1, 1.9, 2, 4),  # as lr has it
+        (1.0, 1.2, 0.2, 2, 1),
+        (0.4, 0.3, 1.0, 4, 8),
+        (0.1, 0.3, 1.0, 8, 10),  # well within is well within
+        (0.1, 0.49, 1.0, 10, 4),
+        (0.1, 0.6, 1.0, 10, 1),
+        (2.0, 0.0, 1.0, 4, 1),  # it was not known
+    ],
+)
+def test_when_the_next_measurement_is(before: float, found: float, risen: float, gap: int, then: int) -> None:
+    limit = linear()[1]._limit
+    assert limit is not None
+    limit._length, limit._lr, limit._gap = before, 0.1, gap
+    limit._unread = 30, torch.tensor(found), 0.1 * risen
+    state = limit.state()
+    assert (state["limit_next"], state["limit_gap"]) == (30 + then, then)
+    assert state["shortened_steps"] == (found > 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"backend": "reference"}])
+def test_steps_between_measurements_are_taken_for_as_long_as_the_latest(settings: dict[str, Any]) -> None:
+    (held, free), report = (Watched(1.0, **settings) for _ in range(2)), []
+    for training, length in ((held, 4.0), (free, 0.5)):
+        training.take()
+        assert training.limit is not None
+        with torch.no_grad():
+            for p in training.net.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape))
+        training.believe(length)
+        training.limit._lr = 1.0
+    for lr, factor in ((1.0, 0.25), (2.0, 0.125), (0.5, 0.5), (0.25, 1.0), (0.1, 1.0)):
+        whole, part = free.step(lr), held.step(lr)
+        for a, b in zip(whole, part, strict=True):
+            assert relative(b, factor * a) < 1e-12
+        report.append(held.optimizer.diagnostics()["step_scale"])
+        with torch.no_grad():
+            for p, q in zip(held.net.parameters(), free.net.parameters(), strict=True):
+                p.copy_(q)
+    assert report == [0.25, 0.125, 0.5, 1.0, 1.0]
+    assert held.optimizer.diagnostics()["shortened_steps"] - free.optimizer.diagnostics()["shortened_steps"] == 3
+    assert held.steps == free.steps == [0]
+
+
+@pytest.mark.parametrize("told", ["nll", "gradient"])
+def test_a_step_of_an_lr_that_has_risen_is_measured(told: str) -> None:
+    likelihood, net, x, y = CategoricalLikelihood(), mlp(), randn(16, 4), torch.arange(16) % 3
+    optimizer = FishLeg(net, likelihood=likelihood, lr=1e-5)
+    nll = likelihood.nll if told == "nll" else lambda y, o: F.cross_entropy(o, y)
+    for _ in range(15):
+        take(net, optimizer, nll, x, y)
+    assert optimizer.diagnostics()["shortened_steps"] == 0
+    optimizer.param_groups[0]["lr"] = 100.0
+    for _ in range(3):
+        take(net, optimizer, nll, x, y)
+    assert optimizer.diagnostics()["shortened_steps"] == 3
+
+
+def test_targets_that_are_no_longer_known_end_the_holding() -> None:
+    training = Watched(50.0)
+    training.take(3)
+    training.likelihood.nll = lambda y, o: F.mse_loss(o, y)  # type: ignore[method-assign]
+    training.take(8)
+    assert training.optimizer.diagnostics()["step_scale"] is None
 
 
 def test_it_resumes_bit_for_bit() -> None:
@@ -333,7 +434,7 @@ def test_a_checkpoint_of_before_loads() -> None:
     net, optimizer, likelihood, x, y = linear()
     take(net, optimizer, likelihood.nll, x, y)
     state = optimizer.state_dict()
-    for name in ("limit_next", "limit_gap", "shortened_steps"):
+    for name in ("limit_next", "limit_gap", "limit_length", "limit_lr", "shortened_steps"):
         del state["param_groups"][0]["fishleg"][name]
     optimizer.load_state_dict(state)
     take(net, optimizer, likelihood.nll, x, y)
