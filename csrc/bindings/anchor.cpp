@@ -16,43 +16,52 @@ using namespace cpu;
 
 namespace {
 
-// (x, positions, size, stride, out, alpha)
-using MomentTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, double>;
+// (x, positions, size, stride, out, its stride, alpha)
+using MomentTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, int64_t, double>;
 
 Moment moment_of(const MomentTuple& row, double beta) {
-    const auto& [x, positions, size, stride, out, alpha] = row;
-    if (positions < 0 || size < 1 || stride < size)
+    const auto& [x, positions, size, stride, out, out_stride, alpha] = row;
+    if (positions < 0 || size < 1 || stride < size || out_stride < size)
         throw std::invalid_argument("x should be a matrix whose rows have no gaps but is: " +
                                     std::to_string(positions) + " by " + std::to_string(size) + ", rows " +
                                     std::to_string(stride) + " apart");
-    return {pointer<const float>(x), positions, size, stride, pointer<float>(out), static_cast<float>(alpha),
-            static_cast<float>(beta)};
+    return {pointer<const float>(x), positions, size, stride, pointer<float>(out), out_stride,
+            static_cast<float>(alpha), static_cast<float>(beta)};
 }
 
 /// As Python sees them; characters would be text.
 std::vector<bool> flags(const std::vector<char>& done) { return {done.begin(), done.end()}; }
 
 std::vector<bool> average_all(const std::string& engine,
-                              const std::vector<std::tuple<MomentTuple, MomentTuple>>& rows, double beta, int threads) {
+                              const std::vector<std::vector<MomentTuple>>& rows, double beta, int threads) {
     std::vector<Moments> blocks;
-    for (const auto& [first, second] : rows) blocks.push_back({moment_of(first, beta), moment_of(second, beta)});
+    for (const auto& row : rows) {
+        Moments block;
+        for (const MomentTuple& moment : row) block.push_back(moment_of(moment, beta));
+        blocks.push_back(std::move(block));
+    }
     const Engine& with = engine_of(engine);
     py::gil_scoped_release released;
     return flags(average(with, blocks, threads));
 }
 
-// (G, Ā, R, L, m, n, weight)
-using StartTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, double>;
+// (G or Ā, R or L, size, parts, width)
+using SideTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+using StartTuple = std::tuple<SideTuple, SideTuple, double>;
+
+KfacSide side_of(const SideTuple& row) {
+    const auto& [moment, root, size, parts, width] = row;
+    if (size < 1 || parts < 1 || width < 1 || parts * width < size)
+        throw std::invalid_argument("parts of one width should hold all rows but are: " + std::to_string(parts) +
+                                    " of " + std::to_string(width) + " for " + std::to_string(size));
+    return {pointer<const float>(moment), pointer<float>(root), size, parts, width};
+}
 
 std::vector<bool> start_all(const std::string& engine, const std::vector<StartTuple>& rows, double damping,
                             int threads) {
     std::vector<KfacStart> blocks;
-    for (const auto& [g, a, r, l, m, n, weight] : rows) {
-        if (m < 1 || n < 1) throw std::invalid_argument("m and n should be at least 1 but are: " + std::to_string(m) +
-                                                        ", " + std::to_string(n));
-        blocks.push_back({pointer<const float>(g), pointer<const float>(a), pointer<float>(r), pointer<float>(l), m, n,
-                          weight, damping});
-    }
+    for (const auto& [first, second, weight] : rows)
+        blocks.push_back({side_of(first), side_of(second), weight, damping});
     const Engine& with = engine_of(engine);
     py::gil_scoped_release released;
     return flags(start_kfac(with, blocks, threads));

@@ -33,10 +33,12 @@ struct Layer {
 
     Moments moments(float beta) {
         const float alpha = (1 - beta) / static_cast<float>(positions);
-        return {{e.data(), positions, m, m, rows.data(), alpha, beta},
-                {a.data(), positions, n, n, columns.data(), alpha, beta}};
+        return {{e.data(), positions, m, m, rows.data(), m, alpha, beta},
+                {a.data(), positions, n, n, columns.data(), n, alpha, beta}};
     }
-    KfacStart start() { return {rows.data(), columns.data(), R.data(), L.data(), m, n, 0.5, 0.01}; }
+    KfacStart start() {
+        return {{rows.data(), R.data(), m, 1, m}, {columns.data(), L.data(), n, 1, n}, 0.5, 0.01};
+    }
 };
 
 double wanted_moment(const Numbers& x, int64_t positions, int64_t size, int64_t i, int64_t j) {

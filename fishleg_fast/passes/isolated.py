@@ -419,7 +419,8 @@ class IsolatedPasses:
             self.tell_once(
                 "left out",
                 f"the model returns a {kind}, of which the likelihood is given the first tensor alone, of shape "
-                f"{shape_of(outputs)}, and not those of shape {shapes}. That is right where the loss has them in "
+                f"{shape_of(outputs)}{' for a part of the batch' if inputs.part else ''}, and not those of shape "
+                f"{shapes}. That is right where the loss has them in "
                 "penalties at most, as a VAE has its mean and variance. If they are outputs too, several heads say, "
                 "let the model return one tensor of them all, for a Likelihood of your own that splits it; or give "
                 "FishLeg draw= and nll= without likelihood=",

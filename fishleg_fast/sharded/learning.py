@@ -21,7 +21,7 @@ from ..algebra.matrix import Matrix, dense, dot, widest
 from ..algebra.structures.base import LayerStatistics
 from ..backends.protocol import Ops
 from ..distributed.ranks import Ranks
-from ..fisher.layer_check import LayerCheck, probe
+from ..fisher.layer_check import SAMPLES, LayerCheck, probe
 from ..fisher.layer_pass import LayerPass, Share
 from ..fisher.learning import CurvatureLearner, CurvatureOptions, set_units
 from ..fisher.moments import chunks_of
@@ -120,8 +120,8 @@ class ShardedLearner(CurvatureLearner):
         told = [b for b in due if b.layer is not None]
         look = self.passes.attempts("moments", "layers").check_due(self.passes.mode())
         if told and (look or any(b.layer_agrees is None for b in told)):
-            check = _ShardedLayerCheck(self._model, told)
-            self.passes.run(inputs, 0, partial(check.run, self.passes, inputs))
+            check, some = _ShardedLayerCheck(self._model, told), inputs.rows(0, SAMPLES)
+            self.passes.run(some, 0, partial(check.run, self.passes, some))
             for block, wrong in zip(told, self.ranks.sums(check.wrong()), strict=True):
                 block.layer_agrees = not wrong
 

@@ -36,6 +36,7 @@ Lanes of(const float* c, Lanes lanes) {
 struct Factor {
     const float* moment;
     int64_t k, panels;
+    int64_t real;   // rows that are no padding
     int64_t width;  // of a step between two barriers, in panels
     float scale, shift;
     // Packed operands, of C without the diagonal and of X with it alone:
@@ -225,18 +226,29 @@ void factorise(const FactorKernels& work, std::vector<Factor>& factors, int thre
     }
 }
 
-/// ‖diagonal of X‖/√k
-double size(const Factor& f) {
+/// Where the factors of a block's rows begin and end, and where those of its columns do.
+struct FactorsOfBlock {
+    size_t begin, middle, end;
+};
+
+/// ‖diagonal of X‖/√k, of the diagonal blocks begin … end−1 of X
+double size(const std::vector<Factor>& factors, size_t begin, size_t end) {
     double sum = 0;
-    for (int64_t i = 0; i < f.k; ++i) {
-        const double x = f.X_diagonal[i / panel * area + i % panel * (panel + 1)];
-        sum += x * x;
+    int64_t k = 0;
+    for (size_t part = begin; part < end; ++part) {
+        const Factor& f = factors[part];
+        for (int64_t i = 0; i < f.real; ++i) {
+            const double x = f.X_diagonal[i / panel * area + i % panel * (panel + 1)];
+            sum += x * x;
+        }
+        k += f.real;
     }
-    return std::sqrt(sum / static_cast<double>(f.k));
+    return std::sqrt(sum / static_cast<double>(k));
 }
 
-/// Two factors of each block: all in one workspace.
-void start(const FactorKernels& work, std::vector<Factor>& factors, Workspace& workspace, int threads) {
+/// All factors of some blocks, in one workspace. Returns of each block whether that was done.
+std::vector<char> start(const FactorKernels& work, std::vector<Factor>& factors,
+                        const std::vector<FactorsOfBlock>& blocks, Workspace& workspace, int threads) {
     int64_t total = 0;
     for (const Factor& f : factors) total += workspace_of(work.engine, f.k);
     char* next = workspace.reserve(total);
@@ -254,21 +266,32 @@ void start(const FactorKernels& work, std::vector<Factor>& factors, Workspace& w
     }
     factorise(work, factors, threads);
     std::vector<PanelRange> ranges;
-    for (size_t k = 0; k < factors.size(); k += 2) {
-        Factor &r = factors[k], &l = factors[k + 1];
-        r.failed = l.failed = r.failed || l.failed;
-        if (r.failed) continue;
-        r.c = static_cast<float>(std::sqrt(size(l) / size(r)));
-        l.c = 1 / r.c;
-        for (Factor* f : {&r, &l}) {
-            for (int64_t first = 0; first < f->panels; first += f->width) {
-                const int64_t last = std::min(first + f->width, f->panels);
-                ranges.push_back({f, first, last, last * last});
+    std::vector<char> done;
+    for (const auto& [begin, middle, end] : blocks) {
+        const auto first_of = [&](size_t k) { return factors.begin() + static_cast<std::ptrdiff_t>(k); };
+        done.push_back(std::none_of(first_of(begin), first_of(end), [](const Factor& f) { return f.failed; }));
+        if (!done.back()) continue;
+        const auto c = static_cast<float>(std::sqrt(size(factors, middle, end) / size(factors, begin, middle)));
+        for (size_t k = begin; k < end; ++k) {
+            Factor& f = factors[k];
+            f.c = k < middle ? c : 1 / c;
+            for (int64_t first = 0; first < f.panels; first += f.width) {
+                const int64_t last = std::min(first + f.width, f.panels);
+                ranges.push_back({&f, first, last, last * last});
             }
         }
     }
     for_ranges(work.engine, ranges, threads,
                [&](const PanelRange& r) { work.inverse(*r.factor, r.first, r.last); });
+    return done;
+}
+
+/// tr F/k
+double mean_eigenvalue(const KfacSide& side, double weight) {
+    double sum = 0;
+    for (int64_t part = 0; part < side.parts; ++part)
+        sum += trace(side.moment + part * side.width * side.width, side.width);
+    return std::max<double>(sum / weight / static_cast<double>(side.size), std::numeric_limits<float>::min());
 }
 
 }  // namespace
@@ -279,31 +302,38 @@ std::vector<char> start_kfac(const Engine& engine, const std::vector<KfacStart>&
     std::vector<char> done(blocks.size(), 0);
     for (size_t begin = 0, end = 0; begin < blocks.size(); begin = end) {
         std::vector<Factor> factors;
+        std::vector<FactorsOfBlock> places;
         std::vector<size_t> indices;
         int64_t bytes = 0;
         for (; end < blocks.size(); ++end) {
             const KfacStart& b = blocks[end];
-            bytes += workspace_of(engine, b.m) + workspace_of(engine, b.n);
+            for (const KfacSide* side : {&b.rows, &b.columns}) bytes += side->parts * workspace_of(engine, side->width);
             if (end > begin && bytes > workspace_bytes) break;
-            constexpr double tiny = std::numeric_limits<float>::min();
-            const double g = std::max(trace(b.rows, b.m) / b.weight / static_cast<double>(b.m), tiny);
-            const double a = std::max(trace(b.columns, b.n) / b.weight / static_cast<double>(b.n), tiny);
+            const double g = mean_eigenvalue(b.rows, b.weight), a = mean_eigenvalue(b.columns, b.weight);
             if (!std::isfinite(g) || !std::isfinite(a)) continue;
             const double pi = std::sqrt(a / g), root = std::sqrt(b.damping);
-            const auto add = [&](const float* moment, int64_t k, double shift, float* out, bool transposed) {
-                Factor f{};
-                f.moment = moment, f.k = k, f.panels = (k + panel - 1) / panel;
-                f.width = std::clamp<int64_t>(cache_bytes / (f.panels * area * engine.element_bytes), 1, 8);
-                f.scale = static_cast<float>(1 / b.weight), f.shift = static_cast<float>(shift);
-                f.out = out, f.transposed = transposed;
-                factors.push_back(f);
+            const auto add = [&](const KfacSide& side, double shift, bool transposed) {
+                for (int64_t part = 0; part < side.parts; ++part) {
+                    Factor f{};
+                    f.moment = side.moment + part * side.width * side.width;
+                    f.out = side.root + part * side.width * side.width;
+                    f.k = side.width, f.panels = (side.width + panel - 1) / panel;
+                    f.real = std::clamp<int64_t>(side.size - part * side.width, 0, side.width);
+                    f.width = std::clamp<int64_t>(cache_bytes / (f.panels * area * engine.element_bytes), 1, 8);
+                    f.scale = static_cast<float>(1 / b.weight), f.shift = static_cast<float>(shift);
+                    f.transposed = transposed;
+                    factors.push_back(f);
+                }
             };
-            add(b.rows, b.m, root / pi, b.R, false);
-            add(b.columns, b.n, root * pi, b.L, true);
+            const size_t first = factors.size();
+            add(b.rows, root / pi, false);
+            const size_t middle = factors.size();
+            add(b.columns, root * pi, true);
+            places.push_back({first, middle, factors.size()});
             indices.push_back(end);
         }
-        start(work, factors, workspace, threads);
-        for (size_t k = 0; k < indices.size(); ++k) done[indices[k]] = !factors[2 * k].failed;
+        const std::vector<char> right = start(work, factors, places, workspace, threads);
+        for (size_t k = 0; k < indices.size(); ++k) done[indices[k]] = right[k];
     }
     workspace.keep_at_most(workspace_bytes);
     return done;

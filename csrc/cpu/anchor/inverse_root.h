@@ -8,13 +8,17 @@
 
 namespace fishleg::cpu {
 
-/// One block: float32 matrices, row by row without gaps. Of the moments the lower halves are read.
+/// Of one side of a block: float32 matrices (parts, width, width), row by row without gaps, that are diagonal blocks of
+/// one of `size` rows and of what pads it. Of the moments the lower halves are read; padding is zero.
+struct KfacSide {
+    const float* moment = nullptr;  // G or Ā, a sum of a total `weight`
+    float* root = nullptr;          // R or L: written where all roots of the block were found
+    int64_t size = 0, parts = 1, width = 0;
+};
+
+/// One block.
 struct KfacStart {
-    const float* rows = nullptr;     // G (m, m) and Ā (n, n), sums of a total `weight`
-    const float* columns = nullptr;
-    float* R = nullptr;              // (m, m) and (n, n): written where both roots were found
-    float* L = nullptr;
-    int64_t m = 0, n = 0;
+    KfacSide rows, columns;
     double weight = 1;
     double damping = 0;
 };

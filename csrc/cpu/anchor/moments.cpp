@@ -76,7 +76,8 @@ void add(const Engine& engine, const std::vector<const Moment*>& moments, int64_
             // Without positions the average still decays.
             if (depth(m) <= 0 && (first || m.positions)) continue;
             Product p{};
-            p.rows = p.columns = p.stride = m.size;
+            p.rows = p.columns = m.size;
+            p.stride = m.out_stride;
             p.depth = std::max<int64_t>(0, depth(m));
             p.out = m.out, p.symmetric = true;
             p.alpha = m.alpha, p.beta = first ? 1 : m.beta;
@@ -100,16 +101,19 @@ std::vector<char> average(const Engine& engine, const std::vector<Moments>& bloc
     thread_local Workspace workspace;
     std::vector<const Moment*> all, chosen;
     for (const Moments& block : blocks)
-        for (const Moment* m : {&block.rows, &block.columns}) all.push_back(m);
+        for (const Moment& m : block) all.push_back(&m);
     const std::vector<char> ok = finite(all, threads);
     std::vector<char> done;
     int64_t most = 1;
-    for (size_t k = 0; k < blocks.size(); ++k) {
-        done.push_back(ok[2 * k] && ok[2 * k + 1]);
-        for (const Moment* m : {&blocks[k].rows, &blocks[k].columns}) {
-            if (!done[k]) continue;
-            chosen.push_back(m);
-            most = std::max(most, m->positions);
+    auto each = ok.begin();
+    for (const Moments& block : blocks) {
+        const auto last = each + static_cast<std::ptrdiff_t>(block.size());
+        done.push_back(std::all_of(each, last, [](char one) { return one; }));
+        each = last;
+        if (!done.back()) continue;
+        for (const Moment& m : block) {
+            chosen.push_back(&m);
+            most = std::max(most, m.positions);
         }
     }
     for (int64_t first = 0; first < most; first += positions_at_once)

@@ -7,7 +7,7 @@ small. There every operand is split into two bfloat16 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _engines(block: Block, new: LayerStatistics | Aux | None) -> Pair | None:
     if type(s) is not Kron or "A" in s.fishleg_aux:
         return None
     matrices = [*s.fishleg_aux.values(), *block.moments.values()]
-    if not all(t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in matrices):
+    if not all(t.ndim >= 2 and t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in matrices):
         return None
     if isinstance(new, LayerStatistics) and not new.a.dtype == new.e.dtype == torch.float32:
         return None
@@ -84,7 +84,7 @@ def _average(engine: str, pairs: Sequence[tuple[Block, LayerStatistics]], decay:
         a, e = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (a, e))
         kept.append((a, e))
         G, A = block.moments["rows"], block.moments["columns"]
-        rows.append((_moment(e, G, weight * count), _moment(a, A, weight / max(positions or a.shape[0], 1))))
+        rows.append([*_moments(e, G, weight * count), *_moments(a, A, weight / max(positions or a.shape[0], 1))])
     done = native.extension().average_moments(engine, rows, 1.0 if more else decay, torch.get_num_threads())
     found = [block for (block, _), ok in zip(pairs, done, strict=True) if ok]
     for block in found:
@@ -94,9 +94,14 @@ def _average(engine: str, pairs: Sequence[tuple[Block, LayerStatistics]], decay:
     return found
 
 
-def _moment(x: Tensor, out: Tensor, alpha: float) -> tuple[int, int, int, int, int, float]:
-    positions, size = x.shape
-    return x.data_ptr(), positions, size, x.stride(0) if positions > 1 else size, out.data_ptr(), alpha
+def _moments(x: Tensor, out: Tensor, alpha: float) -> Iterator[tuple[int, int, int, int, int, int, float]]:
+    """Of the columns of x (positions, k), alone or in groups that have each a part of ``out``."""
+    positions, width = x.shape[0], out.shape[-1]
+    parts = out.reshape(-1, width, width).unbind()
+    for start, part in zip(range(0, x.shape[1], width), parts, strict=True):
+        mine = x[:, start : start + width]
+        stride = mine.stride(0) if positions > 1 else mine.shape[1]
+        yield mine.data_ptr(), positions, mine.shape[1], stride, part.data_ptr(), width, alpha
 
 
 def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
@@ -104,10 +109,15 @@ def _start(engine: str, blocks: Sequence[Block], damping: float) -> list[Block]:
     rows = []
     for block in blocks:
         aux, m = block.structure.fishleg_aux, block.moments
-        matrices = (m["rows"], m["columns"], aux["R"], aux["L"])
-        rows.append((*map(Tensor.data_ptr, matrices), *block.structure.shape, float(block.moments_divisor)))
+        pairs = zip((m["rows"], m["columns"]), (aux["R"], aux["L"]), block.structure.shape, strict=True)
+        rows.append((*(_side(*pair) for pair in pairs), float(block.moments_divisor)))
     done = native.extension().start_kfac(engine, rows, damping, torch.get_num_threads())
     for block, ok in zip(blocks, done, strict=True):
         if ok:
             torch.autograd.graph.increment_version(list(block.structure.fishleg_aux.values()))
     return [block for block, ok in zip(blocks, done, strict=True) if not ok]
+
+
+def _side(moment: Tensor, root: Tensor, size: int) -> tuple[int, int, int, int, int]:
+    width = moment.shape[-1]
+    return moment.data_ptr(), root.data_ptr(), size, moment.numel() // width**2, width

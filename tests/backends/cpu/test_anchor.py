@@ -214,9 +214,52 @@ def test_moments_that_are_not_positive_are_refused(operands: torch.dtype) -> Non
     assert all(map(torch.equal, before, block.structure.fishleg_aux.values()))
 
 
+@pytest.mark.parametrize(("m", "n", "size"), [(20, 30, 16), (20, 31, 16), (33, 7, 5), (5, 9, 1), (300, 130, 100)])
+def test_factors_in_blocks(
+    operands: torch.dtype, monkeypatch: pytest.MonkeyPatch, m: int, n: int, size: int
+) -> None:
+    """Of one width, with zeros beyond the last row."""
+    _, coarse, fine = CLOSE[operands]
+    blocks, others = ([block_of(m, n, operands, max_factor_size=size), block_of(m, n, operands)] for _ in range(2))
+    for b in (*blocks, *others):
+        for t in b.structure.fishleg_aux.values():
+            t.zero_()
+    news = [shown(m, n)] * 2
+    anchor(others, news, decay=0.8, damping=0.01, ops=steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kron, "start_kfac", refuse)
+        patch.setattr(Kron, "average", refuse)
+        anchor(blocks, news, decay=0.8, damping=0.01)
+    for b, o in zip(blocks, others, strict=True):
+        assert b.moments_weight == o.moments_weight
+        for name, moment in b.moments.items():
+            assert relative(moment, o.moments[name]) < coarse
+        weight = b.moments_weight.item()
+        R, L = (t.double() for t in b.structure.fishleg_aux.values())
+        truths, products = [], [R.mT @ R, L @ L.mT]
+        traces = [moment.diagonal(dim1=-2, dim2=-1).sum().item() / weight for moment in b.moments.values()]
+        means = [trace / k for trace, k in zip(traces, b.shape, strict=True)]
+        pi = (means[1] / means[0]) ** 0.5
+        for moment, shift in zip(b.moments.values(), (0.1 / pi, 0.1 * pi), strict=True):
+            truths.append(torch.linalg.inv(moment.double() / weight + shift * torch.eye(moment.shape[-1]).double()))
+        c = products[0].norm() / truths[0].norm()
+        assert relative(products[0] / c, truths[0]) < fine and relative(products[1] * c, truths[1]) < fine
+        sizes = [
+            torch.linalg.vector_norm(F.diagonal(dim1=-2, dim2=-1).flatten()[:k]) / k**0.5
+            for F, k in zip((R, L), b.shape, strict=True)
+        ]
+        assert relative(*sizes) < 1e-5
+    blocks[0].moments["columns"].flatten()[0] = float("nan")
+    before = state(blocks[0])
+    wrong = shown(m, n)
+    wrong.a[3, n - 1] = float("inf")
+    assert anchoring.average_moments(blocks[:1], [wrong], 0.8) == []
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(state(blocks[0]), before, strict=True))
+
+
 def test_others_go_to_the_reference(operands: torch.dtype) -> None:
     m, n = 20, 30
-    options: list[dict[str, object]] = [{}, {"scale": True}, {"diagonal": "R"}, {"max_factor_size": 16}]
+    options: list[dict[str, object]] = [{}, {"scale": True}, {"diagonal": "R"}, {"diagonal": "L"}]
     options.append({"dtype": torch.float64})
     blocks = [block_of(m, n, operands, **o) for o in options]
     others = [block_of(m, n, operands, **o) for o in options]
@@ -262,7 +305,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="engine should be one that this processor has"):
         extension.start_kfac("abacus", [], 0.1, 1)
     if engines():
-        with pytest.raises(ValueError, match="m and n should be at least 1 but are: 0, 3"):
-            extension.start_kfac(engines()[0], [(0, 0, 0, 0, 0, 3, 1.0)], 0.1, 1)
+        with pytest.raises(ValueError, match="should hold all rows but are: 1 of 2 for 3"):
+            extension.start_kfac(engines()[0], [((0, 0, 3, 1, 2), (0, 0, 3, 1, 3), 1.0)], 0.1, 1)
         with pytest.raises(ValueError, match="rows have no gaps but is: 4 by 5, rows 3 apart"):
-            extension.average_moments(engines()[0], [((0, 4, 5, 3, 0, 1.0),) * 2], 0.5, 1)
+            extension.average_moments(engines()[0], [[(0, 4, 5, 3, 0, 5, 1.0)] * 2], 0.5, 1)
