@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Nll = TypeVar("Nll", bound=Callable[..., Tensor])
 
 
 class Likelihood(nn.Module):
@@ -86,6 +89,26 @@ class Likelihood(nn.Module):
         """
         return None
 
+    @torch.enable_grad()
+    def explains(self, targets: Tensor, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """Whether ``gradient``, with respect to ``outputs``, may be of the nll on these targets, whatever each row's
+        factor: a boolean scalar.
+        """
+        known = self.scored, self.noted
+        try:
+            leaf = outputs.detach().requires_grad_()
+            (own,) = torch.autograd.grad(self.nll(targets, leaf), leaf)
+        finally:
+            self.scored, self.noted = known
+        return alike(gradient, own, otherwise=True)
+
+    def rows_between(self, outputs: Sequence[int]) -> int:
+        """Each so many rows of outputs of that shape are enough to see what a gradient is of, if that is row by row."""
+        if not getattr(type(self).nll, "of_each_row", False):
+            return 1
+        rows, positions = outputs[0], math.prod(self.positions(outputs))
+        return min(positions // LOOKED_AT, rows // LEAST_ROWS) + 1
+
     def positions(self, outputs: Sequence[int]) -> Sequence[int]:
         """The shape of a mask for outputs of a shape. Here: theirs."""
         return torch.Size(outputs)
@@ -101,6 +124,26 @@ class Likelihood(nn.Module):
     def forward(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """``nll``: a likelihood can stand where a loss module does, but mind the order."""
         return self.nll(targets, outputs)
+
+
+def of_each_row(nll: Nll) -> Nll:
+    """Mark an ``nll`` that is a sum, or a mean, over rows."""
+    nll.of_each_row = True  # type: ignore[attr-defined]
+    return nll
+
+
+LOOKED_AT, LEAST_ROWS = 256, 8  # positions, and samples, to see what a gradient is of
+
+
+def alike(gradient: Tensor, expected: Tensor, least: float = 0.9, otherwise: bool = False) -> Tensor:
+    """Whether rows point the same way, whatever each one's weight: their mean cosine, of those that count;
+    ``otherwise`` where none does.
+    """
+    gradient, expected = (t.unsqueeze(-1).flatten(1).float() for t in (gradient, expected))
+    counts = (gradient != 0).any(1)
+    cosines = torch.cosine_similarity(gradient, expected, dim=1, eps=1e-30)
+    same = (cosines * counts).sum() > least * counts.sum().clamp_min(1)
+    return same | ~counts.any() if otherwise else same
 
 
 def transformed() -> bool:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Likelihood, batch_size
-from .checks import LOOKED_AT, alike, check_elementwise, looked_at
+from .base import LOOKED_AT, Likelihood, alike, batch_size, of_each_row
+from .checks import check_elementwise, looked_at
 
 ROUNDING = 1e-4  # of grey values that were resized or averaged
 
@@ -19,6 +19,7 @@ class BernoulliLikelihood(Likelihood):
     On a CPU a target outside [0, 1] raises a ValueError.
     """
 
+    @of_each_row
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         check_elementwise("BernoulliLikelihood", targets, outputs)
         if looked_at(targets):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Likelihood, batch_size
-from .checks import LOOKED_AT, alike, called_with, check_pair, misfit
+from .base import LOOKED_AT, Likelihood, alike, batch_size, of_each_row
+from .checks import called_with, check_pair, misfit
 
 
 class CategoricalLikelihood(Likelihood):
@@ -75,6 +75,7 @@ class CategoricalLikelihood(Likelihood):
     def _class_weight(self, outputs: Tensor) -> Tensor | None:
         return None if self.weight is None else self.weight.to(outputs)
 
+    @of_each_row
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         check_pair("CategoricalLikelihood", targets, outputs)
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""Whether targets and outputs are what a likelihood takes, and what gradients tell of targets."""
+"""Whether targets and outputs are what a likelihood takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .base import batch_size, transformed
-
-LOOKED_AT = 256  # positions, to see what a gradient is of
 
 
 def _remedy(name: str, value: Any) -> str:
@@ -59,14 +57,6 @@ def looked_at(t: Tensor) -> bool:
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return t.device.type == "cpu" and not traced and not transformed()
-
-
-def alike(gradient: Tensor, expected: Tensor, least: float = 0.9) -> Tensor:
-    """Whether rows point the same way, whatever each one's weight: their mean cosine, of those that count."""
-    gradient, expected = gradient.flatten(1).float(), expected.flatten(1).float()
-    counts = (gradient != 0).any(1)
-    cosines = torch.cosine_similarity(gradient, expected, dim=1, eps=1e-30)
-    return (cosines * counts).sum() > least * counts.sum().clamp_min(1)
 
 
 def misfit(function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Likelihood, batch_size
+from .base import Likelihood, batch_size, of_each_row
 from .checks import check_elementwise
 
 
@@ -32,6 +32,7 @@ class GaussianLikelihood(Likelihood):
         """σ: a scalar tensor."""
         return torch.tensor(self._fixed, device="cpu") if self.log_sigma is None else self.log_sigma.detach().exp()
 
+    @of_each_row
     def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
         check_elementwise("GaussianLikelihood", targets, outputs)
         self._note_for(GaussianLikelihood, targets, outputs)

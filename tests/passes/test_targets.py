@@ -289,3 +289,96 @@ def test_nothing_is_kept_of_a_graph() -> None:
     del outputs
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("why", ["another batch", "another order", "another head", "its own"])
+@pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian"])
+def test_targets_that_nll_had_of_other_outputs_are_not_taken(kind: str, why: str) -> None:
+    """Of the same shape as the model's; the gradient tells that they are not what the model is trained on."""
+    likelihood, y = {
+        "categorical": (CategoricalLikelihood(), Y),
+        "bernoulli": (BernoulliLikelihood(), (randn(20, 3) > 0).double()),
+        "gaussian": (GaussianLikelihood(), randn(20, 3)),
+    }[kind]
+    net, optimizer, _ = setup(likelihood)
+    other = nn.Linear(4, 3).double()
+    outputs, order = net(X), torch.arange(20).roll(7)
+    if why == "another order":
+        loss = likelihood.nll(y[order], outputs[order])
+    else:
+        loss = likelihood.nll(y, outputs)
+    if why == "another batch":
+        likelihood.nll(y.roll(1, 0), net[0:](randn(20, 4, seed=3)))
+    if why == "another head":
+        loss = loss + likelihood.nll(y.flip(0), other(X))
+    loss.backward()
+    tap = optimizer._passes.tap
+    assert tap is not None and tap.last is not None
+    found = optimizer._passes._targets(tap.last)
+    assert optimizer._passes._targets(tap.last) is found
+    assert found is not None and torch.equal(found, y) if why == "its own" else found is None
+
+
+@pytest.mark.parametrize("likelihood", [BernoulliLikelihood(), GaussianLikelihood(0.1)])
+def test_one_number_a_sample(likelihood: Likelihood) -> None:
+    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
+    optimizer = FishLeg(net, likelihood=likelihood, lr=20.0)
+    for y, told in (((torch.arange(20) % 2).double(), True), ((torch.arange(20) % 3 > 1).double(), False)):
+        loss = likelihood.nll(y, net(X))
+        if not told:
+            likelihood.nll(1 - y, net(X).detach().requires_grad_())
+        loss.backward()
+        assert optimizer._passes.labelled() is told
+
+
+class Contrastive(Likelihood):
+    """Every row's gradient depends on all rows."""
+
+    def nll(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        self.note(targets, outputs)
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)).roll(int(targets[0])))
+
+    def draw(self, outputs: Tensor) -> Tensor:
+        return torch.ones(len(outputs))
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        return v / len(outputs)
+
+
+def test_an_nll_of_several_rows_together_is_looked_at_whole() -> None:
+    likelihood, x = Contrastive(), randn(600, 4)
+    assert likelihood.rows_between((600, 3)) == 1
+    found = seen(likelihood.nll, x=x, y=torch.ones(600), likelihood=likelihood)
+    assert found is not None
+
+
+def test_few_rows_of_a_large_batch_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    likelihood, shapes = CategoricalLikelihood(class_dim=-1), []
+    explains = CategoricalLikelihood.explains
+    monkeypatch.setattr(
+        CategoricalLikelihood, "explains", lambda self, y, o, g: shapes.append(o.shape) or explains(self, y, o, g)
+    )
+    net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+    optimizer = FishLeg(net, likelihood=likelihood, lr=20.0)
+    words = torch.arange(64 * 100).reshape(64, 100) % 7
+    for _ in range(2):
+        likelihood.nll(words.roll(-1, 1), net(words)).backward()
+        optimizer.step()
+    assert shapes == [(8, 100, 7)] * 2 and optimizer.diagnostics()["shortened_steps"] == 2
+
+
+def test_rows_that_all_do_not_count_are_no_contradiction() -> None:
+    likelihood, y = CategoricalLikelihood(), torch.full((300,), -100)
+    y[1] = 1  # every second row is looked at
+    assert likelihood.rows_between((300, 3)) == 2
+    found = seen(likelihood.nll, x=randn(300, 4), y=y, likelihood=likelihood)
+    assert found is not None and torch.equal(found, y)
+
+
+def test_noting_is_as_before_where_a_gradient_is_looked_at() -> None:
+    y = torch.where(torch.arange(20) % 4 == 0, -100, Y)
+    net, optimizer, likelihood = setup()
+    likelihood.nll(y, net(X)).backward()
+    optimizer.step()
+    assert likelihood.scored is not None and torch.equal(likelihood.scored, y != -100)
+    assert likelihood.noted is not None and torch.equal(likelihood.noted[0], y)
