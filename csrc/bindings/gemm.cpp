@@ -2,11 +2,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <tuple>
 
 #include "bindings/bindings.h"
 #include "cpu/gemm/products.h"
+#include "cpu/step/polar.h"
 
 namespace py = pybind11;
 
@@ -59,6 +61,22 @@ void multiply_all(const std::string& engine, const std::vector<ProductTuple>& ro
     multiply(with, products, threads);
 }
 
+// (x, m, n, steps to a product with x)
+using PolarTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+void polar_all(const std::string& engine, const std::vector<PolarTuple>& rows,
+               const std::vector<std::array<float, 3>>& coefficients, int threads) {
+    const Engine& with = engine_of(engine);
+    std::vector<PolarMatrix> matrices;
+    for (const auto& [x, m, n, together] : rows) {
+        if (m < 0 || n < 0) refuse("m and n", std::min(m, n), "at least 0");
+        if (together < 1) refuse("the steps to a product", together, "at least 1");
+        matrices.push_back({pointer<float>(x), m, n, together});
+    }
+    py::gil_scoped_release released;
+    polar_factors(with, matrices, coefficients, threads);
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
@@ -75,6 +93,7 @@ void bind_gemm(py::module_& m) {
     }, "Bytes of a packed operand.");
     m.def("pack", &pack_all, "Pack operands.");
     m.def("multiply", &multiply_all, "Products of packed operands.");
+    m.def("polar_factors", &polar_all, "Polar factors in the place of matrices, by an engine that packs both sides alike.");
 }
 
 }  // namespace fishleg

@@ -1,6 +1,7 @@
-"""Polar factors, as ``algebra.polar`` has them, by packed products of all blocks: symmetric ones by half their tiles.
+"""Polar factors, as ``algebra.polar`` has them, by packed products: symmetric ones by half their tiles.
 
-That pays for large matrices. torch's batched products, which need no packing, are faster for small ones.
+Of float32 operands all of it is in C++ (csrc/cpu/step/polar.cpp). Of bfloat16 ones the products of all blocks are
+batched here, which pays for large matrices; torch's batched products, which need no packing, are faster for small ones.
 """
 
 from __future__ import annotations
@@ -10,27 +11,46 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ... import native
 from ...algebra.polar import COEFFICIENTS, STEPS_PER_PRODUCT, steps_on_gram
 from ...model.block import Block
-from .packed_matrix import ENGINES, LEFT, MATRIX_UNITS, RIGHT, PackedMatrix, PackedScratch, ProductBatch, engines
+from .packed_matrix import ENGINES, LEFT, MATRIX_UNITS, RIGHT, PackedScratch, ProductBatch, engines
 from .state import polar_scratch
 
-LEAST = 256  # of the smaller side that pays
+LEAST = 256  # of the smaller side that pays, of bfloat16 operands
+
+
+def _engine(block: Block) -> str | None:
+    return ENGINES.get(block.structure.operand_dtype or torch.float64)
 
 
 def covers(block: Block, x: Tensor) -> bool:
     """Whether the block's x is for ``polar_factors``, whatever its structure is."""
-    engine = ENGINES.get(block.structure.operand_dtype or torch.float64)
-    return engine in engines() and x.dtype == torch.float32 and x.is_contiguous() and min(x.shape) >= LEAST
+    engine = _engine(block)
+    known = engine in engines() and x.dtype == torch.float32 and x.is_contiguous()
+    return known and (engine not in MATRIX_UNITS or min(x.shape) >= LEAST)
 
 
 def polar_factors(blocks: Sequence[Block], xs: Sequence[Tensor]) -> None:
     """Replace each x (m, n) by its polar factor; all are covered."""
-    if not blocks:
-        return
-    memory = [polar_scratch(b) for b in blocks]
-    batch = ProductBatch(memory[0].engine)
-    going = [_Iteration(mine, x, batch).steps() for mine, x in zip(memory, xs, strict=True)]
+    by_engine: dict[str, list[tuple[Block, Tensor]]] = {}
+    for block, x in zip(blocks, xs, strict=True):
+        by_engine.setdefault(_engine(block) or "", []).append((block, x))
+    for engine, pairs in by_engine.items():
+        if engine in MATRIX_UNITS:
+            _batched(engine, pairs)
+        else:
+            rows = []
+            for _, x in pairs:
+                k, l = sorted(x.shape)
+                rows.append((x.data_ptr(), *x.shape, STEPS_PER_PRODUCT if steps_on_gram(k, l) else 1))
+            native.extension().polar_factors(engine, rows, COEFFICIENTS, torch.get_num_threads())
+            torch.autograd.graph.increment_version([x for _, x in pairs])
+
+
+def _batched(engine: str, pairs: Sequence[tuple[Block, Tensor]]) -> None:
+    batch = ProductBatch(engine)
+    going = [_Iteration(polar_scratch(block), x, batch).steps() for block, x in pairs]
     while going:
         going = [iteration for iteration in going if next(iteration, False)]
         batch.run()
@@ -44,7 +64,6 @@ class _Iteration:
 
     def __init__(self, memory: PackedScratch, x: Tensor, batch: ProductBatch) -> None:
         self.memory, self.batch, self.wide = memory, batch, x.shape[0] <= x.shape[1]
-        self.exact = memory.engine not in MATRIX_UNITS
         self.x = x if self.wide else x.T
         self.k, self.l = self.x.shape
         size = torch.linalg.vector_norm(x)
@@ -53,32 +72,12 @@ class _Iteration:
 
     def steps(self) -> Iterator[bool]:
         """All of them."""
-        together = STEPS_PER_PRODUCT if self.exact and steps_on_gram(self.k, self.l) else 1
-        for first in range(0, len(COEFFICIENTS), together):
+        for step in range(len(COEFFICIENTS)):
             self._multiply_by_transpose(self.x, "X", self.A)
             yield True
-            if together == 1:
-                yield from self._polynomial(first)
-                self._move(self.A2)
-            else:
-                yield from self._steps_of_gram(first, first + together)
-            yield True
-
-    def _steps_of_gram(self, first: int, end: int) -> Iterator[bool]:
-        """Several steps: A at each, and X ← (product of all B) X at the end."""
-        whole: PackedMatrix | None = None
-        for step in range(first, end):
             yield from self._polynomial(step)
-            B = self.batch.pack(self.A2, self._square(f"B{step - first}"))
-            whole = B if whole is None else self._commuting(B, whole, f"whole{step - first}")
-            if step + 1 < end:
-                A = self.batch.pack(self.A, self._square("A"))
-                BA = self._commuting(B, A, "BA")
-                yield True
-                self.batch.multiply(BA, B.turned(), self.A, symmetric=True)
+            self._move(self.A2)
             yield True
-        assert whole is not None
-        self._move(whole)
 
     def _polynomial(self, step: int) -> Iterator[bool]:
         """B of the step in the place of A². Before the first, A is bounded."""
@@ -97,32 +96,17 @@ class _Iteration:
         self.A.div_(largest)
         self.A2.div_(largest.square())
 
-    def _square(self, name: str) -> PackedMatrix:
-        """Memory for a left operand (k, k)."""
-        return self.memory.scratch(name, LEFT, self.k, self.k)
-
     def _multiply_by_transpose(self, x: Tensor, name: str, out: Tensor) -> None:
         """x xᵀ of a matrix that has k rows."""
         left = self.batch.pack(x, self.memory.scratch(name, LEFT, *x.shape))
-        right = left.turned() if self.exact else self.memory.scratch(name, RIGHT, *x.T.shape)
-        if not self.exact:
-            self.batch.pack(x.T, right)
+        right = self.batch.pack(x.T, self.memory.scratch(name, RIGHT, *x.T.shape))
         self.batch.multiply(left, right, out, symmetric=True)
 
-    def _commuting(self, x: PackedMatrix, y: PackedMatrix, name: str) -> PackedMatrix:
-        """x y of symmetric left operands whose product is symmetric."""
-        out = self._square(name)
-        self.batch.multiply(x, y.turned(), out, symmetric=True)
-        return out
-
-    def _move(self, B: Tensor | PackedMatrix) -> None:
+    def _move(self, B: Tensor) -> None:
         """X ← B X, in the layout of x; B is symmetric."""
         p, k, l = self.memory, self.k, self.l
-        if isinstance(B, Tensor):
-            B = self.batch.pack(B, p.scratch("B", LEFT if self.wide else RIGHT, k, k))
-        elif not self.wide:
-            B = B.turned()
+        packed = self.batch.pack(B, p.scratch("B", LEFT if self.wide else RIGHT, k, k))
         if self.wide:
-            self.batch.multiply(B, self.batch.pack(self.x, p.scratch("Y", RIGHT, k, l)), self.x)
+            self.batch.multiply(packed, self.batch.pack(self.x, p.scratch("Y", RIGHT, k, l)), self.x)
         else:
-            self.batch.multiply(self.batch.pack(self.x.T, p.scratch("Y", LEFT, l, k)), B, self.x.T)
+            self.batch.multiply(self.batch.pack(self.x.T, p.scratch("Y", LEFT, l, k)), packed, self.x.T)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fishleg_fast import native
+from fishleg_fast.algebra.polar import COEFFICIENTS
 from fishleg_fast.algebra.polar import polar_factors as exact_polynomials
 from fishleg_fast.algebra.structures.kron import Kron
 from fishleg_fast.backends.cpu.packed_matrix import LEFT, RIGHT, engines
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.skipif("avx512" not in engines(), reason="this processo
 
 # Of A = X Xᵀ alone where one side is at least twice the other, on either side; X itself at each step otherwise.
 SHAPES = [(1, 1), (1, 9), (9, 1), (33, 257), (130, 64), (128, 300), (32, 63), (65, 65), (96, 200)]
+SHAPES += [(300, 900)]  # more than one thread keeps in its cache
 
 
 def blocks_of(shapes: list[tuple[int, int]], operands: torch.dtype = torch.float32) -> list[Block]:
@@ -29,9 +32,8 @@ def blocks_of(shapes: list[tuple[int, int]], operands: torch.dtype = torch.float
         block = make_block(Kron(m, n, dtype=torch.float32), [torch.zeros(m, n)])
         block.structure.operand_dtype = operands
         operator, k, l = polar_scratch(block), min(m, n), max(m, n)
-        names = ("A", "B", "B0", "B1", "B2", "whole1", "whole2", "BA")
         for name, side, size in [
-            *((name, side, (k, k)) for name in names for side in (LEFT, RIGHT)),
+            *((name, side, (k, k)) for name in ("A", "B") for side in (LEFT, RIGHT)),
             ("X", LEFT, (k, l)), ("X", RIGHT, (l, k)), ("Y", LEFT, (l, k)), ("Y", RIGHT, (k, l)),
         ]:  # fmt: skip
             operator.scratch(name, side, *size).memory.fill_(0xFF)
@@ -80,3 +82,25 @@ def test_what_is_not_finite_shows() -> None:
     x[3, 4] = float("nan")
     y, other = factors([x, randn(20, 60, seed=1)])
     assert not torch.isfinite(y).all() and torch.isfinite(other).all()
+    (again,) = factors([randn(20, 60, seed=1)])  # in memory that has been NaN
+    assert torch.equal(again, other)
+
+
+def test_any_number_of_threads() -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(factors([randn(m, n, seed=m) for m, n in SHAPES]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_refusals() -> None:
+    extension = native.extension()
+    with pytest.raises(ValueError, match="m and n should be at least 0 but is: -1"):
+        extension.polar_factors("avx512", [(0, -1, 3, 1)], COEFFICIENTS, 1)
+    with pytest.raises(ValueError, match="the steps to a product should be at least 1 but is: 0"):
+        extension.polar_factors("avx512", [(0, 3, 3, 0)], COEFFICIENTS, 1)
