@@ -163,9 +163,10 @@ class StepLimit:
             return line(self._passes, params, before, deltas, inputs, seed)
 
         scale = factor(measured)
-        if scale.device.type != "cpu" or scale < 1:
+        known = float(scale) if scale.device.type == "cpu" else None
+        if known is None or known < 1:
             for p, start in zip(params, before, strict=True):
-                p.copy_(torch.lerp(start, p.detach(), scale.to(p)))
+                p.copy_(torch.lerp(start, p.detach(), scale.to(p) if known is None else known))
         return found
 
 
