@@ -16,7 +16,7 @@ class Entry:
     lrs: Mapping[str, tuple[float, ...]]
 
 
-FISHLEG_LR = {"curves-1000": 2e-2, "curves-100": 1e-2, "gpt": 2e-2, "resnet": 2e-2, "mlp": 2e-2}
+FISHLEG_LR = {"curves-1000": 8e-2, "curves-100": 1e-2, "gpt": 2e-2, "resnet": 2e-2, "mlp": 2e-2}
 FISHLEG_GRID = {problem: (lr / 2, lr, lr * 2) for problem, lr in FISHLEG_LR.items()}
 
 ADAMW_GRID = {
