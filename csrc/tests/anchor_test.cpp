@@ -1,26 +1,16 @@
 // Moments and their roots against sums in float64, with every engine that the processor has.
 #include <cmath>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "cpu/anchor/inverse_root.h"
 #include "cpu/anchor/moments.h"
+#include "numbers.h"
 
 using namespace fishleg::cpu;
 
 namespace {
-
-using Numbers = std::vector<float>;
-
-Numbers random_numbers(int64_t count, unsigned seed) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<float> normal;
-    Numbers numbers(count);
-    for (float& x : numbers) x = normal(generator);
-    return numbers;
-}
 
 /// One block: exact sizes, so that the sanitizers see what is beyond.
 struct Layer {
@@ -89,6 +79,30 @@ void anchors(const Engine& engine) {
     }
 }
 
+/// A side in two parts of 16 is two sides of 16, but for what they share: π and their size.
+void parts(const Engine& engine) {
+    const Numbers a = random_numbers(37 * 31, 2), e = random_numbers(37 * 20, 1);
+    Numbers rows(20 * 20), columns(2 * 16 * 16), R(20 * 20), L(2 * 16 * 16);
+    const float alpha = 0.5f / 37;
+    const Moments moments{{e.data(), 37, 20, 20, rows.data(), 20, alpha, 0.5f},
+                          {a.data(), 37, 16, 31, columns.data(), 16, alpha, 0.5f},
+                          {a.data() + 16, 37, 15, 31, columns.data() + 256, 16, alpha, 0.5f}};
+    CHECK(average(engine, {moments}, 2) == std::vector<char>{1});
+    const KfacStart start{{rows.data(), R.data(), 20, 1, 20}, {columns.data(), L.data(), 31, 2, 16}, 0.5, 0.01};
+    CHECK(start_kfac(engine, {start}, 2) == std::vector<char>{1});
+    double trace = 0;
+    for (int64_t part = 0; part < 2; ++part)
+        for (int64_t i = 0; i < 16; ++i) trace += columns[part * 256 + i * 17] / 0.5;
+    const double pi = std::sqrt(trace / 31 / mean_diagonal(rows, 20));
+    const double close = engine.element_bytes == 2 ? 0.2 : 1e-3;
+    for (int64_t part = 0; part < 2; ++part) {
+        const Numbers moment(columns.begin() + part * 256, columns.begin() + (part + 1) * 256);
+        const Numbers root(L.begin() + part * 256, L.begin() + (part + 1) * 256);
+        CHECK(distance(moment, root, 16, true, 0.1 * pi) < close);
+    }
+    CHECK(columns[511] == 0);
+}
+
 void nothing_is_written(const Engine& engine) {
     Layer layer(40, 50, 9), before = layer;
     layer.a[449] = std::numeric_limits<float>::quiet_NaN();
@@ -109,6 +123,7 @@ int main() {
     for (const Engine* engine : engines()) {
         std::printf("engine: %s\n", engine->name);
         anchors(*engine);
+        parts(*engine);
         nothing_is_written(*engine);
         CHECK(average(*engine, {}, 2).empty() && start_kfac(*engine, {}, 2).empty());
     }

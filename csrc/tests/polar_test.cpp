@@ -3,29 +3,19 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <random>
 #include <utility>
 #include <vector>
 
 #include "check.h"
 #include "cpu/step/polar.h"
+#include "numbers.h"
 
 using namespace fishleg::cpu;
 
 namespace {
 
-using Numbers = std::vector<float>;
-
 // Newton and Schulz's of degree 5, which bring all but the smallest singular values to 1.
 const std::vector<std::array<float, 3>> newton_schulz(12, {1.875f, -1.25f, 0.375f});
-
-Numbers random_numbers(int64_t count, unsigned seed) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<float> normal;
-    Numbers numbers(count);
-    for (float& x : numbers) x = normal(generator);
-    return numbers;
-}
 
 /// How far XXᵀ, of the smaller side, is from the identity.
 double distance(const Numbers& x, int64_t m, int64_t n) {
