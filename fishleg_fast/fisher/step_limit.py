@@ -26,6 +26,7 @@ REST = 10  # steps at most between two measurements
 HOLD = 4  # where steps are near the limit
 NEAR = 1 / 3  # of it
 AGREE = 1.5  # times as long as it was foretold, at most, is as foretold
+IN_A_ROW = 3  # of measurements as foretold, near the limit, make steps between two one more
 POSITIONS = 256  # that are enough to measure a step by, where a sample has several
 
 # −gᵀΔ; the mean square of each sample's part in that; ΔᵀFΔ; the number of samples; the parts' mean, without what is of
@@ -39,14 +40,14 @@ class StepLimit:
     """Measures steps, and shortens those beyond ``limit`` times the quadratic model's minimum along them.
 
     A slope that is smaller than its own standard error counts as that. Steps between two measurements are taken for as
-    long, in those of the limit, as the latest that was measured, times what lr has grown. Where that is what the next
-    measurement finds the one after it comes later, up to every fourth step near the limit, and every tenth well within;
-    nothing is told, and no step shortened, where the targets are not known (``passes.taps.targets``).
+    long, in those of the limit, as the latest that was measured, times what lr has grown. Where that is what
+    measurements find they come more rarely, down to every fourth step near the limit, and every tenth well within.
+    Nothing is told, and no step shortened, where the targets are not known (``passes.taps.targets``).
     """
 
     def __init__(self, passes: IsolatedPasses, ranks: Ranks, limit: float, samples: int | str | None) -> None:
         self._passes, self._ranks, self._limit, self._samples = passes, ranks, limit, samples
-        self._next, self._gap = 0, 1
+        self._next, self._gap, self._streak = 0, 1, 0  # the latter: of measurements as foretold
         self._length, self._lr = 0.0, 0.0  # of the latest step whose measurement has been read
         self._unread: tuple[int, Tensor, float] | None = None  # a step that was measured, its length and lr
         self._scale: Tensor | float | None = None  # of the latest step
@@ -56,14 +57,15 @@ class StepLimit:
         """What a checkpoint holds."""
         self._read()
         return {
-            "limit_next": self._next, "limit_gap": self._gap, "limit_length": self._length, "limit_lr": self._lr,
-            "shortened_steps": self._shortened,
+            "limit_next": self._next, "limit_gap": self._gap, "limit_streak": self._streak,
+            "limit_length": self._length, "limit_lr": self._lr, "shortened_steps": self._shortened,
         }  # fmt: skip
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take up what ``state`` gave; checkpoints of before have less, or nothing."""
         self._unread = self._scale = None
         self._next, self._gap = saved.get("limit_next", 0), saved.get("limit_gap", 1)
+        self._streak = saved.get("limit_streak", 0)
         self._length, self._lr = saved.get("limit_length", 0.0), saved.get("limit_lr", 0.0)
         self._shortened = saved.get("shortened_steps", 0)
 
@@ -82,8 +84,12 @@ class StepLimit:
             return
         step, length, lr = self._unread[0], float(self._unread[1]), self._unread[2]
         ratio = max(length, NEAR) / max(self._foretold(lr), NEAR)
-        longest = HOLD if length > NEAR else REST
-        self._gap = min(2 * self._gap, longest) if 1 / AGREE <= ratio <= AGREE else 1
+        foretold = self._lr > 0 and 1 / AGREE <= ratio <= AGREE
+        self._streak = self._streak + 1 if foretold else 0
+        if length > NEAR:
+            self._gap = min(1 + self._streak // IN_A_ROW, HOLD)
+        else:
+            self._gap = min(2 * self._gap, REST) if foretold else 1
         self._next, self._length, self._lr, self._unread = step + self._gap, length, lr, None
         self._shortened += length > 1
 

@@ -317,7 +317,7 @@ class Watched:
 def test_steps_near_the_limit_are_measured_up_to_every_fourth() -> None:
     training = Watched(50.0)
     training.take()
-    for _ in range(30):  # the loss's own minimum is near: of other targets each time it is as far as ever
+    for _ in range(60):  # the loss's own minimum is near: of other targets each time it is as far as ever
         training.y = training.y.neg()
         training.take()
     assert training.steps[:2] == [0, 1] and 4 in {b - a for a, b in pairwise(training.steps)}
@@ -327,34 +327,44 @@ def test_steps_near_the_limit_are_measured_up_to_every_fourth() -> None:
 def test_steps_far_from_it_ever_more_rarely() -> None:
     training = Watched(1e-6)
     training.take(30)
-    assert training.steps == [0, 2, 6, 14, 24]
+    assert training.steps == [0, 1, 3, 7, 15, 25]
 
 
 @pytest.mark.parametrize(
-    ("before", "found", "risen", "gap", "then"),
+    ("before", "found", "risen", "gap", "streak", "then"),
     [
-        (2.0, 2.9, 1.0, 1, 2),
-        (2.0, 2.9, 1.0, 2, 4),
-        (2.0, 1.4, 1.0, 4, 4),
-        (2.0, 1.2, 1.0, 4, 1),  # shorter than foretold
-        (2.0, 3.1, 1.0, 4, 1),  # longer
-        (2.0, 3.1, 1.9, 2, 4),  # as lr has it
-        (1.0, 1.2, 0.2, 2, 1),
-        (0.4, 0.3, 1.0, 4, 8),
-        (0.1, 0.3, 1.0, 8, 10),  # well within is well within
-        (0.1, 0.49, 1.0, 10, 4),
-        (0.1, 0.6, 1.0, 10, 1),
-        (2.0, 0.0, 1.0, 4, 1),  # it was not known
+        (2.0, 2.9, 1.0, 1, 1, 1),
+        (2.0, 2.9, 1.0, 1, 2, 2),
+        (2.0, 1.4, 1.0, 3, 8, 4),
+        (2.0, 1.4, 1.0, 4, 30, 4),
+        (2.0, 1.2, 1.0, 4, 30, 1),  # shorter than foretold
+        (2.0, 3.1, 1.0, 4, 30, 1),  # longer
+        (2.0, 3.1, 1.9, 2, 5, 3),  # as lr has it
+        (1.0, 1.2, 0.2, 2, 5, 1),
+        (0.4, 0.3, 1.0, 4, 9, 8),
+        (0.1, 0.3, 1.0, 8, 3, 10),  # well within is well within
+        (0.1, 0.49, 1.0, 10, 4, 2),
+        (0.1, 0.6, 1.0, 10, 4, 1),
+        (2.0, 0.0, 1.0, 4, 9, 1),  # it was not known
     ],
 )
-def test_when_the_next_measurement_is(before: float, found: float, risen: float, gap: int, then: int) -> None:
+def test_when_the_next_measurement_is(
+    before: float, found: float, risen: float, gap: int, streak: int, then: int
+) -> None:
     limit = linear()[1]._limit
     assert limit is not None
-    limit._length, limit._lr, limit._gap = before, 0.1, gap
+    limit._length, limit._lr, limit._gap, limit._streak = before, 0.1, gap, streak
     limit._unread = 30, torch.tensor(found), 0.1 * risen
     state = limit.state()
     assert (state["limit_next"], state["limit_gap"]) == (30 + then, then)
-    assert state["shortened_steps"] == (found > 1)
+    assert state["shortened_steps"] == (found > 1) and state["limit_streak"] in (0, streak + 1)
+
+
+def test_the_first_measurement_foretells_nothing() -> None:
+    limit = linear()[1]._limit
+    assert limit is not None
+    limit._unread = 0, torch.tensor(0.4), 1.0
+    assert limit.state()["limit_next"] == 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"backend": "reference"}])
@@ -434,7 +444,7 @@ def test_a_checkpoint_of_before_loads() -> None:
     net, optimizer, likelihood, x, y = linear()
     take(net, optimizer, likelihood.nll, x, y)
     state = optimizer.state_dict()
-    for name in ("limit_next", "limit_gap", "limit_length", "limit_lr", "shortened_steps"):
+    for name in ("limit_next", "limit_gap", "limit_streak", "limit_length", "limit_lr", "shortened_steps"):
         del state["param_groups"][0]["fishleg"][name]
     optimizer.load_state_dict(state)
     take(net, optimizer, likelihood.nll, x, y)
