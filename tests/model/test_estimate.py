@@ -61,7 +61,7 @@ def test_operations_of_a_step() -> None:
     """Q m of dense factors: torch counts the same products."""
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5))
     optimizer = FishLeg(model, likelihood=CategoricalLikelihood(), backend="reference", normalize="rms",
-                        thin_gradients=False)  # fmt: skip
+                        thin_gradients=False, step_limit=None)  # fmt: skip
     for _ in range(2):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(randn(8, 20, dtype=torch.float32)), torch.arange(8) % 5).backward()
