@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/common/squares.h"
 #include "cpu/common/threads.h"
 #include "cpu/common/workspace.h"
 #include "cpu/gemm/products.h"
@@ -15,17 +16,8 @@ constexpr int64_t workspace_bytes = int64_t{32} << 20;  // more only for a singl
 
 /// Σ x² over some positions.
 double square(const Moment& m, int64_t begin, int64_t end) {
-    constexpr int64_t lanes = 16;
     double total = 0;
-    for (int64_t i = begin; i < end; ++i) {
-        const float* x = m.x + i * m.stride;
-        float sums[lanes] = {};
-        int64_t j = 0;
-        for (; j + lanes <= m.size; j += lanes)
-            for (int64_t l = 0; l < lanes; ++l) sums[l] += x[j + l] * x[j + l];
-        for (; j < m.size; ++j) sums[0] += x[j] * x[j];
-        for (float sum : sums) total += sum;
-    }
+    for (int64_t i = begin; i < end; ++i) total += sum_of_squares(m.x + i * m.stride, m.size);
     return total;
 }
 

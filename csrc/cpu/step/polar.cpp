@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "cpu/common/squares.h"
 #include "cpu/common/threads.h"
 #include "cpu/common/workspace.h"
 #include "cpu/gemm/products.h"
@@ -15,17 +16,9 @@ constexpr int64_t small = int64_t{1} << 18;             // entries of a matrix t
 constexpr int64_t workspace_bytes = int64_t{32} << 20;  // kept from call to call
 
 double norm(const float* x, int64_t count) {
-    constexpr int64_t lanes = 16;
+    constexpr int64_t at_once = 4096;  // of float32 sums
     double total = 0;
-    for (int64_t begin = 0; begin < count; begin += 4096) {
-        const int64_t end = std::min(count, begin + 4096);
-        float sums[lanes] = {};
-        int64_t i = begin;
-        for (; i + lanes <= end; i += lanes)
-            for (int64_t l = 0; l < lanes; ++l) sums[l] += x[i + l] * x[i + l];
-        for (; i < end; ++i) sums[0] += x[i] * x[i];
-        for (float sum : sums) total += sum;
-    }
+    for (int64_t i = 0; i < count; i += at_once) total += sum_of_squares(x + i, std::min(at_once, count - i));
     return std::sqrt(total);
 }
 
