@@ -13,7 +13,6 @@ for the curvature: their losses differ by no more than those of two seeds.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -129,7 +128,9 @@ def worker(args: argparse.Namespace) -> None:
         else:
             args.record.write_text(json.dumps(found))
     dist.destroy_process_group()
-    gc.collect()  # or torch may abort at exit, where gloo's threads outlive Python
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DTensor's caches keep the group: gloo's threads would outlive Python, which then aborts now and then
 
 
 def by_torchrun(args: argparse.Namespace, argv: Sequence[str], way: str) -> dict[str, Any]:
