@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,40 @@ class Exchange:
                 size = self._sent((b, k), s.index)
                 yield (b, k), flat[at : at + size].view(shape)
                 at += size
+
+
+class Directions:
+    """A direction in all parameters: v of each part, less ``decay`` times the parameter where it has that.
+
+    ``mine``: v of blocks that this rank owns. Others' come when they are asked for, by all ranks alike; ``keep``: once.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        mine: Mapping[Slot, Tensor],
+        decay: Mapping[Slot, Any] | None = None,
+        keep: bool = False,
+    ) -> None:
+        self._exchange, self._keep = exchange, keep
+        self.mine, self.decay = mine, decay or {}
+        self._kept: dict[Slot, Tensor] = {}
+
+    def of(self, slots: Sequence[Slot]) -> dict[Slot, Tensor]:
+        """v of these parts, whole, on all ranks."""
+        come = dict(self._exchange.whole([slot for slot in slots if slot not in self._kept], self.mine.get))
+        if self._keep:
+            self._kept |= come
+        return {slot: come[slot] if slot in come else self._kept[slot] for slot in slots}
+
+    def pieces(self, slots: Sequence[Slot]) -> Iterator[tuple[Slot, Tensor]]:
+        """v of what this rank has of these parts; what is kept is whole, and is not sent again."""
+        yield from ((slot, self._kept[slot]) for slot in slots if slot in self._kept)
+        yield from self._exchange.scatter([slot for slot in slots if slot not in self._kept], self.mine.__getitem__)
+
+    def along(self, slot: Slot, p: Tensor, v: Tensor) -> Tensor:
+        """The direction in the part, of ``p``, it or a piece of it, and v there."""
+        return v - self.decay[slot] * p.to(v.dtype) if slot in self.decay else v
 
 
 def _whole(shape: torch.Size, like: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from ..passes.inputs import Inputs
 from ..passes.isolated import IsolatedPasses
 from ..passes.taps.statistics import StatisticsTap
 from ..precision import precision_scope
-from .exchange import Slot
+from .exchange import Directions, Slot
 from .model import ShardedModel
 from .reduction import Expected, Reduction, add_up
 
@@ -220,7 +220,7 @@ class ShardedLearner(CurvatureLearner):
                 hand_on(slot, product)
             return torch.sum(cotangent.to(widest(model.device)) * tangent.to(widest(model.device)))
 
-        _, direction = self._directional_derivative(mine, inputs, seed)
+        _, direction = self._directional_derivative(Directions(model.exchange, mine), inputs, seed)
         there = self.ranks.each(lambda: passes.run(inputs, seed, partial(back, direction)))
         reduction.finish(model.device)
         size = self.ranks.size
@@ -230,17 +230,18 @@ class ShardedLearner(CurvatureLearner):
             self._check(there, found, mine)
         return matrices
 
-    def line(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> Line:
-        """The quadratic model of the loss along v, as ``fisher.step_limit.line``; ``mine``: v of this rank's blocks."""
+    def line(self, directions: Directions, inputs: Inputs, seed: int) -> Line:
+        """The quadratic model of the loss along them, as ``fisher.step_limit.line``."""
         model, passes = self._model, self.passes
-        outputs, tangent = self._directional_derivative(mine, inputs, seed)
+        outputs, tangent = self._directional_derivative(directions, inputs, seed)
         noise = model.noise_slots()
-        given = dict(model.exchange.whole([slot for slot, _ in noise], mine.get))
-        params, vs = [p for _, p in noise], [given[slot].to(p.dtype) for slot, p in noise]
+        given = directions.of([slot for slot, _ in noise])
+        params = [p for _, p in noise]
+        vs = [directions.along(slot, p.detach(), given[slot]).to(p.dtype) for slot, p in noise]
         return passes.run(inputs, seed, lambda: quadratic_model(passes, params, vs, inputs, outputs, tangent))
 
     def _directional_derivative(
-        self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int
+        self, directions: Directions, inputs: Inputs, seed: int
     ) -> tuple[Tensor, Tensor]:
         """This rank's outputs and J v of them, by tangents that a forward pass carries, or where that fails, which is
         told of once, by differences of outputs. Without a graph, as units' own hooks have no forward derivatives.
@@ -249,7 +250,7 @@ class ShardedLearner(CurvatureLearner):
         attempts = passes.attempts("ggn", "forward mode")
 
         def tangent() -> tuple[Tensor, Tensor]:
-            with torch.no_grad(), forward_ad.dual_level(), views.with_directions(mine, forward_ad.make_dual):
+            with torch.no_grad(), forward_ad.dual_level(), views.with_directions(directions, forward_ad.make_dual):
                 outputs, found = forward_ad.unpack_dual(passes.outputs(inputs))
                 kept = outputs.detach().clone()
                 return kept, torch.zeros_like(kept) if found is None else found.detach().clone()
@@ -269,24 +270,27 @@ class ShardedLearner(CurvatureLearner):
                     f"fisher='ggn' takes differences of the model's outputs from here on, since forward mode failed: "
                     f"{reason}",
                 )
-        return self.ranks.each(lambda: self._by_differences(mine, inputs, seed))
+        return self.ranks.each(lambda: self._by_differences(directions, inputs, seed))
 
     @precision_scope("highest")  # whose small differences TF32 would drown
-    def _by_differences(self, mine: Mapping[Slot, Tensor], inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
+    def _by_differences(self, directions: Directions, inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
         passes, model = self.passes, self._model
-        params = [model.sharding.local(part, part.param) for b in model.layouts for part in b.parts]
-        sizes = torch.zeros(2, dtype=widest(model.device), device=model.device)
-        for k, tensors in enumerate((params, mine.values())):
+        parts = {(b, k): part for b, block in enumerate(model.layouts) for k, part in enumerate(block.parts)}
+        params = {slot: model.sharding.local(part, part.param).detach() for slot, part in parts.items()}
+        decays = [directions.decay[slot] * params[slot] for slot in directions.decay]
+        here = torch.zeros(3, dtype=widest(model.device), device=model.device)
+        for k, tensors in enumerate((params.values(), decays, directions.mine.values())):
             for t in tensors:
-                sizes[k] += t.detach().to(sizes).square().sum()
-        theta, v = self._over_all(sizes)
-        theta = theta if model.sharding.units else sizes[0]  # of which every rank has all, or its pieces
-        unit = max(torch.finfo(p.dtype).eps for p in params) ** (1 / 3)
+                here[k] += t.detach().to(here).square().sum()
+        over = self._over_all(here)
+        theta, decay = over[:2] if model.sharding.units else here[:2]  # of which every rank has its pieces, or all
+        v = over[2] + decay
+        unit = max(torch.finfo(p.dtype).eps for p in params.values()) ** (1 / 3)
         step = unit * torch.where(theta > 0, theta, 1).sqrt() / torch.where(v > 0, v, 1).sqrt()
 
         def side(sign: int) -> Tensor:
             moved = lambda w, v: (w + (sign * step).to(v) * v).to(w.dtype)
-            with torch.no_grad(), model.views.with_directions(mine, moved):
+            with torch.no_grad(), model.views.with_directions(directions, moved):
                 return passes.outputs(inputs).detach().clone()
 
         plus, minus = (passes.run(inputs, seed, partial(side, sign)) for sign in (1, -1))

@@ -20,7 +20,7 @@ from ..backends.protocol import Ops, ThetaOptions
 from ..backends.reference.theta_update import trust_scale, trust_total
 from ..model.assemble import StructureChoice, build_blocks
 from ..model.block import Block, Part, advance, is_sharded
-from .exchange import Exchange, Slot
+from .exchange import Directions, Exchange, Slot
 from .owners import assign_owners
 from .reduction import Expected, Reduction
 from .sharding import Sharding
@@ -158,11 +158,11 @@ class ShardedModel:
         blocks: Sequence[Block],
         gs: Sequence[Matrix],
         theta: ThetaOptions,
-        factor: Callable[[Mapping[Slot, Tensor]], Tensor] | None = None,
+        factor: Callable[[Directions], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``ops`` step the stand-ins of ``blocks``, and all ranks the parameters by that, where it can everywhere.
 
-        ``factor``: of how far that moves this rank's own, what to multiply it by.
+        ``factor``: of how far that moves parameters, what to multiply it by.
         """
         norms, ok = torch.zeros(0, device=self.device), torch.ones((), dtype=torch.bool, device=self.device)
         trust = self._trust(blocks, gs, theta) if theta.normalize == "trust" else None
@@ -171,12 +171,20 @@ class ShardedModel:
         if trust is not None and blocks:
             torch._foreach_mul_([part.param.detach() for b in blocks for part in b.parts], trust)
         ok = self.everywhere(ok)
-        if factor is not None and bool(ok):
-            own = [(number, k) for number, b in self.mine.items() for k in range(len(b.parts))]
-            moves = {(number, k): self.mine[number].parts[k].param.detach() for number, k in own}
-            torch._foreach_mul_([*moves.values()], factor(moves).to(self.device)) if moves else factor(moves)
-        self._apply(bool(ok))
+        if bool(ok):
+            moves = self._moves()
+            self._apply(moves, None if factor is None else factor(moves).to(self.device))
+        stand_ins: list[Tensor] = [part.param.detach() for b in self.mine.values() for part in b.parts]
+        if stand_ins:
+            torch._foreach_zero_(stand_ins)
         return norms, ok
+
+    def _moves(self) -> Directions:
+        """What this step made of the stand-ins, and weight decay."""
+        own = {(b, k): part.param.detach() for b, block in self.mine.items() for k, part in enumerate(block.parts)}
+        groups = {(b, k): self.layouts[b].groups[k] for b, k in self._stepped}
+        decay = {slot: group["lr"] * group["weight_decay"] for slot, group in groups.items() if group["weight_decay"]}
+        return Directions(self.exchange, own, decay, keep=not self.sharding.units)
 
     def _trust(self, blocks: Sequence[Block], gs: Sequence[Matrix], theta: ThetaOptions) -> Tensor:
         """c of the blocks of all ranks, which an op does not know: it takes a product with Q of its own."""
@@ -184,21 +192,14 @@ class ShardedModel:
         return trust_scale(self.total(here), theta.kappa)
 
     @torch.no_grad()
-    def _apply(self, ok: bool) -> None:
-        """Move the parameters by what this step made of the stand-ins, where ``ok``; those are zero again then."""
-        stand_ins: list[Tensor] = [part.param for b in self.mine.values() for part in b.parts]
-        if ok:
-            updates = self.exchange.scatter(self._stepped, lambda slot: self.mine[slot[0]].parts[slot[1]].param)
-            for (b, k), update in updates:
-                layout = self.layouts[b]
-                group, part = layout.groups[k], layout.parts[k]
-                local = self.sharding.local(part, part.param)
-                wide = local.to(update.dtype)
-                decay = group["lr"] * group["weight_decay"]
-                local.copy_(wide - decay * wide + update)
-            advance([self.layouts[b].step for b in sorted({b for b, _ in self._stepped})])
-        if stand_ins:
-            torch._foreach_zero_(stand_ins)
+    def _apply(self, moves: Directions, factor: Tensor | None) -> None:
+        """Move the parameters, by ``factor`` of it where there is one."""
+        for (b, k), update in moves.pieces(self._stepped):
+            part = self.layouts[b].parts[k]
+            local = self.sharding.local(part, part.param)
+            move = moves.along((b, k), local, update)
+            local.copy_(local.to(update.dtype) + (move if factor is None else factor * move))
+        advance([self.layouts[b].step for b in sorted({b for b, _ in self._stepped})])
 
 
 def _from(device: Callable[[int], torch.device | None], first: int, number: int) -> torch.device | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..fisher.step_limit import HOLD
 from ..model.assemble import build_blocks, refuse_uninitialized
 from ..model.block import Block
 from ..model.estimate import estimate_of
@@ -68,8 +69,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, ranks: int, update_aux_every: int = 0, anchor_every: int = 10) -> Plan:
-    """The routes for a model, which may be on the "meta" device, with those of ``FishLeg``'s arguments.
+def plan(
+    model: nn.Module, ranks: int, update_aux_every: int = 0, anchor_every: int = 10, limit_every: int = HOLD
+) -> Plan:
+    """The routes for a model, which may be on the "meta" device, with those of ``FishLeg``'s arguments. ``limit_every``:
+    steps between two that are measured for ``step_limit``, which a training decides as it goes; 0: without a limit.
 
     ValueError where ``ranks`` is less than 1.
     """
@@ -78,10 +82,13 @@ def plan(model: nn.Module, ranks: int, update_aux_every: int = 0, anchor_every: 
     refuse_uninitialized(model)
     params = [p for p in model.parameters() if p.requires_grad]
     blocks = build_blocks(model, params, "kron", "auto", device=torch.device("meta"))
-    return Plan(ranks, sum(p.numel() for p in params), routes_of(blocks, ranks, update_aux_every, anchor_every))
+    steps = update_aux_every, anchor_every, limit_every
+    return Plan(ranks, sum(p.numel() for p in params), routes_of(blocks, ranks, *steps))
 
 
-def routes_of(blocks: Sequence[Block], ranks: int, update_aux_every: int, anchor_every: int) -> tuple[Route, ...]:
+def routes_of(
+    blocks: Sequence[Block], ranks: int, update_aux_every: int, anchor_every: int, limit_every: int
+) -> tuple[Route, ...]:
     """DistributedDataParallel, with state on every rank and shared out; fully_shard."""
     parameters = float(sum(p.numel() * p.element_size() for b in blocks for p in (part.param for part in b.parts)))
     matrices = float(sum(b.shape[0] * b.shape[1] * b.dtype.itemsize for b in blocks))  # in λ's dtype
@@ -107,10 +114,13 @@ def routes_of(blocks: Sequence[Block], ranks: int, update_aux_every: int, anchor
         *every("F v", "all-reduce", matrices, learning),
         *every("moments", "all-reduce", moments, anchoring),
     ]
-    # fully_shard gathers parameters for each pass: three times for F v, twice for moments.
+    # Where a step is measured each rank needs all updates: they are what it moves parameters by where it has those.
+    measured = every("limit", "broadcast", matrices, limit_every)
+    # fully_shard gathers parameters for each pass: three times for F v, twice for moments, once to measure a step.
     passes = [
         *every("passes for F v", "all-gather", 3 * parameters, learning),
         *every("passes for moments", "all-gather", 2 * parameters, anchoring),
+        *every("pass for the limit", "all-gather", parameters, limit_every),
     ]
     updates = Traffic("updates", "broadcast", matrices, 1)
     gathered = Traffic("gradients", "all-to-all", parameters / ranks, 1)
@@ -120,7 +130,7 @@ def routes_of(blocks: Sequence[Block], ranks: int, update_aux_every: int, anchor
     return (
         Route("DDP", sum(held), tuple(replicated), averaged),
         Route("DDP, shard_state=True", max(loads), (updates, *curvature), averaged),
-        Route("fully_shard", max(loads), (gathered, returned, *curvature, *passes), sharded),
+        Route("fully_shard", max(loads), (gathered, returned, *curvature, *measured, *passes), sharded),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..model.layers import constant_row
 from ..passes.hooks import before_users
-from .exchange import Exchange, Slot
+from .exchange import Directions, Exchange, Slot
 from .sharding import places
 
 
@@ -133,17 +133,15 @@ class UnitViews:
 
     @contextmanager
     def with_directions(
-        self, mine: Mapping[Slot, Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+        self, directions: Directions, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[None]:
-        """Modules have ``combine(w, v)`` in the place of each parameter w: with a tangent, or moved. ``mine``: v of the
-        parts of blocks that this rank owns and that have any.
-        """
+        """Modules have ``combine(w, v)`` in the place of each parameter w: with a tangent, or moved."""
 
         def enter(here: list[_Place]) -> dict[int, View]:
             wanted = sorted({slot for place in here for slot in place.slots})
-            tangents = dict(self._exchange.whole(wanted, mine.get))
+            vs = directions.of(wanted)
             return {
-                place.parameter: partial(self._combined, combine, [tangents[s] for s in place.slots], place.slots)
+                place.parameter: partial(self._combined, combine, directions, {s: vs[s] for s in place.slots})
                 for place in here
             }
 
@@ -153,20 +151,22 @@ class UnitViews:
     def _combined(
         self,
         combine: Callable[[Tensor, Tensor], Tensor],
-        tangents: Sequence[Tensor],
-        slots: Sequence[Slot],
+        directions: Directions,
+        vs: Mapping[Slot, Tensor],
         w: Tensor,
         still: int | None,
     ) -> Tensor:
-        parts = [self._layouts[b].parts[k] for b, k in slots]
-        if len(parts) == 1 and parts[0].rows is None and still is None:
-            return combine(w, tangents[0].to(w.dtype))
-        whole = torch.zeros_like(w)
-        for part, t in zip(parts, tangents, strict=True):
-            part.of(whole).copy_(t)
-        if still is not None:
-            whole[still] = 0
-        return combine(w, whole)
+        parts = {slot: self._layouts[slot[0]].parts[slot[1]] for slot in vs}
+        (first, v), *others = vs.items()
+        if not others and parts[first].rows is None and still is None:
+            whole = v.to(w.dtype)
+        else:
+            whole = torch.zeros_like(w)
+            for slot, part in parts.items():
+                part.of(whole).copy_(vs[slot])
+            if still is not None:
+                whole[still] = 0
+        return combine(w, directions.along(first, w, whole))
 
     @contextmanager
     def handing_on(self, blocks: set[int], leaf: Tensor, take: Callable[[Slot, Tensor], None]) -> Iterator[None]:

@@ -26,6 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "steps too long, learned noise": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0,
                                       "aux_update": "adam", "lr": 3.0, "steps": 14},
     "steps too long, opaque": {"model": "opaque", "lr": 3.0, "steps": 14},
+    "steps too long, weight decay": {"model": "mlp", "lr": 1.0, "weight_decay": 0.1, "steps": 10},
+    "steps too long, gpt, decay": {"model": "gpt", "lr": 1.0, "weight_decay": 0.1, "steps": 10},
+    "steps too long, opaque, decay": {"model": "opaque", "lr": 3.0, "weight_decay": 0.1, "steps": 14},
+    "steps too long, noise, decay": {"model": "mlp", "noise": True, "init": "sgd", "anchor_every": 0,
+                                     "aux_update": "adam", "lr": 3.0, "weight_decay": 0.1, "steps": 14},
     "opaque": {"model": "opaque"},
     "recurrent": {"model": "recurrent", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "rms": {"model": "mlp", "normalize": "rms", "weight_decay": 0.1},
@@ -59,7 +64,7 @@ CASES |= {  # what needs care beside layers of their own
 }
 OWNED = (
     *("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "trust"),
-    *("bfloat16", "scaled", "padded", "steps too long"),
+    *("bfloat16", "scaled", "padded", "steps too long", "steps too long, weight decay"),
 )
 CASES |= {f"{name}, ddp": {**CASES[name], "copies": 0, "shard_state": True} for name in OWNED}
 UNUSED = {"model": "unused", "copies": 0, "shard_state": True, "ddp": {"find_unused_parameters": True}}

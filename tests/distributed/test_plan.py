@@ -20,18 +20,20 @@ FISHLEGS = ("all-reduce", "reduce", "broadcast", "all-to-all")  # collectives of
 
 
 def route(model: nn.Module, ranks: int, name: str) -> Route:
-    (found,) = (r for r in plan(model, ranks, update_aux_every=1, anchor_every=1).routes if r.name == name)
+    every = {"update_aux_every": 1, "anchor_every": 1, "limit_every": 1}
+    (found,) = (r for r in plan(model, ranks, **every).routes if r.name == name)
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_is_sent_is_what_is_counted(ranks: int) -> None:
-    """By collective, on average over ranks: in a step alone, in one that learns, in one that anchors too."""
+    """By collective, on average over ranks: in a step alone, one that is measured, one that learns, that anchors too."""
     found = run_ranks(ranks, "support.sharded_cases:handed", kinds=KINDS)
-    learning, anchoring = ("gradients", "updates", "v", "F v"), ("gradients", "updates", "v", "F v", "moments")
+    alone = ("gradients", "updates")
+    kinds = alone, (*alone, "limit"), (*alone, "v", "F v"), (*alone, "v", "F v", "moments")
     for name in KINDS:
         counted = route(Gpt(32), ranks, name).traffic
-        for at, parts in enumerate((("gradients", "updates"), learning, anchoring)):
+        for at, parts in enumerate(kinds):
             for collective in FISHLEGS:
                 want = sum(t.payload for t in counted if t.collective == collective and t.what in parts)
                 mine = sum(rank[name][at].get(collective, 0) for rank in found) / ranks

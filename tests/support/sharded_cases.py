@@ -229,21 +229,22 @@ class Handed:
 
 
 def handed(kinds: dict[str, dict]) -> dict[str, list[dict[str, int]]]:
-    """Of each way to share out a GPT: bytes handed to collectives in steps 1, of which no update of λ is, 2, of which
-    one is, and 4, which anchors too; step 0 looks at layers besides.
+    """Of each way to share out a GPT: bytes handed to collectives in a step of which no update of λ is, in one that is
+    measured besides, in one with an update of λ, and one that anchors too; step 0 looks at layers besides.
     """
-    found = {}
-    for kind, given in kinds.items():
-        _, outer, optimizer = make("wide gpt", torch.float32, **given)
-        found[kind] = []
-        for step in range(5):
-            optimizer.zero_grad()
-            loss_of(outer, batch(step, torch.float32)).backward()
-            with Handed() as counted:
-                optimizer.step()
-            if step in (1, 2, 4):
-                found[kind].append(counted.bytes)
-    return found
+    return {kind: [_handed(given, *case) for case in ((1, False), (1, True), (2, False), (4, False))]
+            for kind, given in kinds.items()}  # fmt: skip
+
+
+def _handed(given: dict, last: int, limited: bool) -> dict[str, int]:
+    _, outer, optimizer = make("wide gpt", torch.float32, step_limit=1.0 if limited else None, **given)
+    for step in range(last + 1):
+        optimizer.zero_grad()
+        loss_of(outer, batch(step, torch.float32), optimizer.likelihood).backward()
+        with Handed() as counted:
+            optimizer.step()
+    assert not limited or optimizer.diagnostics()["step_scale"] is not None
+    return counted.bytes
 
 
 def soak(folder: str, steps: int, go_on_from: int = 0, save_every: int = 0, **given: Any) -> dict:
