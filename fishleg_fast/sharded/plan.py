@@ -72,8 +72,9 @@ class Plan:
 def plan(
     model: nn.Module, ranks: int, update_aux_every: int = 0, anchor_every: int = 10, limit_every: int = HOLD
 ) -> Plan:
-    """The routes for a model, which may be on the "meta" device, with those of ``FishLeg``'s arguments. ``limit_every``:
-    steps between two that are measured for ``step_limit``, which a training decides as it goes; 0: without a limit.
+    """The routes for a model, which may be on the "meta" device, with those of ``FishLeg``'s arguments.
+    ``limit_every``: steps between two that are measured for ``step_limit``, which a training decides as it goes; 0:
+    without a limit.
 
     ValueError where ``ranks`` is less than 1.
     """

@@ -27,7 +27,7 @@ def route(model: nn.Module, ranks: int, name: str) -> Route:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_is_sent_is_what_is_counted(ranks: int) -> None:
-    """By collective, on average over ranks: in a step alone, one that is measured, one that learns, that anchors too."""
+    """By collective, on average over ranks: in a step alone, and one that is measured, learns, anchors too."""
     found = run_ranks(ranks, "support.sharded_cases:handed", kinds=KINDS)
     alone = ("gradients", "updates")
     kinds = alone, (*alone, "limit"), (*alone, "v", "F v"), (*alone, "v", "F v", "moments")
