@@ -29,9 +29,9 @@ AGREE = 1.5  # times as long as it was foretold, at most, is as foretold
 IN_A_ROW = 3  # of measurements as foretold, near the limit, make steps between two one more
 POSITIONS = 256  # that are enough to measure a step by, where a sample has several
 
-# −gᵀΔ; the mean square of each sample's part in that; ΔᵀFΔ; the number of samples; the parts' mean, without what is of
-# the likelihood's own parameters: scalars
-Line = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# (5,): −gᵀΔ; the mean square of each sample's part in that; ΔᵀFΔ; the number of samples; the parts' mean, without what
+# is of the likelihood's own parameters
+Line = Tensor
 # Of this rank's part of a batch, and a seed that leaves those of drawn labels as they are.
 Measure = Callable[[Inputs, int], Line]
 
@@ -132,7 +132,7 @@ class StepLimit:
         """How long a step is in those of the limit; zero where nobody knows."""
         unknown = torch.zeros((), device="cpu")
         try:
-            lines = self._ranks.each(lambda: torch.stack(measured(self._inputs(), step)))
+            found = self._ranks.each(lambda: measured(self._inputs(), step))
         except EmptyBatch:
             return unknown
         except Exception as failure:  # a step that has been taken should not end a training
@@ -142,9 +142,9 @@ class StepLimit:
                 f"a step could not be measured, and was left as lr says: {reason}. step_limit=None leaves all so",
             )
             return unknown
-        count = lines[3].clone() * self._ranks.size
-        self._ranks.mean([lines])
-        slope, square, curvature, _, mean = lines.unbind()
+        count = found[3].clone() * self._ranks.size
+        self._ranks.mean([found])
+        slope, square, curvature, _, mean = found.unbind()
         error = ((square - mean.square()).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
         length = curvature / (self._limit * torch.maximum(slope, error))
         return torch.where((curvature > 0) & torch.isfinite(length), length, 0)
@@ -209,7 +209,7 @@ def line(
         products = ggn(passes, params, vs, inputs, seed)
         slopes = passes.run(inputs, seed, lambda: gradients(passes.training_loss(inputs), list(params)))
     slope, curvature = -_dot(slopes, vs), _dot(products, vs)
-    return slope, slope.square(), curvature, torch.ones_like(slope), slope
+    return torch.stack([slope, slope.square(), curvature, torch.ones_like(slope), slope])
 
 
 @contextmanager
@@ -274,6 +274,4 @@ def quadratic_model(
     slope = mean = each.mean()
     for p, g, f in zip(noise, pulls, turned, strict=True):
         slope, curvature = slope - _dot([g], [own[id(p)]]), curvature + _dot([f], [own[id(p)]])
-    found = torch.stack([slope, each.square().mean(), curvature, curvature.new_tensor(float(len(each))), mean]).detach()
-    slope, square, curvature, count, mean = found.unbind()
-    return slope, square, curvature, count, mean
+    return torch.stack([slope, each.square().mean(), curvature, curvature.new_tensor(float(len(each))), mean]).detach()

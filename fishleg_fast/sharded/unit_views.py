@@ -158,15 +158,17 @@ class UnitViews:
     ) -> Tensor:
         parts = {slot: self._layouts[slot[0]].parts[slot[1]] for slot in vs}
         (first, v), *others = vs.items()
-        if not others and parts[first].rows is None and still is None:
+        if not others and parts[first].rows is None:
             whole = v.to(w.dtype)
         else:
             whole = torch.zeros_like(w)
             for slot, part in parts.items():
                 part.of(whole).copy_(vs[slot])
-            if still is not None:
-                whole[still] = 0
-        return combine(w, directions.along(first, w, whole))
+        whole = directions.along(first, w, whole)
+        if still is not None:
+            whole = whole.clone()
+            whole[still] = 0
+        return combine(w, whole)
 
     @contextmanager
     def handing_on(self, blocks: set[int], leaf: Tensor, take: Callable[[Slot, Tensor], None]) -> Iterator[None]:

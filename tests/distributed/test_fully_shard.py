@@ -56,6 +56,8 @@ CASES |= {  # what needs care beside layers of their own
     "padded": {"model": "padded", "units": "root", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "hook": {"model": "hook"},
     "hook of a root": {"model": "hook", "units": "root"},
+    "steps too long, padded, decay": {"model": "padded", "units": "root", "init": "sgd", "anchor_every": 0,
+                                      "aux_update": "adam", "lr": 1.0, "weight_decay": 0.1, "steps": 10},
     "old weight norm": {"model": "old weight norm", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
     "one layer alone": {"model": "mlp", "units": "one"},
     "own parameter": {"model": "own parameter", "units": "one", "init": "sgd", "anchor_every": 0, "aux_update": "adam"},
@@ -64,7 +66,8 @@ CASES |= {  # what needs care beside layers of their own
 }
 OWNED = (
     *("mlp", "opaque", "recurrent", "gpt", "attention", "learned noise, pure", "spectral", "trust"),
-    *("bfloat16", "scaled", "padded", "steps too long", "steps too long, weight decay"),
+    *("bfloat16", "scaled", "padded", "steps too long"),
+    *("steps too long, weight decay", "steps too long, padded, decay"),
 )
 CASES |= {f"{name}, ddp": {**CASES[name], "copies": 0, "shard_state": True} for name in OWNED}
 UNUSED = {"model": "unused", "copies": 0, "shard_state": True, "ddp": {"find_unused_parameters": True}}

@@ -11,7 +11,7 @@ from fishleg_fast.__main__ import main
 from fishleg_fast.model.assemble import build_blocks
 from fishleg_fast.sharded.owners import assign_owners, state_entries
 from fishleg_fast.sharded.plan import Route, plan, transformer_7b
-from support.distributed_cases import Gpt, mlp
+from support.ranked_models import Gpt, mlp
 from support.ranks import run_ranks
 from support.sharded_cases import state_bytes
 
@@ -70,10 +70,10 @@ def test_a_transformer_of_seven_billion() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--plan", "support.distributed_cases:mlp", "--ranks", "2", "3"]) == 0
+    assert main(["--plan", "support.ranked_models:mlp", "--ranks", "2", "3"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("2 ranks, 171 parameters") and "\n3 ranks" in told and "fully_shard" in told
-    for wrong in (["--plan", "nothing"], ["--plan", "--ranks", "0"], ["--plan", "support.distributed_cases:none"]):
+    for wrong in (["--plan", "nothing"], ["--plan", "--ranks", "0"], ["--plan", "support.ranked_models:none"]):
         with pytest.raises(SystemExit):
             main(wrong)
     with pytest.raises(ValueError, match="ranks should be at least 1 but is: 0"):

@@ -231,7 +231,7 @@ def test_the_factor(slope: float, square: float, curvature: float, factor: float
     net, optimizer, likelihood, x, y = linear()
     likelihood.nll(y, net(x))
     assert optimizer._limit is not None
-    told = tuple(torch.tensor(v, dtype=torch.float64) for v in (slope, square, curvature, 5.0, slope))
+    told = torch.tensor([slope, square, curvature, 5.0, slope], dtype=torch.float64)
     assert float(optimizer._limit.factor(0, 1.0, lambda inputs, seed: told)) == pytest.approx(factor)
 
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fishleg_fast import FishLeg, GaussianLikelihood
 from fishleg_fast.fisher import layer_pass
-from support.distributed_cases import Predictable, batch, convolutions, mlp
+from support.distributed_cases import Predictable, batch
+from support.ranked_models import convolutions, mlp
 
 SETTINGS: dict[str, Any] = {
     "lr": 0.02, "update_aux_every": 2, "anchor_every": 4, "curvature_batch": None, "thin_gradients": False,
